@@ -1,0 +1,180 @@
+"""The command line: a verb, a config with its overrides, and a workdir."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mlip_jax import config as schema
+from mlip_jax.config import UserError, suggestion
+
+_FLAGS = ("config", "workdir", "help")
+_FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
+_OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    verb: str
+    config: ConfigDict  # validated and locked
+    workdir: Path
+
+
+def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
+    """Reads [VERB] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...].
+
+    Touches no global flags, so one process may parse as often as it likes.
+
+    Args:
+      arguments: the command line after the program's name.
+      verbs: the valid verbs; the first is the default.
+
+    Returns:
+      The command, or None when help is asked for.
+
+    Raises:
+      UserError: for whatever cannot be understood, naming what it may have meant.
+    """
+    arguments, verbs = list(arguments), tuple(verbs)
+    verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else verbs[0]
+    if verb == "help" or "-h" in arguments:
+        return None
+    if verb not in verbs:
+        raise UserError(
+            f"unknown verb {verb!r}: expected one of {', '.join(verbs)}{suggestion(verb, verbs)}"
+        )
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_boolean("help", False, "", flag_values=values)
+    rest = _read(values, arguments, known_only=True)
+    if values.help:
+        return None
+    for argument in rest:
+        flag = _FLAG.match(argument)
+        if flag and not _OVERRIDE.match(argument):
+            name = flag["name"]
+            raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
+    config = _find_config(verb, verbs[0], values.config, values.workdir)
+    _override(config, rest)
+    schema.validate(config)
+    return Command(verb, config, Path(values.workdir or Path("runs") / config.name))
+
+
+def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> list[str]:
+    """Parses the arguments into `values`; returns those that are none of its flags."""
+    values.set_gnu_getopt(True)  # flags may follow other arguments
+    try:
+        return values(["mlip", *arguments], known_only=known_only)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+
+
+def _find_config(verb: str, default: str, file: str | None, workdir: str | None) -> ConfigDict:
+    if file:
+        return _load_file(file)
+    if verb == default:
+        raise UserError(
+            "no config: say which experiment to run, such as --config=configs/mlip.py "
+            "(--help shows more)"
+        )
+    if not workdir:
+        raise UserError(f"{verb} needs a run to look at: add --workdir=DIR (or --config=FILE)")
+    path = Path(workdir) / "config.json"
+    try:
+        return schema.from_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{workdir} is no workdir of a run: it has no config.json; check --workdir"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _load_file(argument: str) -> ConfigDict:
+    """The config of "FILE" or "FILE:name=value,..."."""
+    name, *values = argument.split(":", 1)
+    path = Path(name)
+    if not path.is_file():
+        near = suggestion(name, map(str, path.parent.glob("*.py")))
+        raise UserError(f"there is no config file {name}{near}")
+    try:
+        config = runpy.run_path(name)["get_config"](*values)
+        # A round trip through the schema: a key that it does not know, or a value of another
+        # type, is a mistake in the file.
+        return schema.from_json(schema.to_json(config))
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
+    except Exception as error:  # the file is the user's: whatever it raises is theirs to mend
+        raise UserError(f"config file {name}{_line(error, name)}: {_reason(error)}") from error
+
+
+def _line(error: Exception, file: str) -> str:
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines = []
+    step = error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == file:
+            lines.append(step.tb_lineno)
+        step = step.tb_next
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args == ("get_config",):
+        return "it defines no function get_config"
+    return f"{type(error).__name__}: {error}"
+
+
+def _override(config: ConfigDict, arguments: list[str]) -> None:
+    """Applies --config.KEY=VALUE in place; the config's own values give the types."""
+    known = schema.flatten(config.to_dict())
+    keys = [flag["key"] for flag in map(_OVERRIDE.match, arguments) if flag]
+    for key in keys:
+        if key not in known:
+            raise UserError(_unknown_key(key, list(known)))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    try:
+        extra = _read(values, arguments)
+    except UserError as error:
+        # absl: "flag --config.KEY=VALUE: reason"
+        told = re.match(r"flag --config\.(?P<key>[^=]+)=(?P<value>.*?): ", str(error))
+        if not told:
+            raise
+        raise UserError(_wrong_type(told["key"], told["value"], known)) from error
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}: a verb comes first, flags after it")
+    for key, value in schema.flatten(config.to_dict()).items():
+        # A tuple's flag takes any elements; the default's elements say which are meant.
+        if key in keys and isinstance(value, tuple) and known[key]:
+            kind = type(known[key][0])
+            kinds = (int, float) if kind is float else (kind,)
+            if not all(type(element) in kinds for element in value):
+                raise UserError(_wrong_type(key, str(value), known))
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"config.{key} is a section: override one of its keys, such as config.{inside[0]}"
+    whole = [name for name in known if name.endswith(f".{key}")]  # right, but for its sections
+    near = f"; did you mean {whole[0]!r}?" if whole else suggestion(key, known)
+    return f"unknown config key config.{key}{near}"
+
+
+def _wrong_type(key: str, value: str, known: dict[str, object]) -> str:
+    default = known[key]
+    kind = type(default).__name__
+    if isinstance(default, tuple) and default:
+        kind = f"tuple of {type(default[0]).__name__}"
+    return f"config.{key}={value!r}: expected a value of type {kind}"

@@ -1,0 +1,345 @@
+"""The configuration of a run: every key, its default, and what makes a value wrong.
+
+A file in `configs/` starts from `default()`, changes what its experiment changes and returns the
+result from `get_config(arg)`; `python -m mlip_jax.main --config=FILE[:name=value,...]` finds it.
+Keys are fixed here: an override of a key that does not exist is refused with the nearest name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+IMAGE_VIEWS = ("spatial_global", "frequency_global", "spatial_tokens", "frequency_tokens")
+LOSSES = ("softmax", "sigmoid", "jsd")
+GUIDANCES = ("none", "spatial", "frequency", "both")
+
+# Keys that may change between two starts on one workdir: none of them moves a parameter.
+_FREE_AT_RESUME = (
+    "mesh",
+    "data.cache_dir",
+    "data.workers",
+    "data.max_skipped_share",
+    "checkpoint",
+    "evaluation",
+    "log_every",
+)
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on for a reason outside the config: shown as one line, exit code 1."""
+
+
+def default() -> ConfigDict:
+    """Every key with its default: CLIP's training of a small ViT on the embedded data."""
+    config = ConfigDict()
+    config.name = "clip"
+    config.seed = 0
+    config.batch_size = 256  # global: all devices, all processes
+    config.samples = 256_000  # image-text pairs seen in the whole run; the only clock
+    config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
+    config.log_every = 10  # steps
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+
+    config.data = data = ConfigDict()
+    data.train = "emoji"  # a named set, or KIND:PATH such as jsonl:pairs.jsonl
+    data.validation = "auto"  # the same grammar; "auto": the training set's own split; "": none
+    data.cache_dir = ""  # "": $MLIP_JAX_CACHE, else ~/.cache/mlip_jax
+    data.workers = -1  # processes that decode and augment; -1: by the number of cores
+    data.max_skipped_share = 0.01  # more unreadable images than this end the run
+    data.caption = ConfigDict(
+        {
+            "first": 0.0,  # chance to take the first caption; else any of them, all alike
+            "tags": 0.3,  # chance that the record's tags (such as its category) are added
+            "shuffle": 0.0,  # chance that the caption's parts (name, tags) change places
+            "word_dropout": 0.0,  # chance of each word to be left out; one always stays
+        }
+    )
+    data.augment = ConfigDict(
+        {
+            "crop": (0.6, 1.0),  # area of the random resized crop
+            "flip": False,  # mirror; "left" and "right" change places in the caption
+            "affine": 0.0,  # strength: 1 means up to 30 degrees, 20 % shear, 20 % shift
+            "color": 0.0,  # strength of brightness, contrast, saturation and hue jitter
+            "grayscale": 0.0,  # chance
+            "blur": 0.0,  # chance
+            "morphology": 0.0,  # chance of a 3x3 minimum or maximum filter: line width varies
+        }
+    )
+
+    config.model = model = ConfigDict()
+    model.embed_dim = 256
+    model.token_dim = 256
+    model.image = ConfigDict(
+        {
+            "image_size": 48,
+            "patch_size": 8,
+            "width": 192,
+            "depth": 6,  # blocks in all: Frequency Stage + Spatial Stage
+            "heads": 6,
+            "mlp_ratio": 4.0,
+            "stem": "patch",  # "patch": one linear map; "conv": stacked 3x3 convolutions
+            "activation": "gelu",  # or "quick_gelu"
+            "dropout": 0.0,
+            "drop_path": 0.0,
+            "frequency": {
+                "depth": 0,  # blocks of the Frequency Stage; 0: a plain ViT
+                "transform": "auto",  # "fft", "matmul"; "auto": what measured faster
+            },
+            "merging": {
+                "rate": 0.0,  # rho: share of the patch tokens gone at the end
+                "schedule": "even",  # "even", "early", or a comma list: tokens per block
+                "guidance": "both",
+                "guidance_mix": 0.5,  # alpha: frequency against spatial importance
+                "similarity_mix": 0.5,  # beta: keys against frequency features
+                "importance_penalty": 0.1,  # gamma
+                "proportional_attention": False,
+            },
+        }
+    )
+    model.text = ConfigDict(
+        {
+            "tokenizer": "clip",
+            "context_length": 77,
+            "width": 192,
+            "depth": 3,
+            "heads": 6,
+            "mlp_ratio": 4.0,
+            "causal": True,
+            "pooling": "last",  # "last": the end-of-text token; "mean": over all words
+            "activation": "gelu",
+            "dropout": 0.0,
+            "drop_path": 0.0,
+        }
+    )
+
+    config.perspectives = ConfigDict(
+        {
+            view: {
+                "weight": 1.0 if view == "spatial_global" else 0.0,
+                "loss": "softmax",
+                "shifts": 1,  # jsd: negatives per positive
+                "warmup_samples": 0,  # the weight rises linearly over the first samples
+                "init_scale": 1 / 0.07,
+                "init_bias": 0.0,  # sigmoid only
+            }
+            for view in IMAGE_VIEWS
+        }
+    )
+    config.token_chunk = 32  # texts a block of the token-level scores; bounds their memory
+
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "warmup_samples": 10_000,
+            "b1": 0.9,
+            "b2": 0.98,
+            "eps": 1e-8,
+            "weight_decay": 0.2,
+            "clip_norm": 1.0,
+            "max_scale": 100.0,
+            "ema": 0.0,  # decay a step of the averaged parameters; 0: none
+        }
+    )
+    config.checkpoint = ConfigDict(
+        {"every_samples": 50_000, "keep_last": 2, "keep_best": 1, "best": ""}
+    )
+    config.evaluation = ConfigDict(
+        {
+            "every_samples": 50_000,  # 0: only at the end
+            "batch_size": 256,
+            "retrieval": ("validation",),
+            "zero_shot": ("validation",),  # a set with labels; folder:PATH for class folders
+            "templates": "plain",
+        }
+    )
+    return config
+
+
+def arguments(arg: str | None, **defaults: str) -> dict[str, str]:
+    """Reads the part of --config after the colon, "name=value,name=value".
+
+    Args:
+      arg: the text after the colon, or None.
+      **defaults: the names that this config takes, with their defaults.
+
+    Raises:
+      UserError: for a name that the config does not take.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, equals, value = part.partition("=")
+        if name not in defaults or not equals:
+            raise UserError(
+                f"config argument {part!r}: expected name=value with a name of "
+                f"{', '.join(defaults)}{suggestion(name, defaults)}"
+            )
+        values[name] = value
+    return values
+
+
+def suggestion(word: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
+    near = difflib.get_close_matches(str(word), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def choose(key: str, value: str, valid: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of `valid`, naming the nearest."""
+    valid = tuple(valid)
+    if value not in valid:
+        raise UserError(
+            f"config.{key}={value!r} is not one of {', '.join(valid)}{suggestion(value, valid)}"
+        )
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what the types cannot. Rooms check what only they know (a rho, a mesh) themselves.
+
+    Raises:
+      UserError: one line that names the key, its value and what it may be.
+    """
+    flat = flatten(config.to_dict())
+    for key in ("batch_size", "samples", "log_every", "token_chunk", "evaluation.batch_size"):
+        if flat[key] < 1:
+            raise UserError(f"config.{key}={flat[key]} must be at least 1")
+    if config.batch_size < 2:
+        raise UserError("config.batch_size=1: a contrastive loss needs at least 2 pairs a batch")
+    if config.samples < config.batch_size:
+        raise UserError(
+            f"config.samples={config.samples} is less than one batch of {config.batch_size}"
+        )
+    for key, value in flat.items():
+        last = key.rsplit(".", 1)[-1]
+        if last.endswith("_samples") and value < 0:
+            raise UserError(f"config.{key}={value} must not be negative")
+        in_caption = key.startswith("data.caption.")
+        if in_caption or last in ("dropout", "drop_path", "flip", "grayscale", "blur"):
+            if not 0 <= value <= 1:
+                raise UserError(f"config.{key}={value} must lie in [0, 1]")
+    choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
+    choose("model.text.tokenizer", config.model.text.tokenizer, ("clip",))
+    choose("model.text.pooling", config.model.text.pooling, ("last", "mean"))
+    choose("model.image.stem", config.model.image.stem, ("patch", "conv"))
+    choose(
+        "model.image.frequency.transform",
+        config.model.image.frequency.transform,
+        ("auto", "fft", "matmul"),
+    )
+    choose("model.image.merging.guidance", config.model.image.merging.guidance, GUIDANCES)
+    for tower in ("image", "text"):
+        sizes = config.model[tower]
+        choose(f"model.{tower}.activation", sizes.activation, ("gelu", "quick_gelu"))
+        if sizes.width % sizes.heads:
+            raise UserError(
+                f"config.model.{tower}.width={sizes.width} is not a multiple of heads={sizes.heads}"
+            )
+    image = config.model.image
+    if image.image_size % image.patch_size:
+        raise UserError(
+            f"config.model.image.image_size={image.image_size} is not a multiple of "
+            f"patch_size={image.patch_size}"
+        )
+    if not 0 <= image.frequency.depth < image.depth:
+        raise UserError(
+            f"config.model.image.frequency.depth={image.frequency.depth} must be from 0 to "
+            f"{image.depth - 1}: the Spatial Stage needs at least one of the {image.depth} blocks"
+        )
+    if image.frequency.depth == 0 and image.merging.rate > 0:
+        if image.merging.guidance in ("frequency", "both"):
+            raise UserError(
+                f"config.model.image.merging.guidance={image.merging.guidance!r} needs a Frequency "
+                "Stage (config.model.image.frequency.depth > 0); use 'spatial' or 'none'"
+            )
+    if not any(perspective.weight > 0 for perspective in config.perspectives.values()):
+        raise UserError("every config.perspectives.*.weight is 0: there is nothing to train on")
+    for view, perspective in config.perspectives.items():
+        choose(f"perspectives.{view}.loss", perspective.loss, LOSSES)
+        if perspective.weight < 0:
+            raise UserError(f"config.perspectives.{view}.weight={perspective.weight} is negative")
+        if perspective.weight and view.startswith("frequency") and image.frequency.depth == 0:
+            raise UserError(
+                f"config.perspectives.{view}.weight={perspective.weight} needs a Frequency Stage: "
+                f"set config.model.image.frequency.depth or the weight to 0"
+            )
+        if perspective.loss == "jsd" and not 1 <= perspective.shifts < config.batch_size:
+            raise UserError(
+                f"config.perspectives.{view}.shifts={perspective.shifts} must be from 1 to "
+                f"{config.batch_size - 1}, one less than the batch"
+            )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; tuples become lists and `from_json` turns them back."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`. Keys that this version added since take their defaults.
+
+    Raises:
+      UserError: for a key that this version does not know.
+    """
+    config = default()
+    _update(config, json.loads(text), "")
+    return config
+
+
+def _update(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
+    for key, value in values.items():
+        if key not in config:
+            raise UserError(f"unknown config key {prefix}{key}{suggestion(key, config.keys())}")
+        if isinstance(value, Mapping):
+            _update(config[key], value, f"{prefix}{key}.")
+        else:
+            config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """What keeps `new` from going on where `old` stopped, a line a key: "key: old -> new"."""
+    old_flat, new_flat = flatten(old.to_dict()), flatten(new.to_dict())
+    return [
+        f"{key}: {old_flat.get(key)} -> {new_flat.get(key)}"
+        for key in sorted(old_flat.keys() | new_flat.keys())
+        if old_flat.get(key) != new_flat.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE_AT_RESUME)
+    ]
+
+
+def set_key(config: ConfigDict, key: str, value: Any) -> None:
+    """config.a.b = value for the dotted key "a.b".
+
+    Raises:
+      UserError: for an unknown key, or a value of another type.
+    """
+    *path, last = key.split(".")
+    node = config
+    for name in path:
+        node = node.get(name)
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"unknown config key {key}")
+    if last not in node:
+        raise UserError(f"unknown config key {key}{suggestion(last, node.keys())}")
+    try:
+        node[last] = value
+    except TypeError as error:
+        raise UserError(f"config.{key}={value!r}: {error}") from None

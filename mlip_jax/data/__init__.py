@@ -1,0 +1,1 @@
+"""From files to batches. Nothing in here imports JAX: worker processes start fast."""

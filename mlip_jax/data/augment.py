@@ -1,0 +1,167 @@
+"""From encoded files to square uint8 images: what training sees, different at every visit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageFilter
+
+from mlip_jax.data.images import flatten
+
+_LUMA = np.array((0.299, 0.587, 0.114))
+# Hue turns the plane of I and Q in YIQ space.
+_TO_YIQ = np.array(((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)))
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
+# CLIP-Lite's colour jitter at strength 1, and how often it happens.
+_BRIGHTNESS = _CONTRAST = _SATURATION = 0.4
+_HUE_TURNS = 0.1
+_COLOR_CHANCE = 0.8
+_ASPECTS = (3 / 4, 4 / 3)
+
+
+def short_side(config_augment: ConfigDict, image_size: int) -> int:
+    """The short side with which an image still fills every view: larger ones may be reduced."""
+    sampled_twice = config_augment.affine or config_augment.morphology
+    side = image_size / math.sqrt(config_augment.crop[0])
+    return math.ceil(side * (2 if sampled_twice else 1))
+
+
+def augment(
+    image: Image.Image, config_augment: ConfigDict, image_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, bool]:
+    """One random view of an image.
+
+    Crop, mirror image and affine map are one resampling; brightness, contrast, saturation, hue and
+    greyscale are one matrix on the small result.
+
+    Args:
+      image: of any size; transparency is laid on white.
+      config_augment: `config.data.augment`.
+      image_size: the side of the result.
+      rng: where chance comes from.
+
+    Returns:
+      uint8 [image_size, image_size, 3], and whether it is mirrored.
+    """
+    image = flatten(image, "white")
+    if config_augment.morphology and rng.random() < config_augment.morphology:
+        image = _morphology(image, image_size, rng)
+    flipped = bool(config_augment.flip and rng.random() < 0.5)
+    box = _crop_box(image.size, config_augment.crop, rng)
+    if config_augment.affine:
+        image = _affine(image, box, config_augment.affine, image_size, flipped, rng)
+    else:
+        image = image.resize(
+            (image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0
+        )
+        if flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config_augment.blur and rng.random() < config_augment.blur:
+        radius = rng.uniform(0.1, 1.0) * max(1.0, image_size / 112)
+        image = image.filter(ImageFilter.GaussianBlur(radius))
+    matrix = _color_matrix(image, config_augment.color, config_augment.grayscale, rng)
+    if matrix is not None:
+        image = image.convert("RGB", matrix)
+    return np.asarray(image), flipped
+
+
+def _crop_box(
+    size: tuple[int, int], areas: tuple[float, float], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A box of a share of the area within `areas`, its aspect near 1 (Szegedy et al. 2015)."""
+    width, height = size
+    area = width * height * rng.uniform(*areas)
+    aspect = math.exp(rng.uniform(math.log(_ASPECTS[0]), math.log(_ASPECTS[1])))
+    wide = min(width, math.sqrt(area * aspect))
+    high = min(height, math.sqrt(area / aspect))
+    left = rng.random() * (width - wide)
+    top = rng.random() * (height - high)
+    return left, top, left + wide, top + high
+
+
+def _affine(
+    image: Image.Image,
+    box: tuple[float, float, float, float],
+    strength: float,
+    size: int,
+    flipped: bool,
+    rng: np.random.Generator,
+) -> Image.Image:
+    """Crop, mirror, turn, shear and shift in one map from the result's pixels to the image's."""
+    turn, shear, right, down = rng.uniform(-strength, strength, 4)
+    fill = _corner_color(image)
+    left, top, wide, high = box[0], box[1], box[2] - box[0], box[3] - box[1]
+    # Pillow's affine map samples points and does not average: first halve the image while there is
+    # plenty of it, then sample at twice the size and average.
+    reduction = max(1, int(min(wide, high) / (2 * size)))
+    if reduction > 1:
+        image = image.reduce(reduction)
+        left, top, wide, high = (value / reduction for value in (left, top, wide, high))
+    grid = 2 * size if min(wide, high) > size else size
+    angle = turn * math.radians(30)
+    cos, sin = math.cos(angle), math.sin(angle)
+    mirror = -1 if flipped else 1
+    # In units of the crop's half width and half height, the centre of both at 0.
+    across = (mirror * cos, mirror * (0.2 * shear * cos - sin), 0.4 * right)
+    along = (sin, 0.2 * shear * sin + cos, 0.4 * down)
+    rows = []
+    for (a, b, c), extent, start in ((across, wide, left), (along, high, top)):
+        a, b = a * extent / grid, b * extent / grid
+        rows += [a, b, start + extent * (1 + c) / 2 - (a + b) * grid / 2]
+    image = image.transform(
+        (grid, grid),
+        Image.Transform.AFFINE,
+        rows,
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=fill,
+    )
+    return image.reduce(2) if grid > size else image
+
+
+def _corner_color(image: Image.Image) -> tuple[int, int, int]:
+    """What to paint where the map leaves the image: the middle of its corners' colours."""
+    right, bottom = image.width - 1, image.height - 1
+    corners = [image.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
+    return tuple(sum(sorted(channel)[1:3]) // 2 for channel in zip(*corners, strict=True))
+
+
+def _morphology(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """Thicker or thinner lines, by about a pixel of an image of twice the result's size."""
+    reduction = min(image.size) // (2 * size)
+    if reduction > 1:
+        image = image.reduce(reduction)
+    extreme = np.minimum if rng.random() < 0.5 else np.maximum
+    # Down and across one after the other: many times faster than Pillow's rank filter.
+    pixels = np.pad(np.asarray(image), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    pixels = extreme(extreme(pixels[:-2], pixels[1:-1]), pixels[2:])
+    pixels = extreme(extreme(pixels[:, :-2], pixels[:, 1:-1]), pixels[:, 2:])
+    return Image.fromarray(pixels)
+
+
+def _color_matrix(
+    image: Image.Image, strength: float, grayscale: float, rng: np.random.Generator
+) -> tuple[float, ...] | None:
+    """Pillow's 3 x 4 colour matrix, or None when colours stay."""
+    matrix, offset = np.eye(3), 0.0
+    jitter = strength and rng.random() < _COLOR_CHANCE
+    if jitter:
+        brightness, contrast, saturation, hue = rng.uniform(-strength, strength, 4)
+        matrix *= 1 + _BRIGHTNESS * brightness
+        grey = matrix[0, 0] * float(_LUMA @ np.asarray(image).mean((0, 1)))
+        matrix *= 1 + _CONTRAST * contrast
+        offset = -_CONTRAST * contrast * grey
+        saturation = 1 + _SATURATION * saturation
+        matrix = (saturation * np.eye(3) + (1 - saturation) * _LUMA) @ matrix
+        angle = 2 * math.pi * _HUE_TURNS * hue
+        cos, sin = math.cos(angle), math.sin(angle)
+        turn = np.array(((1, 0, 0), (0, cos, -sin), (0, sin, cos)))
+        matrix = _FROM_YIQ @ turn @ _TO_YIQ @ matrix
+    gray = grayscale and rng.random() < grayscale
+    if gray:
+        matrix = np.ones((3, 1)) * _LUMA @ matrix
+    if not (jitter or gray):
+        return None
+    # Each of the matrices leaves grey alone, so that the offset needs none of them.
+    return tuple(np.column_stack((matrix, np.full(3, offset))).ravel())

@@ -1,0 +1,173 @@
+"""From encoded files to square uint8 images: what evaluation sees."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# A file of a few kilobytes can unfold to gigabytes: Pillow's warning about it becomes the error by
+# which such a file counts as unreadable.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+# More drawn out than this, an image is cut to this aspect before it is resized.
+_MAX_ASPECT = 64
+
+
+class UnreadableImage(OSError):
+    """A file that holds no image that can be decoded."""
+
+
+def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
+    """Decodes an encoded image.
+
+    The orientation in EXIF data is ignored, as it is by torchvision and open_clip. 16-bit and float
+    greyscale become 8-bit; palettes and CMYK become RGB.
+
+    Args:
+      data: the bytes of a PNG, JPEG, WebP, ... file; of an animation, its first frame is taken.
+      at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its
+        short side keeps this many pixels; 0: at full size.
+
+    Returns:
+      An image of mode RGB, L, RGBA or LA; `flatten` makes the latter two RGB.
+
+    Raises:
+      UnreadableImage: when that cannot be done.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if at_least and image.format == "JPEG":
+            short = min(image.size)
+            image.draft(None, tuple(side * at_least // short for side in image.size))
+        image.load()
+        return _eight_bits(image)
+    # Pillow's plugins raise whatever they stumble over: OSError, SyntaxError, ValueError, ...
+    except Exception as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGB", "L", "RGBA", "LA"):
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, whatever Pillow keeps them in
+        return Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    if image.mode == "1":
+        return image.convert("L")
+    transparent = image.mode in ("PA", "La", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def flatten(image: Image.Image, transparency: str) -> Image.Image:
+    """RGB without transparency.
+
+    Args:
+      image: any mode that `decode` gives.
+      transparency: "white" lays the image on white; "drop" takes the colours as they are stored, as
+        torchvision and open_clip do.
+    """
+    if transparency == "white" and image.mode in ("RGBA", "LA"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What evaluation does to an image; with a model's weights, all that its input depends on.
+
+    The short side is resized to `image_size` (bicubic), the centre is cut out, pixels / 255 are
+    normalised by `mean` and `std`: CLIP's preprocessing, equal to open_clip's with the defaults.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    transparency: str = "drop"  # or "white": see `flatten`
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Preprocessing:
+        """The preprocessing of a model that is trained by `config`.
+
+        Transparent images are laid on white, in training too: drawings are black on transparent
+        more often than not, and would be black on black.
+        """
+        return cls(config.model.image.image_size, transparency="white")
+
+    def __call__(self, image: bytes | str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """The square that the model sees, uint8 [image_size, image_size, 3].
+
+        Args:
+          image: encoded bytes, a path, a Pillow image, or uint8 [height, width] or
+            [height, width, 1, 3 or 4].
+
+        Raises:
+          UnreadableImage: for bytes or a file that holds no image.
+          OSError: for a file that cannot be read.
+          ValueError: for an array of another type or shape.
+        """
+        pixels = _open(image)
+        if self.transparency == "white":
+            pixels = flatten(pixels, "white")
+        size = self.image_size
+        width, height = pixels.size
+        if max(width, height) > _MAX_ASPECT * min(width, height):
+            reach = _MAX_ASPECT * min(width, height)
+            pixels = _cut_centre(pixels, min(width, reach), min(height, reach))
+            width, height = pixels.size
+        # Rounded as by torchvision, pixel for pixel.
+        wide = size if width <= height else size * width // height
+        high = size if height <= width else size * height // width
+        if (wide, high) != (width, height):
+            pixels = pixels.resize((wide, high), Image.Resampling.BICUBIC)
+        return np.asarray(flatten(_cut_centre(pixels, size, size), "drop"))
+
+    def normalize(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [..., height, width, 3] -> float32 of the same shape, as the model takes it."""
+        mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
+        return (images.astype(np.float32) / np.float32(255) - mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`, from JSON too."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def _cut_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _open(image: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, bytes):
+        return decode(image)
+    if isinstance(image, (str, Path)):
+        return decode(Path(image).expanduser().read_bytes())
+    if isinstance(image, Image.Image):
+        return _eight_bits(image)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise ValueError(f"an image must be bytes, a path, a Pillow image or uint8, not {kind}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] in (3, 4)) or not image.size:
+        raise ValueError(
+            f"an image must be [height, width] or [height, width, 3], not {image.shape}"
+        )
+    return Image.fromarray(image)

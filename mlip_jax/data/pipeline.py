@@ -1,0 +1,318 @@
+"""Batches for training and evaluation.
+
+What stands at a position of the training stream is a function of (seed, position) alone: of the
+number of processes, hosts and workers, and of the step that a run starts at, nothing depends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mlip_jax.config import UserError
+from mlip_jax.data import text
+from mlip_jax.data.augment import augment, short_side
+from mlip_jax.data.images import Preprocessing, decode, flatten
+from mlip_jax.data.sources import Record, Source
+from mlip_jax.data.text import Tokenizer
+
+_MAX_WORKERS = 8
+_MAX_REPLACEMENTS = 100  # unreadable images in a row
+_KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole set fits
+_LAST_WISHES_SECONDS = 30.0
+_NAMES_SHOWN = 3
+
+
+def train_batches(
+    config: ConfigDict,
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The training batches of one process, from a step on, without end.
+
+    The source is shuffled anew in each epoch. Of the global batch, process p has the rows from
+    p * b to (p + 1) * b with b = config.batch_size / process_count. Close the iterator, or use it
+    up to the end of the program, to stop its workers.
+
+    Args:
+      config: the run's config: batch_size, seed, data, model.image.image_size and
+        model.text.context_length are used.
+      source: what to train on.
+      tokenizer: turns captions into ids.
+      start_step: the step of the first batch: 0, or where a resumed run goes on.
+      process_index: which of the processes this is.
+      process_count: how many there are.
+
+    Yields:
+      "image": uint8 [b, image_size, image_size, 3];
+      "token_ids": int32 [b, context_length];
+      "skipped": int32 [b], the index of the record whose image could not be read and for which the
+      next readable record stands; -1 where all is well.
+
+    Raises:
+      UserError: when the batch cannot be split among the processes, the source is empty, or too
+        many images in a row cannot be read.
+    """
+    if config.batch_size % process_count:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not a multiple of {process_count} processes"
+        )
+    if not len(source):
+        raise UserError(f"the training set {source.name!r} is empty")
+    batch_size = config.batch_size // process_count
+    positions = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    examples = positions.random_map(_Example(config, source))
+    rows = _Rows(examples, config.batch_size, process_index * batch_size, batch_size)
+    workers = worker_count(config.data.workers)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
+    batches = (
+        grain.MapDataset.source(rows)
+        .slice(slice(start_step * batch_size, None))
+        .batch(batch_size, batch_fn=_Stack(tokenizer, config.model.text.context_length))
+        # An element is a whole batch: a deep buffer of them would be large, and late.
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 2))
+        .mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+            worker_init_fn=_outlive_nobody,
+        )
+    )
+    return _until_closed(batches)
+
+
+def worker_count(workers: int) -> int:
+    """How many processes decode and augment: `config.data.workers`, -1 by the number of cores.
+
+    With up to two cores a thread beside the training step is faster than a process.
+    """
+    if workers >= 0:
+        return workers
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return 0 if cores <= 2 else min(_MAX_WORKERS, cores - 1)
+
+
+def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+class _Example:
+    """From the index of a record to a view of its image and a caption."""
+
+    def __init__(self, config: ConfigDict, source: Source) -> None:
+        self._source = source
+        self._augment = config.data.augment.copy_and_resolve_references()
+        self._caption = config.data.caption.to_dict()
+        self._size = config.model.image.image_size
+        self._at_least = short_side(self._augment, self._size)
+        self._kept: dict[int, tuple[Record, Image.Image]] = {}
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        record, image, skipped = self._readable(int(index))
+        pixels, flipped = augment(image, self._augment, self._size, rng)
+        caption = text.compose(record.captions, record.tags, self._caption, rng)
+        return {
+            "image": pixels,
+            "caption": text.swap_sides(caption) if flipped else caption,
+            "skipped": skipped,
+        }
+
+    def _readable(self, index: int) -> tuple[Record, Image.Image, int]:
+        """The record, or the next one whose image can be read."""
+        first_error = None
+        for step in range(min(_MAX_REPLACEMENTS, len(self._source))):
+            try:
+                record, image = self._decoded((index + step) % len(self._source))
+            except OSError as error:
+                first_error = first_error or error
+                continue
+            return record, image, index if step else -1
+        raise UserError(
+            f"none of {step + 1} images in a row of {self._source.name!r} can be read; the first: "
+            f"{self._source.name_of(index)} ({first_error})"
+        )
+
+    def _decoded(self, index: int) -> tuple[Record, Image.Image]:
+        if index in self._kept:
+            return self._kept[index]
+        record = self._source[index]
+        image = flatten(decode(record.image, at_least=self._at_least), "white")
+        record = replace(record, image=b"")
+        # A small set is decoded once, which about halves the work of its later epochs.
+        if 3 * image.width * image.height * len(self._source) <= _KEPT_BYTES:
+            self._kept[index] = record, image
+        return record, image
+
+
+class _Rows:
+    """The rows of one process: block `start` to `start + size` of each global batch."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, start: int, size: int) -> None:
+        self._examples = examples
+        self._batch_size = batch_size
+        self._start = start
+        self._size = size
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        step, place = divmod(int(row), self._size)
+        return self._examples[step * self._batch_size + self._start + place]
+
+
+class _Stack:
+    """Examples to the arrays of a batch; captions are tokenised together."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        captions = [example["caption"] for example in examples]
+        return {
+            "image": np.stack([example["image"] for example in examples]),
+            "token_ids": self._tokenizer.encode(captions, self._context_length),
+            "skipped": np.array([example["skipped"] for example in examples], np.int32),
+        }
+
+
+def _outlive_nobody(worker_index: int, worker_count: int) -> None:
+    """In a worker: leave signals to the parent, and end when it does, however it ends."""
+    del worker_index, worker_count
+    # Schedulers and Ctrl-C signal the whole group, while the parent still wants its last batch.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_soon(signal_number: int, frame: Any) -> None:
+    del signal_number, frame
+    timer = threading.Timer(_LAST_WISHES_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)
+
+
+class SkipCounter:
+    """Counts the images that could not be read, each once, against the share that is allowed."""
+
+    def __init__(self, source: Source, max_share: float) -> None:
+        self._source = source
+        self._max_share = max_share
+        self._indices: set[int] = set()
+
+    def update(self, skipped: np.ndarray) -> None:
+        """Takes a batch's "skipped".
+
+        Raises:
+          UserError: when more than the share of the set is unreadable; it names some of them.
+        """
+        self._indices.update(int(index) for index in skipped[skipped >= 0])
+        if len(self._indices) > self._max_share * len(self._source):
+            raise UserError(
+                f"{self.summary()}; more than config.data.max_skipped_share={self._max_share:g} "
+                "allows"
+            )
+
+    @property
+    def count(self) -> int:
+        """Different unreadable images so far."""
+        return len(self._indices)
+
+    def summary(self) -> str:
+        """One line: how many of how many, and the names of the first few; "" for none."""
+        if not self._indices:
+            return ""
+        first = sorted(self._indices)[:_NAMES_SHOWN]
+        names = ", ".join(self._source.name_of(index) for index in first)
+        more = ", ..." if len(self._indices) > len(first) else ""
+        total = len(self._source)
+        share = len(self._indices) / total
+        return f"{len(self._indices)} of {total} images ({share:.2%}) cannot be read: {names}{more}"
+
+
+class EvaluationBatch(NamedTuple):
+    """Images of a fixed number, with what is known of them; the last batch is filled up."""
+
+    images: np.ndarray  # uint8 [batch, image_size, image_size, 3]; zeros where not readable
+    indices: np.ndarray  # int64 [batch], into the source; -1 where the batch is filled up
+    readable: np.ndarray  # bool [batch]; rows to count
+    captions: list[tuple[str, ...]]  # () where not readable
+    labels: np.ndarray  # int32 [batch]; -1 where there is none
+    unreadable: list[str]  # names of the images that could not be read
+
+
+def evaluation_batches(
+    source: Source, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[EvaluationBatch]:
+    """All of a source once, in order, decoded by threads one batch ahead."""
+
+    def load(index: int) -> tuple[np.ndarray, Record] | str:
+        try:
+            record = source[index]
+            return preprocessing(record.image), record
+        except OSError as error:
+            return f"{source.name_of(index)} ({error})"
+
+    starts = range(0, len(source), batch_size)
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        ahead = None
+        for start in starts:
+            loading = pool.map(load, range(start, min(start + batch_size, len(source))))
+            if ahead is not None:
+                yield _evaluation_batch(*ahead, preprocessing.image_size, batch_size)
+            ahead = start, loading
+        if ahead is not None:
+            yield _evaluation_batch(*ahead, preprocessing.image_size, batch_size)
+
+
+def _evaluation_batch(
+    start: int, loading: Iterator[tuple[np.ndarray, Record] | str], size: int, batch_size: int
+) -> EvaluationBatch:
+    batch = EvaluationBatch(
+        images=np.zeros((batch_size, size, size, 3), np.uint8),
+        indices=np.full(batch_size, -1, np.int64),
+        readable=np.zeros(batch_size, bool),
+        captions=[()] * batch_size,
+        labels=np.full(batch_size, -1, np.int32),
+        unreadable=[],
+    )
+    for row, loaded in enumerate(loading):
+        batch.indices[row] = start + row
+        if isinstance(loaded, str):
+            batch.unreadable.append(loaded)
+            continue
+        batch.images[row], record = loaded
+        batch.readable[row] = True
+        batch.captions[row] = record.captions
+        batch.labels[row] = record.label
+    return batch

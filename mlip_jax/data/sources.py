@@ -1,0 +1,124 @@
+"""Sets of images with captions: what a spec such as "emoji" or "jsonl:pairs.jsonl" opens.
+
+A source gives encoded images and texts by index. It holds places, not pixels: it is cheap to pickle
+into the processes that decode, and images are read when asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ml_collections import ConfigDict
+
+from mlip_jax.config import UserError, suggestion
+
+SPLITS = ("train", "validation")
+KINDS = ("jsonl", "csv", "folder", "tfds")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is said about it."""
+
+    image: bytes  # an encoded file: PNG, JPEG, ...
+    captions: tuple[str, ...]  # at least one; the first is the main one
+    tags: tuple[str, ...]  # such as a category: words to add to a caption
+    label: int  # index into the source's class_names; -1: none
+    name: str  # path or id: what errors and reports print
+
+
+class MissingSplit(UserError):
+    """The set exists, but not the split that was asked for."""
+
+
+class Source(Protocol):
+    """What every kind of set offers."""
+
+    name: str
+    split: str  # "train" or "validation"
+    class_names: tuple[str, ...]
+    attribution: str  # to be shown wherever the set is used; "": none known
+    notes: tuple[str, ...]  # what was left out on opening, a line each
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The record. Raises OSError when its image cannot be read."""
+
+    def name_of(self, index: int) -> str:
+        """The record's name, without reading its image."""
+
+
+def open_source(
+    spec: str, split: str, *, cache_dir: str = "", max_skipped_share: float = 0.01
+) -> Source:
+    """Opens a split of a set.
+
+    Args:
+      spec: "emoji", or KIND:PATH with KIND one of jsonl, csv, folder, tfds (docs/data.md).
+      split: "train" or "validation". Sets that name no splits are all "train".
+      cache_dir: where sets that are built once lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
+      max_skipped_share: more rows without a usable caption than this are an error.
+
+    Raises:
+      MissingSplit: when the set has no such split.
+      UserError: for an unknown spec, a missing file or package, or a malformed row.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: train or validation{suggestion(split, SPLITS)}")
+    kind, colon, where = spec.partition(":")
+    if spec == "emoji":
+        from mlip_jax.data import tfds_sources
+
+        return tfds_sources.open_emoji(split, cache_dir)
+    if not colon or kind not in KINDS or not where:
+        valid = ("emoji", *(f"{kind}:" for kind in KINDS))
+        near = suggestion(spec if not colon else f"{kind}:", valid)
+        raise UserError(
+            f"unknown data set {spec!r}: expected emoji, jsonl:PATH, csv:PATH, folder:PATH or "
+            f"tfds:NAME{near}"
+        )
+    if kind == "tfds":
+        from mlip_jax.data import tfds_sources
+
+        return tfds_sources.open_tfds(where, split)
+    from mlip_jax.data import file_sources
+
+    path = Path(where).expanduser()
+    if kind == "folder":
+        return file_sources.open_folder(path, split)
+    read = file_sources.open_jsonl if kind == "jsonl" else file_sources.open_csv
+    return read(path, split, max_skipped_share)
+
+
+def open_evaluation(spec: str, *, cache_dir: str = "") -> Source:
+    """A set to evaluate on: its validation split, or all of it where it names no splits.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    try:
+        return open_source(spec, "validation", cache_dir=cache_dir)
+    except MissingSplit:
+        return open_source(spec, "train", cache_dir=cache_dir)
+
+
+def open_validation(config_data: ConfigDict) -> Source | None:
+    """The set that `config.data.validation` names, or None.
+
+    "auto" is the training set's own validation split, None when it has none; "" is None; anything
+    else is opened by `open_evaluation`.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    if not config_data.validation:
+        return None
+    if config_data.validation != "auto":
+        return open_evaluation(config_data.validation, cache_dir=config_data.cache_dir)
+    try:
+        return open_source(config_data.train, "validation", cache_dir=config_data.cache_dir)
+    except MissingSplit:
+        return None

@@ -1,0 +1,183 @@
+"""Sources kept by TensorFlow Datasets as ArrayRecord files; TensorFlow itself is not needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.data import emoji
+from mlip_jax.data.sources import MissingSplit, Record
+
+_CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "sentence")
+
+
+class TfdsSource:
+    """A prepared TFDS data set. Examples are (image, captions or a class label).
+
+    The feature that holds the image is the first Image; the caption is the first Text (or sequence
+    of Text) that is called like one, else the class name.
+    """
+
+    attribution = ""
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, folder: str, split: str, *, name: str, tfds_split: str) -> None:
+        """Opens what was prepared in `folder`, a TFDS version folder."""
+        self.name = name
+        self.split = split
+        self._folder = folder
+        self._tfds_split = tfds_split
+        self._lock = threading.Lock()
+        self._examples = None
+        builder = tfds.builder_from_directory(folder)
+        features = builder.info.features
+        self._length = builder.info.splits[tfds_split].num_examples
+        self._image, self._text, self._label = _roles(features, name)
+        label = features[self._label] if self._label else None
+        self.class_names = tuple(_words(word) for word in label.names) if label else ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files and locks stay in their process.
+        return {**self.__dict__, "_lock": None, "_examples": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        return self._record(self._example(index), index)
+
+    def name_of(self, index: int) -> str:
+        """The example's id, or its place in the set."""
+        return self._name(self._example(index), index)
+
+    def _example(self, index: int) -> Mapping[str, Any]:
+        if self._examples is None:
+            with self._lock:
+                if self._examples is None:
+                    builder = tfds.builder_from_directory(self._folder)
+                    self._examples = builder.as_data_source(
+                        self._tfds_split, decoders={self._image: tfds.decode.SkipDecoding()}
+                    )
+        return self._examples[index]
+
+    def _record(self, example: Mapping[str, Any], index: int) -> Record:
+        label = int(example[self._label]) if self._label else -1
+        captions = _texts(example[self._text]) if self._text else ()
+        if not captions and label >= 0:
+            captions = (self.class_names[label],)
+        return Record(
+            image=example[self._image],
+            captions=captions or ("",),
+            tags=(),
+            label=label,
+            name=self._name(example, index),
+        )
+
+    def _name(self, example: Mapping[str, Any], index: int) -> str:
+        for key in ("id", "file_name", "filename", "image/filename"):
+            if isinstance(example.get(key), bytes):
+                return example[key].decode()
+        return f"{self.name}/{self._tfds_split}[{index}]"
+
+
+class EmojiSource(TfdsSource):
+    """The embedded set (data/emoji.py)."""
+
+    attribution = emoji.ATTRIBUTION
+
+    def _record(self, example: Mapping[str, Any], index: int) -> Record:
+        name = example["name"].decode()
+        # One caption an image in validation: retrieval then has one right answer each way.
+        aliases = _texts(example["aliases"]) if self.split == "train" else ()
+        tags = (_words(example[key].decode()) for key in ("category", "subcategory"))
+        return Record(
+            image=example["image"],
+            captions=(name, *aliases),
+            tags=tuple(tag for tag in tags if tag),
+            label=int(example["label"]),
+            name=example["id"].decode(),
+        )
+
+
+def open_emoji(split: str, cache_dir: str) -> EmojiSource:
+    """The embedded set, built on first use.
+
+    Raises:
+      UserError: when it cannot be built.
+    """
+    folder = emoji.directory(cache_dir)
+    return EmojiSource(str(folder), split, name="emoji", tfds_split=split)
+
+
+def open_tfds(name: str, split: str) -> TfdsSource:
+    """A TFDS set by name ("oxford_iiit_pet", "ns/name:1.0.0") or by its prepared folder.
+
+    Sets by name are downloaded and prepared by TFDS where they are not yet; some need TensorFlow
+    for that and are refused.
+
+    Raises:
+      MissingSplit: when it has no such split (its "test" stands in for "validation").
+      UserError: when it is unknown, cannot be prepared or holds no image with a text or label.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            builder = tfds.builder_from_directory(path)
+        else:
+            builder = tfds.builder(name, file_format="array_record")
+            builder.download_and_prepare()
+    except Exception as error:  # whatever the builder of a third party raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot open the data set 'tfds:{name}': {reason}") from error
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"'tfds:{name}' is stored as {builder.info.file_format.value}: prepare it anew with "
+            "file_format='array_record'"
+        )
+    splits = tuple(builder.info.splits)
+    wanted = ("train",) if split == "train" else ("validation", "test")
+    present = [candidate for candidate in wanted if candidate in splits]
+    if not present:
+        raise MissingSplit(
+            f"'tfds:{name}' has no split {split!r}, only {', '.join(splits)}"
+            f"{suggestion(split, splits)}"
+        )
+    return TfdsSource(str(builder.data_path), split, name=builder.info.name, tfds_split=present[0])
+
+
+def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """The keys of the image, the caption ("": none) and the class label ("": none)."""
+    images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
+    labels = [key for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)]
+    texts = [key for key in _CAPTION_NAMES if key in features and _is_text(features[key])]
+    if not images or not (texts or labels):
+        raise UserError(
+            f"'tfds:{name}' does not hold images with captions or class labels: its features are "
+            f"{', '.join(features)}"
+        )
+    return images[0], texts[0] if texts else "", labels[0] if labels else ""
+
+
+def _is_text(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)
+    return isinstance(inner, tfds.features.Text)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, bytes) else list(value)
+    texts = (" ".join(text.decode("utf-8", "replace").split()) for text in values)
+    return tuple(text for text in texts if text)
+
+
+def _words(name: str) -> str:
+    """A class or category name as words: "light & video" -> "light and video"."""
+    return " ".join(name.replace("_", " ").replace("-", " ").replace("&", "and").split())

@@ -1,0 +1,249 @@
+"""A trained model behind `encode_image` and `encode_text`, with all that its input depends on."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mlip_jax import config as schema
+from mlip_jax import parallel
+from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.text import Tokenizer
+from mlip_jax.models import two_tower
+from mlip_jax.storage.checkpoint import restore_fields
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+class Model:
+    """Images and texts to L2-normalised float32 embeddings in one space.
+
+    Attributes:
+      config: the config it was trained by; it holds every key.
+      preprocess: `Preprocessing`: an image of any kind to uint8 [size, size, 3].
+      logit_scale: what training multiplied cosines by.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: Any,
+        tokenizer: Tokenizer,
+        preprocessing: Preprocessing,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Puts a model behind the interface.
+
+        Args:
+          config: the model's config.
+          params: its parameters, as arrays on a device, on `mesh`, or of numpy.
+          tokenizer: what its text encoder was trained with.
+          preprocessing: what its image encoder was trained with.
+          mesh: the devices to spread batches over; None: one device.
+
+        Raises:
+          UserError: for a merging rate that cannot be reached, or a model without a global view.
+        """
+        self.config = config
+        self.preprocess = preprocessing
+        self._tokenizer = tokenizer
+        self._mesh = mesh
+        # Numpy parameters would be copied to the device at every call.
+        self._params = params if mesh else jax.device_put(params)
+        self._network = two_tower.build(
+            config,
+            vocab_size=tokenizer.vocab_size,
+            start_id=tokenizer.sot,
+            end_id=tokenizer.eot,
+        )
+        views = [view for view in self._network.critics if two_tower.level(view) == "global"]
+        if not views:
+            raise UserError(
+                "this model was trained by token-level perspectives only: it has no embedding of a "
+                "whole image; give config.perspectives.spatial_global.weight a value above 0"
+            )
+        self._view = views[0]
+        self._batch_size = config.evaluation.batch_size
+        if mesh:
+            shards = mesh.shape["data"] * mesh.shape["fsdp"]
+            self._batch_size = -(-self._batch_size // shards) * shards
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned scale of the perspective whose embeddings `encode_image` gives."""
+        return float(jnp.exp(self._params[f"log_scale_{self._view}"]))
+
+    def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "images width"]:
+        """Embeds images: paths, encoded bytes, Pillow images or uint8 arrays.
+
+        Raises:
+          OSError: for a file that cannot be read or holds no image.
+        """
+        pixels = [self.preprocess(image) for image in _listed(images)]
+        size = self.preprocess.image_size
+        return self.encode_image_pixels(np.array(pixels, np.uint8).reshape(-1, size, size, 3))
+
+    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
+        """Embeds texts."""
+        return self.encode_token_ids(self.tokenize(_listed(texts)))
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "texts context"]:
+        """Token ids as the model takes them."""
+        return self._tokenizer.encode(_listed(texts), self.config.model.text.context_length)
+
+    def encode_image_pixels(
+        self, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> Float[np.ndarray, "images width"]:
+        """Embeds images that `preprocess` has brought to size."""
+        return self._batched(self._image_embedding, np.asarray(images, np.uint8))
+
+    def encode_image_array(
+        self, images: Float[np.ndarray, "images size size 3"]
+    ) -> Float[np.ndarray, "images width"]:
+        """Embeds images that are resized and normalised, as `preprocess.normalize` gives them."""
+        return self._batched(self._array_embedding, np.asarray(images, np.float32))
+
+    def encode_token_ids(
+        self, token_ids: Int[np.ndarray, "texts context"]
+    ) -> Float[np.ndarray, "texts width"]:
+        """Embeds texts that are tokenised."""
+        return self._batched(self._text_embedding, np.asarray(token_ids, np.int32))
+
+    def inspect(self, images: UInt8[np.ndarray, "images size size 3"]) -> dict[str, Any]:
+        """Where the image encoder's tokens come from.
+
+        Returns:
+          "source": int32 [images, patches], the token that each patch ended in, in row-major order
+          of the patches; "sizes": float32 [images, merged]; "importance": float32
+          [images, patches], the guidance of the first merge, or None.
+        """
+        views = self._inspected(self._params, jnp.asarray(images, jnp.uint8))
+        patches = (self.config.model.image.image_size // self.config.model.image.patch_size) ** 2
+        if views.source is None:
+            source = np.broadcast_to(np.arange(patches, dtype=np.int32), (len(images), patches))
+        else:
+            source = np.argmax(np.asarray(views.source), axis=1).astype(np.int32)
+        importance = None if views.importance is None else np.asarray(views.importance, np.float32)
+        return {
+            "source": source,
+            "sizes": np.asarray(views.sizes, np.float32),
+            "importance": importance,
+        }
+
+    def frequency_filters(self) -> list[np.ndarray]:
+        """The Frequency Stage's learned gains, complex64 [rows, columns//2 + 1, width] a block."""
+        encoder = self._params["image_encoder"]
+        kernels = [
+            np.asarray(encoder[f"frequency_{index}"]["filter"])
+            for index in range(self.config.model.image.frequency.depth)
+        ]
+        return [kernel[..., 0] + 1j * kernel[..., 1] for kernel in kernels]
+
+    @functools.cached_property
+    def _image_embedding(self) -> Callable[..., jax.Array]:
+        return jax.jit(
+            lambda params, images: self._embed_images(params, self.preprocess.normalize(images))
+        )
+
+    @functools.cached_property
+    def _array_embedding(self) -> Callable[..., jax.Array]:
+        return jax.jit(self._embed_images)
+
+    @functools.cached_property
+    def _text_embedding(self) -> Callable[..., jax.Array]:
+        return jax.jit(
+            lambda params, token_ids: self._network.apply(
+                {"params": params}, token_ids, method="embed_texts"
+            )["text_global"]
+        )
+
+    @functools.cached_property
+    def _inspected(self) -> Callable[..., Any]:
+        return jax.jit(
+            lambda params, images: self._network.apply(
+                {"params": params}, self.preprocess.normalize(images), method="inspect_images"
+            )
+        )
+
+    def _embed_images(self, params: Any, images: jax.Array) -> jax.Array:
+        embeddings = self._network.apply({"params": params}, images, method="embed_images")
+        return embeddings[self._view]
+
+    def _batched(self, embed: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
+        """Calls `embed` on batches of one size, so that it compiles once; the last is filled up."""
+        size = self._batch_size
+        results = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            padded = np.pad(part, [(0, size - len(part))] + [(0, 0)] * (rows.ndim - 1))
+            placed = (
+                parallel.global_batch({"rows": padded}, self._mesh)["rows"]
+                if self._mesh
+                else jax.device_put(padded)
+            )
+            results.append((embed(self._params, placed), len(part)))
+            if len(results) > 1:
+                # One batch ahead of the device, not all of them.
+                results[-2] = (jax.device_get(results[-2][0]), results[-2][1])
+        if not results:
+            return np.zeros((0, self.config.model.embed_dim), np.float32)
+        return np.concatenate([np.asarray(rows)[:count] for rows, count in results])
+
+
+def _listed(items: Sequence[Any]) -> list[Any]:
+    """A list of several; the commonest slip is to pass one."""
+    if isinstance(items, (str, bytes, os.PathLike, Image.Image)):
+        raise TypeError("pass a list of images or texts, not a single one")
+    return list(items)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    config: ConfigDict | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Model:
+    """Loads a trained model.
+
+    Args:
+      path: a workdir; its newest good checkpoint is taken.
+      step: another checkpoint of it.
+      config: a config in place of the workdir's, such as one with another merging rate.
+      overrides: values by dotted key on top of the config, such as
+        {"model.image.merging.rate": 0.5}.
+
+    Returns:
+      The model, on one device. Averaged parameters are taken where training kept them.
+
+    Raises:
+      UserError: if the path holds no run, or a checkpoint of another model.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{path} is not a folder: give the workdir of a run")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} holds no config.json: it is not the workdir of a run")
+    fields, extras = restore_fields(folder, ("params", "ema"), step)
+    config = schema.from_json(extras["config"] if config is None else schema.to_json(config))
+    for key, value in (overrides or {}).items():
+        schema.set_key(config, key, value)
+    schema.validate(config)
+    return Model(
+        config,
+        fields["ema"] or fields["params"],
+        Tokenizer.from_json(extras["tokenizer"]),
+        Preprocessing.from_dict(extras["preprocessing"]),
+    )

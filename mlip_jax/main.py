@@ -1,0 +1,85 @@
+"""The front door: flags -> config -> a verb, whose room is imported only when it is asked for.
+
+Light and guarded, because the processes that load data import the main program again.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mlip_jax import command_line
+from mlip_jax.config import RunError, UserError
+
+HELP = """\
+Trains and evaluates language-image models.
+
+  python -m mlip_jax.main [VERB] --config=FILE[:name=value,...] [--workdir=DIR] [--config.KEY=VALUE]
+
+Verbs
+  train     train, evaluate, write a report; the same command resumes (default)
+  evaluate  score the workdir's model again
+  report    write the workdir's report again
+
+Flags
+  --config=FILE       an experiment's file, such as configs/mlip.py; what follows a colon goes to
+                      it. evaluate and report read the workdir's own config when it is left out
+  --config.KEY=VALUE  another value for one key, such as --config.batch_size=64
+  --workdir=DIR       what the run keeps; runs/<config.name> when it is left out
+  --help              this page
+
+Examples
+  python -m mlip_jax.main --config=configs/mlip.py
+  python -m mlip_jax.main --config=configs/mlip.py --workdir=runs/half --config.samples=100000
+  python -m mlip_jax.main evaluate --workdir=runs/mlip
+"""
+VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
+    "train": ("mlip_jax.training.loop", "train"),
+    "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
+    "report": ("mlip_jax.reports", "report_workdir"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Does what the command line asks; returns the exit code.
+
+    Args:
+      argv: the program's name and its arguments.
+    """
+    try:
+        command = command_line.parse(argv[1:], VERBS)
+        if command is None:
+            print(HELP, end="")
+            return 0
+        module, function = VERBS[command.verb]
+        act = getattr(importlib.import_module(module), function)
+        return act(command.config, command.workdir)
+    except UserError as error:
+        return _fail(2, str(error))
+    except RunError as error:
+        return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except MemoryError:
+        return _fail(1, "out of memory: lower config.batch_size or the size of the model")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(1, f"no space left on the disk: {error.filename or 'a file'} was not written")
+
+
+def run() -> NoReturn:
+    """The console script `mlip`."""
+    sys.exit(main(sys.argv))
+
+
+def _fail(code: int, message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,185 @@
+"""The layers that both towers share: attention, MLP, patch embedding, stochastic depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+TOKEN_INIT = nn.initializers.normal(0.02)
+KERNEL_INIT = nn.initializers.xavier_uniform()
+# The last map of a residual branch: every block starts as the identity (arXiv 1901.09321), so that
+# a small text encoder starts as a bag of words and learns from few samples.
+BRANCH_INIT = nn.initializers.zeros
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x): the activation of OpenAI's CLIP weights."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: Array) -> Array:
+    """x * Phi(x), by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": exact_gelu, "quick_gelu": quick_gelu}
+
+
+def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+    """LayerNorm with statistics in float32 and CLIP's epsilon."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leaves a residual branch out for some examples (arXiv 1603.09382)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
+        if deterministic or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+class MLP(nn.Module):
+    """Linear -> activation -> linear, on the last axis."""
+
+    ratio: float
+    activation: str
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], deterministic: bool
+    ) -> Float[Array, "batch tokens width"]:
+        width = x.shape[-1]
+        hidden = round(width * self.ratio)
+        x = nn.Dense(hidden, dtype=self.dtype, kernel_init=KERNEL_INIT, name="up")(x)
+        x = ACTIVATIONS[self.activation](x)
+        x = nn.Dense(width, dtype=self.dtype, kernel_init=BRANCH_INIT, name="down")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that also tells what token merging asks for.
+
+    Returns the output, the head-mean keys [batch, tokens, width/heads] and the head-mean
+    attention of the first token on all tokens [batch, tokens]; what is not used is not computed.
+    """
+
+    heads: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        deterministic: bool,
+        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+        size: Float[Array, "batch tokens"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch tokens width"],
+        Float[Array, "batch tokens head"],
+        Float[Array, "batch tokens"],
+    ]:
+        """Attends over all tokens.
+
+        Args:
+          x: the tokens.
+          deterministic: no dropout.
+          mask: True where a query may look at a key.
+          size: patches behind each token; its log is added to the logits (proportional attention).
+        """
+        width = x.shape[-1]
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="qkv")(x)
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+        if size is not None:
+            logits = logits + jnp.log(size)[:, None, None, :]
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(self.dtype), v)
+        out = rearrange(out, "b h t d -> b t (h d)")
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=BRANCH_INIT, name="out")(out)
+        out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
+        return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(weights[:, :, 0], axis=1)
+
+
+class Block(nn.Module):
+    """A pre-LN transformer block without merging."""
+
+    heads: int
+    mlp_ratio: float
+    activation: str
+    dropout: float
+    drop_path: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        deterministic: bool,
+        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        y = layer_norm("norm_attention", self.dtype)(x)
+        y, _, _ = Attention(self.heads, self.dropout, self.dtype, name="attention")(
+            y, deterministic, mask
+        )
+        x = x + DropPath(self.drop_path)(y, deterministic)
+        y = layer_norm("norm_mlp", self.dtype)(x)
+        y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(
+            y, deterministic
+        )
+        return x + DropPath(self.drop_path)(y, deterministic)
+
+
+class PatchEmbedding(nn.Module):
+    """Pixels to one token a patch.
+
+    stem "patch" is ViT's linear map of each patch. "conv" halves the grid by 3x3 convolutions
+    until the patch size is reached (arXiv 2106.14881), which learns from far fewer images.
+    """
+
+    width: int
+    patch_size: int
+    stem: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width_px 3"]
+    ) -> Float[Array, "batch rows columns width"]:
+        x = images.astype(self.dtype)
+        if self.stem == "patch":
+            x = rearrange(
+                x, "b (r p) (c q) ch -> b r c (p q ch)", p=self.patch_size, q=self.patch_size
+            )
+            return nn.Dense(self.width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="patch")(x)
+        halvings = self.patch_size.bit_length() - 1
+        for index in range(halvings):
+            channels = self.width >> (halvings - 1 - index)
+            x = nn.Conv(
+                channels,
+                (3, 3),
+                strides=2,
+                padding=1,
+                use_bias=False,
+                dtype=self.dtype,
+                name=f"conv_{index}",
+            )(x)
+            x = jax.nn.gelu(nn.GroupNorm(1, dtype=self.dtype, name=f"norm_{index}")(x))
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="patch")(x)

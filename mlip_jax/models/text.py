@@ -1,0 +1,82 @@
+"""The text encoder: token ids -> one global view and one view a word."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mlip_jax.models.layers import TOKEN_INIT, Block, layer_norm
+
+
+class TextViews(NamedTuple):
+    """What the text encoder says. Words are the tokens between start and end of text."""
+
+    text_global: Float[Array, "batch width"]
+    text_tokens: Float[Array, "batch context width"]
+    mask: Bool[Array, "batch context"]  # True at words
+
+
+class TextEncoder(nn.Module):
+    """CLIP's pre-LN transformer over token ids, causal or bidirectional.
+
+    Ids are [start, words..., end, padding...]. The global view is the token at `end_id`
+    (pooling "last", as CLIP) or the mean over the words and the end (pooling "mean").
+    """
+
+    vocab_size: int
+    start_id: int
+    end_id: int
+    context_length: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    causal: bool
+    pooling: str
+    activation: str
+    dropout: float
+    drop_path: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, token_ids: Int[Array, "batch context"], deterministic: bool = True
+    ) -> TextViews:
+        """Encodes token ids; `deterministic` means no dropout and no stochastic depth."""
+        end = jnp.argmax(token_ids == self.end_id, axis=-1)
+        index = jnp.arange(self.context_length)
+        valid = index <= end[:, None]
+        words = (index < end[:, None]) & (token_ids != self.start_id)
+        mask = valid[:, None, None, :]
+        if self.causal:
+            mask = mask & (index[:, None] >= index[None, :])
+
+        embedding = self.param("embedding", TOKEN_INIT, (self.vocab_size, self.width))
+        position = self.param(
+            "position", nn.initializers.normal(0.01), (self.context_length, self.width)
+        )
+        x = jnp.take(embedding, token_ids, axis=0).astype(self.dtype)
+        x = x + position.astype(self.dtype)
+        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        for layer, drop_path in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
+            x = Block(
+                heads=self.heads,
+                mlp_ratio=self.mlp_ratio,
+                activation=self.activation,
+                dropout=self.dropout,
+                drop_path=float(drop_path),
+                dtype=self.dtype,
+                name=f"block_{layer}",
+            )(x, deterministic, mask)
+        x = layer_norm("norm", self.dtype)(x)
+        if self.pooling == "last":
+            pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        else:
+            weight = (valid & (token_ids != self.start_id)).astype(jnp.float32)
+            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+            pooled = jnp.einsum("bt,btd->bd", weight, x.astype(jnp.float32)).astype(self.dtype)
+        return TextViews(pooled, x, words)

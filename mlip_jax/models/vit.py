@@ -1,0 +1,217 @@
+"""The image encoder: Frequency Stage, then Spatial Stage with guided merging -> views."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Array, Float
+
+from mlip_jax.models import merging
+from mlip_jax.models.frequency import FrequencyBlock
+from mlip_jax.models.layers import MLP, TOKEN_INIT, Attention, DropPath, PatchEmbedding, layer_norm
+
+GUIDANCE_TEMPERATURE = 0.1
+
+
+class ImageViews(NamedTuple):
+    """What the image encoder sees. The frequency views are None without a Frequency Stage."""
+
+    spatial_global: Float[Array, "batch width"]
+    spatial_tokens: Float[Array, "batch merged width"]
+    sizes: Float[Array, "batch merged"]  # patches behind each spatial token; they sum to N
+    frequency_global: Float[Array, "batch width"] | None
+    frequency_tokens: Float[Array, "batch patches width"] | None
+    # On request only:
+    source: Float[Array, "batch merged patches"] | None  # which patches each token stands for
+    importance: Float[Array, "batch patches"] | None  # guidance in the first merging block
+
+
+class SpatialBlock(nn.Module):
+    """A pre-LN transformer block that merges `r` tokens between attention and MLP, as ToMe does."""
+
+    r: int
+    heads: int
+    mlp_ratio: float
+    activation: str
+    dropout: float
+    drop_path: float
+    guidance: str
+    guidance_mix: float
+    similarity_mix: float
+    importance_penalty: float
+    proportional_attention: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        size: Float[Array, "batch tokens"],
+        features: Float[Array, "batch patches width"] | None,
+        deterministic: bool,
+    ) -> tuple[Array, Array, Array | None, merging.Plan | None, Array | None]:
+        """Returns tokens, sizes and frequency features after the block, the plan, the guidance."""
+        y = layer_norm("norm_attention", self.dtype)(x)
+        y, keys, class_attention = Attention(
+            self.heads, self.dropout, self.dtype, name="attention"
+        )(y, deterministic, size=size if self.proportional_attention else None)
+        x = x + DropPath(self.drop_path)(y, deterministic)
+        plan = guidance = None
+        if self.r:
+            guidance = self._importance(class_attention, features)
+            plan = merging.match(
+                keys,
+                self.r,
+                guidance=guidance,
+                features=features if self.guidance in ("frequency", "both") else None,
+                similarity_mix=self.similarity_mix,
+                importance_penalty=self.importance_penalty,
+            )
+            x, merged_size = merging.merge(plan, x, size)
+            if features is not None:
+                features = _merge_features(plan, features, size)
+            size = merged_size
+        y = layer_norm("norm_mlp", self.dtype)(x)
+        y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(
+            y, deterministic
+        )
+        return x + DropPath(self.drop_path)(y, deterministic), size, features, plan, guidance
+
+    def _importance(
+        self, class_attention: Float[Array, "batch tokens"], features: Array | None
+    ) -> Float[Array, "batch patches"] | None:
+        if self.guidance == "none":
+            return None
+        spatial = frequency = None
+        if self.guidance in ("spatial", "both"):
+            spatial = class_attention[:, 1:]
+        if self.guidance in ("frequency", "both"):
+            frequency = frequency_importance(features)
+        return merging.importance(spatial, frequency, self.guidance_mix)
+
+
+def frequency_importance(
+    features: Float[Array, "batch patches width"],
+) -> Float[Array, "batch patches"]:
+    """a_f = softmax over tokens of cos(F_n, mean F) / 0.1."""
+    features = jax.lax.stop_gradient(features.astype(jnp.float32))
+    mean = jnp.mean(features, axis=1, keepdims=True)
+    norms = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(mean, axis=-1)
+    cosine = jnp.sum(features * mean, axis=-1) / jnp.maximum(norms, 1e-12)
+    return jax.nn.softmax(cosine / GUIDANCE_TEMPERATURE, axis=-1)
+
+
+def _merge_features(plan: merging.Plan, features: Array, size: Array) -> Array:
+    """Carries the patch tokens' features through a merge: the plan without its class token."""
+    patches = merging.Plan(plan.slot[:, 1:], plan.count)
+    # Slots are numbered with the class token's in place; it alone gets no patch and is dropped.
+    to_slot = merging.assignment(patches)
+    weight = to_slot * size[:, None, 1:]
+    share = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1.0)
+    merged = jnp.einsum("bst,btd->bsd", share, features.astype(jnp.float32))
+    return jax.lax.stop_gradient(merged[:, 1:].astype(features.dtype))
+
+
+class ImageEncoder(nn.Module):
+    """ViT of `depth` blocks, the first `frequency_depth` of them a Frequency Stage."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    stem: str
+    activation: str
+    dropout: float
+    drop_path: float
+    frequency_depth: int
+    transform: str
+    merge_counts: tuple[int, ...]  # tokens to merge, one number a spatial block
+    guidance: str
+    guidance_mix: float
+    similarity_mix: float
+    importance_penalty: float
+    proportional_attention: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "batch image_size image_size 3"],
+        deterministic: bool = True,
+        inspect: bool = False,
+    ) -> ImageViews:
+        """Encodes normalised images.
+
+        Args:
+          images: float, after mean and standard deviation.
+          deterministic: no dropout, no stochastic depth.
+          inspect: also return where merged tokens come from and the guidance of the first merge.
+        """
+        grid = self.image_size // self.patch_size
+        paths = np.linspace(0.0, self.drop_path, self.depth)
+        common = {
+            "mlp_ratio": self.mlp_ratio,
+            "activation": self.activation,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+        }
+        x = PatchEmbedding(
+            self.width, self.patch_size, self.stem, self.dtype, name="patch_embedding"
+        )(images)
+        position = self.param("position", TOKEN_INIT, (grid, grid, self.width))
+        x = x + position.astype(self.dtype)
+        for index in range(self.frequency_depth):
+            x = FrequencyBlock(
+                **common,
+                drop_path=float(paths[index]),
+                transform=self.transform,
+                name=f"frequency_{index}",
+            )(x, deterministic)
+        x = rearrange(x, "b r c d -> b (r c) d")
+        frequency_tokens = frequency_global = features = None
+        if self.frequency_depth:
+            frequency_tokens = layer_norm("norm_frequency", self.dtype)(x)
+            frequency_global = jnp.mean(frequency_tokens.astype(jnp.float32), axis=1)
+            features = jax.lax.stop_gradient(frequency_tokens)
+
+        # The class token brings its own position; a sum of two parameters would be one.
+        class_token = self.param("class_token", TOKEN_INIT, (self.width,))
+        class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
+        x = jnp.concatenate([class_token, x], axis=1)
+        size = jnp.ones(x.shape[:2], jnp.float32)
+        origin = first_guidance = None
+        for index, r in enumerate(self.merge_counts):
+            block = self.frequency_depth + index
+            x, size, features, plan, guidance = SpatialBlock(
+                **common,
+                r=r,
+                heads=self.heads,
+                drop_path=float(paths[block]),
+                guidance=self.guidance,
+                guidance_mix=self.guidance_mix,
+                similarity_mix=self.similarity_mix,
+                importance_penalty=self.importance_penalty,
+                proportional_attention=self.proportional_attention,
+                name=f"spatial_{index}",
+            )(x, size, features, deterministic)
+            if inspect and plan is not None:
+                origin = merging.source(plan, origin)
+                if first_guidance is None:
+                    first_guidance = guidance
+        x = layer_norm("norm_spatial", self.dtype)(x)
+        return ImageViews(
+            spatial_global=x[:, 0],
+            spatial_tokens=x[:, 1:],
+            sizes=size[:, 1:],
+            frequency_global=frequency_global,
+            frequency_tokens=frequency_tokens,
+            source=None if origin is None else origin[:, 1:, 1:],
+            importance=first_guidance,
+        )

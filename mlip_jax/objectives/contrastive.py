@@ -1,0 +1,89 @@
+"""Losses on paired embeddings: softmax (CLIP), sigmoid (SigLIP), jsd (CLIP-Lite).
+
+Each takes L2-normalised embeddings [batch, width] whose rows are pairs. The `*_of_scores` forms
+take the scaled scores themselves, so that the token level shares them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""]
+_PRECISE = jax.lax.Precision.HIGHEST
+
+
+def _scores(image: Array, text: Array, scale: Array | float) -> Float[Array, "batch batch"]:
+    return scale * jnp.einsum("id,jd->ij", image, text, precision=_PRECISE)
+
+
+def softmax_contrastive(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+) -> Scalar:
+    """CLIP's symmetric cross-entropy (arXiv 2103.00020): mean over pairs and both directions."""
+    scores = _scores(image, text, scale)
+    return softmax_of_scores(scores, scores)
+
+
+def softmax_of_scores(
+    image_to_text: Float[Array, "images texts"], text_to_image: Float[Array, "images texts"]
+) -> Scalar:
+    """Cross-entropy of the rows of one score matrix and of the columns of another; their mean."""
+    rows = jax.nn.logsumexp(image_to_text, axis=1) - jnp.diagonal(image_to_text)
+    columns = jax.nn.logsumexp(text_to_image, axis=0) - jnp.diagonal(text_to_image)
+    return (jnp.mean(rows) + jnp.mean(columns)) / 2
+
+
+def sigmoid_contrastive(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
+) -> Scalar:
+    """SigLIP's pairwise loss (arXiv 2303.15343): summed over all pairs, divided by the batch."""
+    return sigmoid_of_scores(_scores(image, text, scale) + bias)
+
+
+def sigmoid_of_scores(scores: Float[Array, "batch batch"]) -> Scalar:
+    """-log sigmoid of the diagonal, -log sigmoid(-) of all others; the sum over the batch size."""
+    sign = 2 * jnp.eye(scores.shape[0], dtype=scores.dtype) - 1
+    return jnp.sum(jax.nn.softplus(-sign * scores)) / scores.shape[0]
+
+
+def jsd(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    shifts: int = 1,
+) -> Scalar:
+    """The Jensen-Shannon bound with `shifts` negatives a positive (CLIP-Lite, arXiv 2112.07133).
+
+    mean softplus(-T(x_i, y_i)) + mean softplus(T(x_i, y_(i+k mod n))), over k = 1..shifts.
+
+    Raises:
+      ValueError: unless 1 <= shifts < batch; past it, a pair would be its own negative.
+    """
+
+    def score(shift: int) -> Float[Array, "batch"]:
+        return scale * jnp.sum(image * jnp.roll(text, -shift, axis=0), axis=-1)
+
+    check_shifts(shifts, image.shape[0])
+    return jsd_of_scores(score(0), jnp.stack([score(shift + 1) for shift in range(shifts)]))
+
+
+def check_shifts(shifts: int, batch: int) -> None:
+    """Raises ValueError unless 1 <= shifts < batch."""
+    if not 1 <= shifts < batch:
+        raise ValueError(
+            f"jsd with {shifts} shifts needs a batch of at least {max(shifts, 1) + 1}, not {batch}"
+        )
+
+
+def jsd_of_scores(
+    positive: Float[Array, "batch"], negatives: Float[Array, "shifts batch"]
+) -> Scalar:
+    """mean softplus(-positive) + mean softplus(negative)."""
+    return jnp.mean(jax.nn.softplus(-positive)) + jnp.mean(jax.nn.softplus(negatives))

@@ -1,0 +1,145 @@
+"""Token-level similarity (FILIP, arXiv 2111.07783), with weights for merged tokens.
+
+    image_to_text[i, j] = sum over k of weight_ik * max over m of a_ik . b_jm
+    text_to_image[i, j] = masked mean over m of max over k of a_ik . b_jm
+
+All pairs cost images x texts x tokens x words. That array never exists whole: blocks of texts are
+scored one after the other, and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mlip_jax.objectives.contrastive import (
+    Scalar,
+    check_shifts,
+    jsd_of_scores,
+    sigmoid_of_scores,
+    softmax_of_scores,
+)
+
+ImageTokens = Float[Array, "images tokens width"]
+TextTokens = Float[Array, "texts words width"]
+Weights = Float[Array, "images tokens"]
+Mask = Bool[Array, "texts words"]
+
+
+def _reduce(
+    products: Float[Array, "... tokens words"],
+    weights: Float[Array, "... tokens"],
+    mask: Bool[Array, "... words"],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Both directed similarities from the products of every token with every word."""
+    lowest = jnp.finfo(products.dtype).min
+    best_word = jnp.max(jnp.where(mask[..., None, :], products, lowest), axis=-1)
+    words = jnp.sum(mask, axis=-1).astype(products.dtype)
+    # A text without words is as similar to everything: 0, not the lowest float.
+    best_word = jnp.where(words[..., None] > 0, best_word, 0.0)
+    image_to_text = jnp.sum(weights * best_word, axis=-1)
+    best_token = jnp.where(mask, jnp.max(products, axis=-2), 0.0)
+    text_to_image = jnp.sum(best_token, axis=-1) / jnp.maximum(words, 1.0)
+    return image_to_text, text_to_image
+
+
+def tokenwise_similarity(
+    image_tokens: ImageTokens,
+    text_tokens: TextTokens,
+    image_weights: Weights,
+    text_mask: Mask,
+    *,
+    chunk: int = 32,
+) -> tuple[Float[Array, "images texts"], Float[Array, "images texts"]]:
+    """Similarity of all images with all texts, in both directions.
+
+    Args:
+      image_tokens: L2-normalised, float32.
+      text_tokens: L2-normalised, float32.
+      image_weights: share of each token in its image (size / patches); rows sum to 1.
+      text_mask: True at words.
+      chunk: texts scored at a time; memory is images x tokens x chunk x words.
+
+    Returns:
+      (image_to_text, text_to_image), each [images, texts]; for a pair they differ.
+    """
+    texts = text_tokens.shape[0]
+    chunk = min(chunk, texts)
+    blocks = -(-texts // chunk)
+    padding = blocks * chunk - texts
+    tokens = jnp.pad(text_tokens, ((0, padding), (0, 0), (0, 0)))
+    mask = jnp.pad(text_mask, ((0, padding), (0, 0)))
+
+    @jax.checkpoint
+    def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        block_tokens, block_mask = block
+        products = jnp.einsum("ikd,jmd->ijkm", image_tokens, block_tokens)
+        return _reduce(products, image_weights[:, None], block_mask[None])
+
+    blocked = (
+        tokens.reshape(blocks, chunk, *tokens.shape[1:]),
+        mask.reshape(blocks, chunk, mask.shape[1]),
+    )
+    image_to_text, text_to_image = jax.lax.map(score, blocked)
+    images = image_tokens.shape[0]
+
+    def whole(x: Float[Array, "blocks images chunk"]) -> Float[Array, "images texts"]:
+        return jnp.moveaxis(x, 0, 1).reshape(images, blocks * chunk)[:, :texts]
+
+    return whole(image_to_text), whole(text_to_image)
+
+
+def paired_similarity(
+    image_tokens: ImageTokens, text_tokens: TextTokens, image_weights: Weights, text_mask: Mask
+) -> tuple[Float[Array, "images"], Float[Array, "images"]]:
+    """Similarity of image i with text i only, in both directions, each [images]."""
+    products = jnp.einsum("ikd,imd->ikm", image_tokens, text_tokens)
+    return _reduce(products, image_weights, text_mask)
+
+
+def tokenwise_loss(
+    loss: str,
+    image_tokens: ImageTokens,
+    text_tokens: TextTokens,
+    image_weights: Weights,
+    text_mask: Mask,
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float = 0.0,
+    *,
+    shifts: int = 1,
+    chunk: int = 32,
+) -> Scalar:
+    """A contrastive loss on token-level similarity; its mean over the two directions.
+
+    Args:
+      loss: "softmax", "sigmoid" or "jsd". The first two score all pairs, jsd only
+        (shifts + 1) * batch of them.
+      image_tokens, text_tokens, image_weights, text_mask: as `tokenwise_similarity`, same batch.
+      scale: multiplies the similarity.
+      bias: added to it (sigmoid only).
+      shifts: negatives a positive (jsd only).
+      chunk: texts scored at a time.
+    """
+    if loss == "jsd":
+        check_shifts(shifts, image_tokens.shape[0])
+        scores = [
+            paired_similarity(
+                image_tokens,
+                jnp.roll(text_tokens, -shift, axis=0),
+                image_weights,
+                jnp.roll(text_mask, -shift, axis=0),
+            )
+            for shift in range(shifts + 1)
+        ]
+        directed = [scale * jnp.stack([pair[direction] for pair in scores]) for direction in (0, 1)]
+        return sum(jsd_of_scores(score[0], score[1:]) for score in directed) / 2
+    image_to_text, text_to_image = tokenwise_similarity(
+        image_tokens, text_tokens, image_weights, text_mask, chunk=chunk
+    )
+    if loss == "sigmoid":
+        return (
+            sigmoid_of_scores(scale * image_to_text + bias)
+            + sigmoid_of_scores(scale * text_to_image + bias)
+        ) / 2
+    return softmax_of_scores(scale * image_to_text, scale * text_to_image)

@@ -1,0 +1,125 @@
+"""Curves of a run over samples seen, a panel a question; a panel without data is not drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from mlip_jax.reports.history import History, Line, keys, series
+from mlip_jax.reports.style import INK, PERSPECTIVES, QUIET, SERIES
+
+COLUMNS = 3
+
+
+def draw_curves(history: History) -> Figure | None:
+    """Every curve that the history has data for, or None when it has none."""
+    training, evaluation = history.training, history.evaluation
+    panels: list[tuple[str, Callable[[Axes], None]]] = []
+    if training:
+        panels.append(("Loss, total", lambda axes: _lines(axes, training, ["loss"])))
+    for title, prefix in (("Loss of each perspective", "loss/"), ("Logit scales", "scale/")):
+        found = keys(training, prefix)
+        if found:
+            panels.append((title, lambda axes, found=found: _lines(axes, training, found)))
+    for family, title in (("retrieval/", "Retrieval"), ("zero_shot/", "Zero-shot")):
+        found = [key for key in keys(evaluation, family) if not key.endswith("rank")]
+        for name in dict.fromkeys(key.split("/")[1] for key in found):
+            own = [key for key in found if key.split("/")[1] == name]
+            panels.append(
+                (f"{title}, {name}", lambda axes, own=own: _shares(axes, evaluation, own))
+            )
+    for key, title in (
+        ("learning_rate", "Learning rate"),
+        ("gradient_norm", "Gradient norm"),
+        ("images_per_second", "Images a second"),
+    ):
+        if series(training, key)[1].size:
+            panels.append((title, lambda axes, key=key: _lines(axes, training, [key])))
+    if series(training, "data_wait")[1].size:
+        panels.append(("Time spent waiting for data", lambda axes: _wait(axes, training)))
+    if not panels:
+        return None
+
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(11.5, 2.9 * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axes, (title, draw) in zip(grid, panels, strict=False):
+        axes.set_title(title)
+        draw(axes)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlim(left=0)
+        axes.set_xlabel("samples seen")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _lines(axes: Axes, lines: list[Line], names: list[str]) -> None:
+    for position, name in enumerate(names):
+        samples, values = series(lines, name)
+        label = name.split("/", 1)[-1]
+        color = PERSPECTIVES.get(label, SERIES[position % len(SERIES)])
+        smooth = _moving_average(values)
+        if smooth is not None:
+            axes.plot(samples, values, color=color, alpha=0.25, linewidth=1)
+        axes.plot(
+            samples,
+            values if smooth is None else smooth,
+            color=color,
+            label=label.replace("_", " "),
+            marker="o" if len(values) == 1 else "",
+        )
+    if len(names) > 1:
+        axes.legend()
+    if names == ["learning_rate"]:
+        axes.yaxis.set_major_formatter("{x:.1g}")
+
+
+def _shares(axes: Axes, lines: list[Line], names: list[str]) -> None:
+    directions = list(dict.fromkeys(name.split("/")[-1].split("_recall")[0] for name in names))
+    for position, name in enumerate(names):
+        samples, values = series(lines, name)
+        figure = name.split("/")[-1]
+        direction, found, k = figure.partition("_recall@")
+        if found:
+            dash = "-" if directions.index(direction) == 0 else (0, (4, 1.5))
+            color = SERIES[{"1": 0, "5": 2, "10": 4}.get(k, 3)]
+            label = f"{direction.replace('_', ' ')} R@{k}"
+        else:
+            dash, color, label = "-", SERIES[position % len(SERIES)], figure.replace("_", " ")
+        axes.plot(
+            samples, values, color=color, linestyle=dash, marker="o", markersize=3, label=label
+        )
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    highest = max(axes.dataLim.y1, 0.01)
+    ticks = MaxNLocator(5).tick_values(0, highest)
+    axes.set_yticks([tick for tick in ticks if tick <= min(1, 1.1 * highest)])
+    # The legend stands above the lines, where none can run.
+    axes.set_ylim(0, highest * (1.08 + 0.13 * -(-len(names) // 2)))
+    axes.legend(
+        ncols=2, loc="upper left", fontsize=7, handlelength=1.6, columnspacing=1, labelspacing=0.3
+    )
+
+
+def _wait(axes: Axes, lines: list[Line]) -> None:
+    samples, values = series(lines, "data_wait")
+    axes.fill_between(samples, values, color=QUIET, alpha=0.25, linewidth=0)
+    axes.plot(samples, values, color=INK, linewidth=1.2)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.set_ylim(0, max(0.1, 1.15 * float(values.max())))
+
+
+def _moving_average(values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"] | None:
+    """A centred mean over a fortieth of the run; None for a curve too short to need one."""
+    if len(values) < 80:
+        return None
+    width = len(values) // 40 * 2 + 1
+    padded = np.pad(values, width // 2, mode="edge")
+    return np.convolve(padded, np.full(width, 1 / width), mode="valid")

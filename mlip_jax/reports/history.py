@@ -1,0 +1,62 @@
+"""metrics.jsonl as a reader wants it: each step once, damaged lines gone."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Line = dict[str, Any]
+
+
+@dataclass
+class History:
+    """The lines of a run in order of steps."""
+
+    training: list[Line] = field(default_factory=list)
+    evaluation: list[Line] = field(default_factory=list)
+
+
+def read_history(path: str | os.PathLike[str]) -> History:
+    """Reads metrics.jsonl; an absent file is an empty history.
+
+    A resumed run writes again what lay past its checkpoint, so a line removes all earlier lines of
+    its kind at its step or later. A line cut short by a kill does not parse and is passed over.
+    """
+    history = History()
+    path = Path(path)
+    if not path.exists():
+        return history
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            step = line["step"]
+            line["samples"] = float(line["samples"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        lines = history.training if "loss" in line else history.evaluation
+        while lines and lines[-1]["step"] >= step:
+            lines.pop()
+        lines.append(line)
+    return history
+
+
+def series(
+    lines: list[Line], key: str
+) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Samples seen and values of the lines that carry a key."""
+    carried = [line for line in lines if isinstance(line.get(key), int | float)]
+    return (
+        np.array([line["samples"] for line in carried], np.float64),
+        np.array([line[key] for line in carried], np.float64),
+    )
+
+
+def keys(lines: list[Line], prefix: str) -> list[str]:
+    """Every key that starts with a prefix, in order of appearance."""
+    return list(dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)))

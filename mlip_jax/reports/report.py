@@ -1,0 +1,258 @@
+"""report.html: what was trained, how well it does, and what it looks like from inside."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import numpy as np
+from jaxtyping import Complex, UInt8
+from ml_collections import ConfigDict
+
+from mlip_jax.data.sources import Source, open_source, open_validation
+from mlip_jax.evaluations.interface import Encoder
+from mlip_jax.evaluations.results import read_results, rows
+from mlip_jax.evaluations.run import EmbeddedSet, embed_source, short_name
+from mlip_jax.inference import load
+from mlip_jax.reports import style
+from mlip_jax.reports.curves import draw_curves
+from mlip_jax.reports.filters import draw_filters
+from mlip_jax.reports.history import History, read_history
+from mlip_jax.reports.merging import draw_merging, is_merged
+from mlip_jax.reports.retrieval_sheet import make_sheet
+
+FILE_NAME = "report.html"
+PICTURE_FOLDER = "report"
+IMAGES_AT_MOST = 5000  # candidates of the retrieval sheet; more would not change what it shows
+MERGED_IMAGES = 12
+_PACKAGES = ("mlip_jax", "jax", "flax", "optax", "numpy")
+
+
+class Inspectable(Encoder, Protocol):
+    """An encoder that can be looked into."""
+
+    config: ConfigDict
+
+    def inspect(
+        self, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> dict[str, np.ndarray | None]:
+        """ "source": int32 [n, N], each patch's token at the end; "importance": [n, N] or None."""
+
+    def frequency_filters(self) -> Sequence[Complex[np.ndarray, "height half channels"]]:
+        """The filters of the Frequency Stage, one half spectrum a block."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page."""
+
+    uri: str
+    alt: str
+
+
+def write_report(
+    workdir: str | os.PathLike[str], model: Inspectable, source: Source | None
+) -> Path:
+    """Writes workdir/report.html, a page that needs no other file, and workdir/report/*.png.
+
+    Reads results.json, metrics.jsonl and environment.json of the workdir where they exist. What a
+    model or a run does not have (merging, filters, curves) is said on the page in a sentence.
+
+    Args:
+      workdir: of a run.
+      model: the run's model.
+      source: the images and captions to show; None leaves those sections out.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      UserError: when the source is empty or none of its images can be read.
+      RunError: for NaN or infinity among the embeddings.
+    """
+    workdir = Path(workdir)
+    pictures = workdir / PICTURE_FOLDER
+    pictures.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    history = read_history(workdir / "metrics.jsonl")
+    results = read_results(workdir)
+    embedded = None
+    if source is not None:
+        embedded = embed_source(
+            model,
+            source,
+            short_name(source.name),
+            config.evaluation.batch_size,
+            limit=IMAGES_AT_MOST,
+        )
+    with style.style():
+        curves = _curves(history, pictures)
+        merging = None if embedded is None else _merging(model, embedded, pictures)
+        filters = _filters(model, pictures)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("page.html").render(
+        name=config.name,
+        written=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        headline=_headline(results.figures, results.chance),
+        facts=_facts(config, history),
+        environment=_environment(workdir),
+        config_json=json.dumps(config.to_dict(), indent=2),
+        results=rows(results),
+        notes=results.notes,
+        curves=curves,
+        sheet=None if embedded is None else make_sheet(model, embedded),
+        merging=merging,
+        filters=filters,
+        set_name="" if embedded is None else embedded.name,
+        attribution="" if source is None else source.attribution,
+    )
+    path = workdir / FILE_NAME
+    draft = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
+    """The report verb: writes the report of a workdir's newest checkpoint and prints its place.
+
+    Raises:
+      UserError: for a folder without a checkpoint, or a config that does not fit it.
+    """
+    model = load(workdir, config=config)
+    source = open_validation(config.data) or open_source(
+        config.data.train, "train", cache_dir=config.data.cache_dir
+    )
+    print(f"report: {write_report(workdir, model, source)}")
+    return 0
+
+
+def _curves(history: History, folder: Path) -> Picture | None:
+    figure = draw_curves(history)
+    if figure is None:
+        return None
+    return Picture(style.save(figure, folder / "curves.png"), "Curves of the run over samples seen")
+
+
+def _merging(model: Inspectable, embedded: EmbeddedSet, folder: Path) -> Picture | None:
+    chosen = np.linspace(0, len(embedded.indices) - 1, min(MERGED_IMAGES, len(embedded.indices)))
+    records = [embedded.source[int(embedded.indices[i])] for i in chosen.round().astype(int)]
+    images = np.stack([model.preprocess(record.image) for record in records])
+    inside = model.inspect(images)
+    source, importance = inside["source"], inside.get("importance")
+    if source is None or not is_merged(source):
+        return None
+    image = model.config.model.image
+    side = image.image_size // image.patch_size
+    figure = draw_merging(images, source, importance, (side, side))
+    return Picture(
+        style.save(figure, folder / "merging.png"),
+        "Images beside the patches that became one token each",
+    )
+
+
+def _filters(model: Inspectable, folder: Path) -> Picture | None:
+    kernels = [np.asarray(kernel) for kernel in model.frequency_filters()]
+    if not kernels:
+        return None
+    image = model.config.model.image
+    figure = draw_filters(kernels, width=image.image_size // image.patch_size)
+    return Picture(
+        style.save(figure, folder / "filters.png"),
+        "Gain of the learned filters over spatial frequency",
+    )
+
+
+def _headline(figures: dict[str, float], chance: dict[str, float]) -> list[tuple[str, str, str]]:
+    """At most four figures that say most: (value, what, chance)."""
+    names = {
+        "text_to_image_recall@1": "text to image, R@1",
+        "image_to_text_recall@1": "image to text, R@1",
+        "top1": "zero-shot, top-1",
+    }
+    chosen = []
+    for key, value in figures.items():
+        _, name, figure = key.split("/", 2)
+        if figure in names:
+            expected = f"chance {100 * chance[key]:.1f} %" if key in chance else ""
+            chosen.append((f"{100 * value:.1f} %", f"{names[figure]} on {name}", expected))
+    return chosen[:4]
+
+
+def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
+    """The config in a dozen lines."""
+    image, text = config.model.image, config.model.text
+    seen = max([line["samples"] for line in history.training], default=0)
+    encoder = (
+        f"{image.depth} blocks, {image.width} wide, {image.heads} heads; {image.image_size} px in "
+        f"patches of {image.patch_size}"
+    )
+    frequency = (
+        f"first {image.frequency.depth} of {image.depth} blocks"
+        if image.frequency.depth
+        else "none"
+    )
+    merging = "none"
+    if image.merging.rate:
+        merging = f"{100 * image.merging.rate:.0f} % of the patch tokens, guidance "
+        merging += f"{image.merging.guidance!r}"
+    perspectives = [
+        f"{name.replace('_', ' ')} ({perspective.loss}, weight {perspective.weight:g})"
+        for name, perspective in config.perspectives.items()
+        if perspective.weight > 0
+    ]
+    causal = "causal" if text.causal else "bidirectional"
+    facts = [
+        ("Training set", config.data.train),
+        ("Samples seen", f"{seen:,.0f} of {config.samples:,}" if seen else "not recorded"),
+        ("Batch", f"{config.batch_size:,}"),
+        ("Image encoder", encoder),
+        ("Frequency Stage", frequency),
+        ("Token merging", merging),
+        ("Text encoder", f"{text.depth} blocks, {text.width} wide, {text.heads} heads; {causal}"),
+        ("Embedding", f"{config.model.embed_dim} wide"),
+        ("Perspectives", "; ".join(perspectives)),
+        ("Learning rate", f"{config.optimizer.learning_rate:g}"),
+        ("Weight decay", f"{config.optimizer.weight_decay:g}"),
+        ("Seed", str(config.seed)),
+    ]
+    rates = [line["images_per_second"] for line in history.training if "images_per_second" in line]
+    if rates:
+        facts.append(("Throughput", f"{np.median(rates):,.0f} images a second (median)"))
+    return facts
+
+
+def _environment(workdir: Path) -> list[tuple[str, str]]:
+    """What the run recorded of its machine; else the versions that write this page."""
+    path = workdir / "environment.json"
+    if path.exists():
+        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return [(key.replace("_", " "), _plain(value)) for key, value in recorded.items()]
+    versions = []
+    for package in _PACKAGES:
+        try:
+            versions.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

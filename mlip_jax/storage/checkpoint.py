@@ -1,0 +1,355 @@
+"""The checkpoints of a run.
+
+A checkpoint is one folder `checkpoints/STEP`, committed by Orbax in one rename:
+  state/       the training state, an array a tensor, restorable on any mesh
+  extras/      JSON: the step, the config, the tokenizer, versions, the commit
+  metrics/     JSON: what the best checkpoints are chosen by
+  files.json   size and CRC-32 of the files above: Orbax alone reads a flipped bit as a weight
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from mlip_jax.config import RunError, UserError
+from mlip_jax.storage.workdir import origin
+
+FOLDER = "checkpoints"
+_SEAL = "files.json"
+# Orbax writes these after the seal: when it commits.
+_UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt", _SEAL}
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved while training goes on, restored bit for bit.
+
+    All processes of a run construct it and call it together. Close it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        best: str = "",
+    ) -> None:
+        """Opens or makes `workdir/checkpoints`; clears what an interrupted save left there.
+
+        Args:
+          workdir: the run's folder.
+          keep_last: how many of the newest checkpoints stay.
+          keep_best: how many of the best stay besides, of those saved with the metric `best`.
+          best: name of a metric of which more is better; "": none.
+
+        Raises:
+          UserError: if keep_last is less than 1.
+        """
+        if keep_last < 1:
+            raise UserError(f"config.checkpoint.keep_last={keep_last} must be at least 1")
+        self._folder = Path(workdir).absolute() / FOLDER
+        self._best = best
+        self._saving = 0
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
+        if best and keep_best > 0:
+            policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state, extras = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+        registry.add("state", ocp.args.StandardSave, state)
+        registry.add("state", ocp.args.StandardRestore, state)
+        registry.add("extras", ocp.args.JsonSave, extras)
+        registry.add("extras", ocp.args.JsonRestore, extras)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=self._score,  # without it Orbax keeps no metrics
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+            handler_registry=registry,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extras: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Saves; returns when the state is copied, so that it may be donated to the next step.
+
+        A step that is already saved is left as it is.
+
+        Args:
+          step: the number of steps done.
+          state: a pytree of arrays.
+          extras: what JSON can hold. The step, versions and the commit are added.
+          metrics: figures of an evaluation at this step, if there was one.
+
+        Raises:
+          RunError: if this save or the one before it could not be written. The checkpoints
+            before them are good.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        self._saving = step
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    extras=ocp.args.JsonSave({**extras, "step": step, **origin()}),
+                ),
+                metrics={key: float(value) for key, value in (metrics or {}).items()},
+                force=True,
+            )
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest good checkpoint; a damaged one is set aside with a warning.
+
+        Args:
+          abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          The state, placed as asked, and the extras; None where nothing was saved.
+
+        Raises:
+          UserError: if the checkpoint is of another model.
+          RunError: if there are checkpoints and none can be read.
+        """
+        self.wait()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            if self._is_damaged(step):
+                self._set_aside(step)
+                continue
+            self._check_model(step, abstract_state)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state),
+                    extras=ocp.args.JsonRestore(),
+                ),
+            )
+            return restored.state, restored.extras
+        if steps:
+            raise RunError(f"every checkpoint in {self._folder} is damaged: give a new --workdir")
+        return None
+
+    def latest_step(self) -> int | None:
+        """The newest step that is saved, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The kept step with the highest value of the metric `best`, or None."""
+        self.wait()
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        rated = [step for step, found in metrics.items() if found and self._best in found]
+        return max(rated, key=lambda step: (self._score(metrics[step]), step), default=None)
+
+    def wait(self) -> None:
+        """Returns when the save under way is on disk.
+
+        Raises:
+          RunError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes the save under way and frees the threads.
+
+        Raises:
+          RunError: if the save could not be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        value = metrics.get(self._best, -math.inf)
+        return -math.inf if math.isnan(value) else value
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = _cannot_write(error)
+            if not reason:
+                raise
+            raise RunError(
+                f"cannot write the checkpoint of step {self._saving} to {self._folder}: {reason}; "
+                "the checkpoints before it are good, and the same command goes on from them"
+            ) from error
+
+    def _seal(self) -> None:
+        """Records the files of the save under way, just before Orbax commits it."""
+        if jax.process_index():
+            return
+        drafts = [
+            path
+            for path in self._folder.iterdir()
+            if path.name == str(self._saving) or path.name.startswith(f"{self._saving}.")
+        ]
+        if len(drafts) != 1:
+            raise RunError(f"cannot find the draft of checkpoint {self._saving}: {drafts}")
+        (drafts[0] / _SEAL).write_text(json.dumps(_files(drafts[0])), encoding="utf-8")
+
+    def _is_damaged(self, step: int) -> bool:
+        damaged = not jax.process_index() and bool(_damage(self._folder / str(step)))
+        if jax.process_count() > 1:  # one process reads; all must agree
+            return bool(multihost_utils.broadcast_one_to_all(np.asarray(damaged)))
+        return damaged
+
+    def _set_aside(self, step: int) -> None:
+        path = self._folder / str(step)
+        if not jax.process_index():
+            _warn(f"checkpoint {path} is damaged ({_damage(path)}): going on from the one before")
+            aside = path.with_name(f"damaged-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        self._manager.reload()
+
+    def _check_model(self, step: int, abstract_state: Any) -> None:
+        """Compares names, shapes and types: Orbax's own errors name no tensor."""
+        saved = _tensors(self._manager.item_metadata(step)["state"].tree)
+        wanted = _tensors(abstract_state)
+        other = f"checkpoint {self._folder / str(step)} is of another model"
+        for name in sorted(saved.keys() | wanted.keys()):
+            if name not in saved or name not in wanted:
+                place = "the checkpoint" if name not in saved else "this config's model"
+                raise UserError(f"{other}: {place} has no tensor {name}")
+            if saved[name] != wanted[name]:
+                raise UserError(
+                    f"{other}: tensor {name} is {saved[name]} there and {wanted[name]} in this "
+                    "config's model"
+                )
+
+
+def restore_fields(
+    workdir: str | os.PathLike[str], fields: Sequence[str] = ("params",), step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts of a saved state as numpy arrays, whatever devices wrote them. Changes nothing.
+
+    Args:
+      workdir: the run's folder; it may be training right now.
+      fields: names of the state's fields. One that was None or absent comes back as {}.
+      step: which checkpoint; None: the newest good one.
+
+    Returns:
+      The fields and the extras.
+
+    Raises:
+      UserError: if there is no such checkpoint.
+      RunError: if every candidate is damaged.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    steps = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
+    if not steps:
+        raise UserError(f"{workdir} holds no checkpoint yet: train first, or check the path")
+    if step is not None and step not in steps:
+        raise UserError(f"{folder} holds no checkpoint of step {step}, only {sorted(steps)}")
+    for candidate in steps if step is None else [step]:
+        path = folder / str(candidate)
+        damage = _damage(path)
+        if damage:
+            _warn(f"checkpoint {path} is damaged ({damage})")
+            continue
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(path / "state").tree
+        wanted = {name: tree[name] for name in fields if tree.get(name)}
+        with ocp.Checkpointer(handler) as checkpointer:
+            found = checkpointer.restore(
+                path / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=jax.tree.map(
+                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                    ),
+                    partial_restore=True,
+                ),
+            )
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            extras = checkpointer.restore(path / "extras", args=ocp.args.JsonRestore())
+        return {name: found.get(name, {}) for name in fields}, extras
+    raise RunError(f"no checkpoint in {folder} can be read: all are damaged")
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Relative path -> [size, CRC-32] of the files that the seal covers."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in _UNSEALED:
+            continue
+        size, checksum = 0, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+        found[name] = [size, checksum]
+    return found
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        sealed = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        found = _files(folder)
+    except (OSError, ValueError) as error:
+        return str(error)
+    for name, expected in sealed.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def _tensors(tree: Any) -> dict[str, str]:
+    """Name -> "type[shape]" of every array in a tree of arrays, or of what stands for them."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _cannot_write(error: BaseException | None) -> str:
+    """Why the file system refused, from an error or what caused it; nothing for other errors."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            return os.strerror(error.errno)
+        for code in _CANNOT_WRITE:  # TensorStore's errors carry the system's words only
+            if os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _warn(message: str) -> None:
+    print("warning:", message, file=sys.stderr)

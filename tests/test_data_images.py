@@ -1,0 +1,176 @@
+"""Decoding, evaluation preprocessing, augmentation."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlip_jax import config as config_lib
+from mlip_jax.data.augment import augment, short_side
+from mlip_jax.data.images import Preprocessing, UnreadableImage, decode, flatten
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = ("0_RGB", "1_RGB", "2_RGBA", "3_L")
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_preprocessing_equals_open_clip(name):
+    preprocessing = Preprocessing(64)
+    path = DATA / f"preprocess_{name}.png"
+    with np.load(DATA / "preprocess_golden.npz") as golden:
+        expected = golden[f"image{name}"].transpose(1, 2, 0)
+    for image in (path, str(path), path.read_bytes(), Image.open(path)):
+        pixels = preprocessing(image)
+        assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
+        normalized = preprocessing.normalize(pixels)
+        assert normalized.dtype == np.float32
+        np.testing.assert_allclose(normalized, expected, atol=1e-5)
+
+
+def test_arrays_are_images():
+    pixels = np.asarray(picture(50, 40))
+    expected = Preprocessing(32)(Image.fromarray(pixels))
+    np.testing.assert_array_equal(Preprocessing(32)(pixels), expected)
+    assert Preprocessing(32)(pixels[:, :, 0]).shape == (32, 32, 3)
+    for wrong in (pixels / 255, pixels[None], pixels[:, :, :2], pixels[:0], [1, 2]):
+        with pytest.raises(ValueError, match="an image must be"):
+            Preprocessing(32)(wrong)
+
+
+def test_preprocessing_as_json():
+    preprocessing = Preprocessing(48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "white")
+    values = json.loads(json.dumps(preprocessing.to_dict()))
+    assert Preprocessing.from_dict(values) == preprocessing
+
+
+def test_transparency():
+    drawing = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    assert Preprocessing(20)(drawing).max() == 0
+    own = Preprocessing.of(config_lib.default())
+    assert own(drawing).min() == 255 and own.image_size == 48
+    palette = drawing.convert("P")
+    palette.info["transparency"] = 0
+    assert np.asarray(flatten(decode(encoded(palette)), "white")).min() == 255
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16", "RGBA"])
+def test_modes(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((30, 30), 0x8000, np.uint16))
+    else:
+        image = Image.new("L", (30, 30), 128).convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    pixels = Preprocessing(16)(encoded(image, kind))
+    if mode != "1":
+        assert np.abs(pixels.astype(int) - 128).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image", encoded(picture(60, 60))[:200], encoded(picture(60, 60), "JPEG")[:300]],
+    ids=["empty", "text", "cut png", "cut jpeg"],
+)
+def test_broken_files(data):
+    with pytest.raises(UnreadableImage):
+        decode(data)
+
+
+def test_decompression_bomb(monkeypatch):
+    data = encoded(picture(100, 100))
+    for limit in (6000, 100):  # Pillow warns above the limit and raises above twice of it
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UnreadableImage, match="decompression bomb"):
+            decode(data)
+
+
+def test_drawn_out_image():
+    assert Preprocessing(32)(Image.new("RGB", (100_000, 1), "red"))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_jpeg_is_decoded_smaller_when_that_is_enough():
+    data = encoded(picture(800, 640), "JPEG")
+    assert decode(data).size == (800, 640)
+    assert decode(data, at_least=100).size == (200, 160)
+    assert decode(data, at_least=400).size == (800, 640)
+
+
+def settings(**changes):
+    chosen = config_lib.default().data.augment
+    chosen.update(changes)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"flip": True},
+        {"affine": 1.0, "flip": True},
+        {"color": 1.0, "grayscale": 0.5},
+        {"blur": 1.0, "morphology": 1.0},
+    ],
+    ids=str,
+)
+def test_views_are_functions_of_the_generator(changes):
+    chosen = settings(**changes)
+    views = {}
+    for size in ((96, 96), (300, 40), (20, 30)):
+        image = picture(*size)
+        for seed in range(4):
+            pixels, flipped = augment(image, chosen, 48, np.random.default_rng(seed))
+            again, flipped_again = augment(image, chosen, 48, np.random.default_rng(seed))
+            assert pixels.shape == (48, 48, 3) and pixels.dtype == np.uint8
+            assert flipped is flipped_again and (chosen.flip or not flipped)
+            np.testing.assert_array_equal(pixels, again)
+            views[pixels.tobytes()] = flipped
+    assert len(views) == 12
+    if chosen.flip:
+        assert set(views.values()) == {False, True}
+
+
+@pytest.mark.parametrize("affine", [0.0, 1e-6])
+def test_whole_image_unchanged(affine):
+    """With the whole image as its crop, a view is the resized image, mirrored or not."""
+    image = picture(96, 96)
+    chosen = settings(crop=(1.0, 1.0), affine=affine, flip=True)
+    expected = Preprocessing(48)(image).astype(int)
+    for seed in range(8):
+        pixels, flipped = augment(image, chosen, 48, np.random.default_rng(seed))
+        found = pixels[:, ::-1] if flipped else pixels
+        # The aspect of the crop varies by a third.
+        assert np.abs(found - expected).mean() < 25
+        assert np.abs(found - expected).mean() < np.abs(found[:, ::-1] - expected).mean()
+
+
+def test_affine_paints_what_the_corners_show():
+    image = Image.new("RGB", (64, 64), (10, 200, 30))
+    pixels, _ = augment(image, settings(affine=1.0), 32, np.random.default_rng(0))
+    assert np.abs(pixels - np.array((10, 200, 30))).max() <= 1
+
+
+def test_grayscale_and_white_stay_themselves():
+    gray, _ = augment(picture(64, 64), settings(grayscale=1.0), 32, np.random.default_rng(0))
+    assert np.ptp(gray.astype(int), axis=2).max() <= 1
+    for seed in range(10):
+        white = Image.new("RGB", (64, 64), "white")
+        pixels, _ = augment(white, settings(color=1.0), 32, np.random.default_rng(seed))
+        assert np.ptp(pixels.astype(int), axis=2).max() <= 2  # no hue comes into grey
+
+
+def test_short_side_fills_every_view():
+    assert short_side(settings(crop=(0.25, 1.0)), 48) == 96
+    assert short_side(settings(crop=(0.25, 1.0), affine=0.5), 48) == 192

@@ -1,0 +1,248 @@
+"""The training stream: deterministic, resumable, the same on any number of processes."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from mlip_jax import config as config_lib
+from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.pipeline import SkipCounter, evaluation_batches, train_batches, worker_count
+from mlip_jax.data.sources import open_source
+from mlip_jax.data.text import load_tokenizer
+
+COUNT = 30
+BAD = (4, 5, 20)  # truncated, missing, no image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(COUNT):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+        coarse.resize((40, 32)).save(folder / f"{index}.png")
+        rows.append({"file": f"{index}.png", "captions": [f"left {index}", f"number {index}"]})
+    (folder / "good.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for index, row in enumerate(rows):
+        if index in BAD:
+            row["file"] = f"bad{index}.png"
+    (folder / "bad.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "bad4.png").write_bytes((folder / "4.png").read_bytes()[:60])
+    (folder / "bad20.png").write_bytes(b"<html>404</html>")
+    return folder
+
+
+@pytest.fixture
+def source(folder):
+    return open_source(f"jsonl:{folder / 'good.jsonl'}", "train")
+
+
+@pytest.fixture
+def bad_source(folder):
+    return open_source(f"jsonl:{folder / 'bad.jsonl'}", "train")
+
+
+def settings(**changes):
+    config = config_lib.default()
+    config.batch_size, config.data.workers = 8, 0
+    config.model.image.image_size, config.model.text.context_length = 16, 12
+    config.data.augment.update(flip=True, affine=0.5, color=0.5)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def batches(config, source, count, *, start_step=0, **processes):
+    stream = train_batches(
+        config, source, load_tokenizer("clip"), start_step=start_step, **processes
+    )
+    taken = [
+        {key: np.array(value) for key, value in batch.items()}
+        for batch in itertools.islice(stream, count)
+    ]
+    stream.close()
+    return taken
+
+
+def assert_same(some, others):
+    for one, other in zip(some, others, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_shapes(source):
+    (batch,) = batches(settings(), source, 1)
+    assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
+        "image": (np.uint8, (8, 16, 16, 3)),
+        "token_ids": (np.int32, (8, 12)),
+        "skipped": (np.int32, (8,)),
+    }
+
+
+def test_stream_is_a_function_of_seed_and_position(source):
+    whole = batches(settings(), source, 10)
+    assert_same(whole, batches(settings(), source, 10))
+    assert_same(whole[6:], batches(settings(), source, 4, start_step=6))
+    halves = [
+        batches(settings(), source, 10, process_index=index, process_count=2) for index in (0, 1)
+    ]
+    joined = [
+        {key: np.concatenate([first[key], second[key]]) for key in first}
+        for first, second in zip(*halves, strict=True)
+    ]
+    assert_same(whole, joined)
+    other = batches(settings(seed=1), source, 1)
+    assert (other[0]["image"] != whole[0]["image"]).any()
+
+
+def test_workers_change_nothing(source):
+    config = settings(**{"data.workers": 2})
+    found = batches(config, source, 5, start_step=3)
+    assert_same(found, batches(settings(), source, 5, start_step=3))
+
+
+def test_epochs(source):
+    """Each epoch holds every record once, in another order, seen in another way."""
+    config = settings(**{"data.caption.alias": 1.0, "data.augment.flip": False})
+    tokenizer = load_tokenizer("clip")
+    taken = batches(config, source, COUNT * 2 // 8 + 1)
+    ids = np.concatenate([batch["token_ids"] for batch in taken])
+    numbers = [int(tokenizer.decode(row).replace("number", "").replace(" ", "")) for row in ids]
+    first, second = numbers[:COUNT], numbers[COUNT : 2 * COUNT]
+    assert sorted(first) == sorted(second) == list(range(COUNT))
+    assert first != second and first != sorted(first)
+    images = np.concatenate([batch["image"] for batch in taken])
+    assert (images[first.index(3)] != images[COUNT + second.index(3)]).any()
+
+
+def test_mirrored_images_have_mirrored_captions(source):
+    config = settings(**{"data.caption.alias": 0.0})
+    decode = load_tokenizer("clip").decode
+    words = [
+        decode(row).split()[0] for batch in batches(config, source, 5) for row in batch["token_ids"]
+    ]
+    assert 10 < words.count("left") < 30 and words.count("left") + words.count("right") == 40
+    config.data.augment.flip = False
+    (batch,) = batches(config, source, 1)
+    assert {decode(row).split()[0] for row in batch["token_ids"]} == {"left"}
+
+
+def test_unreadable_images_are_replaced_and_counted(source, bad_source):
+    good, bad = batches(settings(), source, 8), batches(settings(), bad_source, 8)
+    counter = SkipCounter(bad_source, 0.1)
+    for good_batch, bad_batch in zip(good, bad, strict=True):
+        fine = bad_batch["skipped"] == -1
+        np.testing.assert_array_equal(good_batch["image"][fine], bad_batch["image"][fine])
+        assert (good_batch["image"][~fine] != bad_batch["image"][~fine]).any() or fine.all()
+        counter.update(bad_batch["skipped"])
+        counter.update(bad_batch["skipped"])  # each counts once
+    assert counter.count == len(BAD)
+    summary = counter.summary()
+    assert summary.startswith("3 of 30 images (10.00%) cannot be read:")
+    assert all(f"bad{index}.png" in summary for index in BAD)
+    assert SkipCounter(source, 0.0).summary() == ""
+    with pytest.raises(UserError, match="^3 of 30 images .*max_skipped_share=0.09 allows$"):
+        SkipCounter(bad_source, 0.09).update(np.array([-1, *BAD], np.int32))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable(tmp_path, workers):
+    row = json.dumps({"file": "gone.png", "caption": "x"})
+    (tmp_path / "gone.jsonl").write_text(f"{row}\n" * 12)
+    source = open_source(f"jsonl:{tmp_path / 'gone.jsonl'}", "train")
+    with pytest.raises(UserError, match="none of 12 images in a row of 'gone' .*gone.png"):
+        batches(settings(**{"data.workers": workers}), source, 1)
+
+
+def test_batch_that_cannot_be_split(source):
+    with pytest.raises(UserError, match="batch_size=8 is not a multiple of 3"):
+        batches(settings(), source, 1, process_count=3)
+
+
+def test_worker_count(monkeypatch):
+    assert worker_count(3) == 3 and worker_count(0) == 0
+    for cores, expected in ((1, 0), (2, 0), (4, 3), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
+        assert worker_count(-1) == expected
+
+
+TRAIN = """
+import signal, sys, time
+from test_data_pipeline import load_tokenizer, open_source, settings, train_batches
+
+if __name__ == "__main__":
+    stopped = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.append(1))
+    source = open_source(sys.argv[1], "train")
+    stream = train_batches(
+        settings(**{"data.workers": 1}), source, load_tokenizer("clip"), start_step=0
+    )
+    next(stream)
+    print("ready", flush=True)
+    while not stopped:
+        next(stream)
+        time.sleep(0.01)
+    for _ in range(8):
+        next(stream)
+    stream.close()
+    print("closed")
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_workers_end_with_their_parent(folder, tmp_path, killed):
+    (tmp_path / "train.py").write_text(TRAIN)
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "train.py"), f"jsonl:{folder / 'good.jsonl'}"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    if killed:
+        process.kill()
+    else:  # the whole group, as a terminal and a scheduler do
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    if not killed:
+        assert (process.returncode, out, errors) == (0, "closed\n", "")
+    deadline = time.monotonic() + 20
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.1)
+
+
+def test_evaluation_batches(bad_source):
+    preprocessing = Preprocessing(16)
+    taken = list(evaluation_batches(bad_source, preprocessing, 16))
+    assert [batch.images.shape for batch in taken] == [(16, 16, 16, 3)] * 2
+    indices = np.concatenate([batch.indices for batch in taken])
+    readable = np.concatenate([batch.readable for batch in taken])
+    np.testing.assert_array_equal(indices, [*range(COUNT), -1, -1])
+    assert set(np.flatnonzero(~readable)) == {*BAD, 30, 31}
+    assert [len(batch.unreadable) for batch in taken] == [2, 1]
+    assert "bad20.png" in taken[1].unreadable[0]
+    images = np.concatenate([batch.images for batch in taken])
+    for index in np.flatnonzero(readable):
+        np.testing.assert_array_equal(images[index], preprocessing(bad_source[index].image))
+    assert taken[0].captions[:1] == [("left 0", "number 0")] and taken[0].captions[4] == ()
+    assert (taken[0].labels == -1).all()

@@ -1,0 +1,93 @@
+"""The house rules: what imports what, what the README promises, what a package holds."""
+
+import fnmatch
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def bash(*command, **options):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_dependencies_point_down():
+    done = bash(sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_data_loading_owns_no_accelerator():
+    # Grain imports JAX for itself; what matters is that no device is taken.
+    code = (
+        "import mlip_jax.data.pipeline, jax._src.xla_bridge as bridge\n"
+        "assert not bridge.backends_are_initialized()"
+    )
+    done = bash(sys.executable, "-W", "ignore", "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_and_ci_give_the_same_commands():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    assert '-e ".[test]"' in readme and '-e ".[test]"' in ci
+    assert "\npytest tests/\n" in readme and " pytest tests/\n" in ci
+
+
+def test_every_data_file_is_packaged(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    told = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: told.update(options))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    patterns = told["package_data"]
+    for path in (ROOT / "mlip_jax").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(fnmatch.fnmatch(path.name, p) for p in patterns.get(package, ())), path
+    for path in (ROOT / "mlip_jax").rglob("*.py"):
+        assert ".".join(path.parent.relative_to(ROOT).parts) in told["packages"], path
+
+
+@pytest.mark.parametrize("script", [".ci/run", "launch/local.sh"])
+def test_scripts_parse(script):
+    done = bash("bash", "-n", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_launch_tells_what_it_would_do(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "new"), "EXTRAS": "gpu"}
+    command = ["launch/local.sh", "--dry-run", "--config=configs/mlip.py", "--config.name=a b"]
+    done = bash(*command, env=environment)
+    assert done.returncode == 0, done.stderr
+    make, install, job = done.stdout.splitlines()
+    assert make.startswith("python3 -m venv")
+    assert r"--editable .\[gpu\]" in install
+    assert r"-m mlip_jax.main --config=configs/mlip.py --config.name=a\ b" in job
+    assert not (tmp_path / "new").exists()
+
+
+def test_launch_starts_again_after_75_and_only_then(tmp_path):
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    # Stops early twice, then ends with an error of its own.
+    python.write_text(
+        f"#!/bin/bash\necho run >> {tmp_path}/runs\n(($(wc -l < {tmp_path}/runs) > 2)) || exit 75\n"
+        "exit 3\n"
+    )
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv")}
+    done = bash("launch/local.sh", "--config=x", env=environment)
+    assert done.returncode == 3
+    assert (tmp_path / "runs").read_text().count("run") == 3
+
+
+def test_shapes_are_checked_in_tests():
+    from mlip_jax import objectives
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        objectives.softmax_contrastive(jnp.ones((4, 8)), jnp.ones((4, 7)), jnp.float32(1.0))

@@ -1,0 +1,169 @@
+"""The files and lines that a run reports with."""
+
+import errno
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from mlip_jax.config import RunError
+from mlip_jax.training.metrics import Clock, MetricWriter, cut_back, describe
+
+SCALARS = {
+    "loss": 3.25,
+    "loss/spatial_global": 1.25,
+    "loss/frequency_global": 2.0,
+    "learning_rate": 1e-3,
+    "images_per_second": 1234.5,
+    "data_wait": 0.031,
+}
+
+
+def writer(folder, **options):
+    options = {"batch_size": 8, "total_steps": 40, "console": Console(file=io.StringIO())} | options
+    return MetricWriter(folder, **options)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    """Reads TensorBoard's files: length, its checksum, an event, its checksum."""
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int(np.frombuffer(data[:8], np.uint64)[0])
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_a_line_names_step_samples_time_and_scalars(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.train(10, SCALARS)
+        metrics.evaluation(10, {"retrieval/emoji/text_to_image_recall@1": 0.5})
+    train, evaluation = lines(tmp_path)
+    assert list(train) == ["step", "samples", "time", *SCALARS]
+    assert (train["step"], train["samples"], train["loss"]) == (10, 80, 3.25)
+    assert evaluation["retrieval/emoji/text_to_image_recall@1"] == 0.5
+    tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
+    assert "loss/spatial_global" in tags
+    assert "retrieval/emoji/text_to_image_recall_1" in tags
+
+
+def test_what_is_not_finite_is_null_so_that_the_line_is_json(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.train(1, {"loss": float("nan")})
+    assert lines(tmp_path)[0]["loss"] is None
+
+
+def test_resume_supersedes_later_lines_and_mends_a_cut_one(tmp_path):
+    with writer(tmp_path) as metrics:
+        for step in (10, 20, 30):
+            metrics.train(step, SCALARS | {"loss": step})
+    uninterrupted = lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "loss": 4')  # killed here
+    with writer(tmp_path, start_step=20) as metrics:
+        assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+        metrics.train(30, SCALARS | {"loss": 30})
+    resumed = lines(tmp_path)
+    for line in (*uninterrupted, *resumed):
+        del line["time"]
+    assert resumed == uninterrupted
+    restarts = [event for event in events(tmp_path) if event.HasField("session_log")]
+    assert [(event.step, event.session_log.status) for event in restarts] == [
+        (21, SessionLog.START)
+    ]
+
+
+def test_cut_back_leaves_a_good_file_untouched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    before = path.stat().st_ino
+    cut_back(path, 2)
+    assert path.stat().st_ino == before
+    cut_back(path, 0)
+    assert path.read_text() == ""
+
+
+def test_a_full_disk_is_one_clear_error_and_whole_lines(tmp_path, monkeypatch):
+    metrics = writer(tmp_path)
+    metrics.train(10, SCALARS)
+    good = (tmp_path / "metrics.jsonl").read_bytes()
+
+    class Full:
+        """Takes a few bytes, then none, as a disk does."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 5
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written, self.room = self.file.write(data[: self.room]), 0
+            return written
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(metrics, "_lines", Full(metrics._lines))
+    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device"):
+        metrics.train(20, SCALARS)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+    metrics.close()
+
+
+def test_only_the_active_process_writes(tmp_path):
+    with writer(tmp_path, active=False) as metrics, metrics.paused():
+        metrics.advance(1)
+        metrics.train(1, SCALARS)
+        metrics.evaluation(1, {})
+        metrics.note("hello")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_terminal_an_interval_is_a_line(tmp_path):
+    console = Console(file=io.StringIO())
+    with writer(tmp_path, console=console) as metrics:
+        metrics.advance(9)
+        metrics.train(10, SCALARS)
+        metrics.note("[saved]")
+    first, second = console.file.getvalue().splitlines()
+    assert first.startswith(
+        "step 10/40  loss 3.250 (spatial_global 1.250, frequency_global 2.000)  "
+        "1,234 images/s  data wait 3 %  left 00:00:0"
+    )
+    assert second == "[saved]"
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=150)
+    with writer(tmp_path, console=console, start_step=5) as metrics:
+        metrics.advance(10)
+        metrics.train(10, SCALARS)
+        with metrics.paused():
+            pass
+        metrics.note("between")
+    drawn = console.file.getvalue()
+    assert "10/40" in drawn and "loss 3.250" in drawn and "between" in drawn
+
+
+def test_one_perspective_is_told_once():
+    assert describe({"loss": 1.0, "loss/spatial_global": 1.0}) == "loss 1.000"
+
+
+def test_clock_measures_speed_and_the_share_of_waiting():
+    now = 0.0
+    clock = Clock(batch_size=4, now=lambda: now)
+    with clock.waiting():
+        now += 1.0
+    now += 3.0
+    assert clock.lap(steps=2) == {"images_per_second": 2.0, "data_wait": 0.25}
+    now += 2.0
+    assert clock.lap(steps=1) == {"images_per_second": 2.0, "data_wait": 0.0}
