@@ -65,6 +65,7 @@ def default() -> ConfigDict:
     )
     data.augment = ConfigDict(
         {
+            "trim": 0.0,  # chance that margins of one colour are cut off first, to a square
             "crop": (0.6, 1.0),  # area of the random resized crop
             "flip": False,  # mirror; "left" and "right" change places in the caption
             "affine": 0.0,  # strength: 1 means up to 30 degrees, 20 % shear, 20 % shift
@@ -107,7 +108,7 @@ def default() -> ConfigDict:
     )
     model.text = ConfigDict(
         {
-            "tokenizer": "clip",
+            "tokenizer": "clip",  # or "clip_8k": its 8,192 most frequent tokens
             "context_length": 77,
             "width": 192,
             "depth": 3,
@@ -159,6 +160,7 @@ def default() -> ConfigDict:
             "retrieval": ("validation",),
             "zero_shot": ("validation",),  # a set with labels; folder:PATH for class folders
             "templates": "plain",
+            "frequency_mix": 0.0,  # image embedding: spatial + this * frequency, normalised
         }
     )
     return config
@@ -217,16 +219,28 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.samples={config.samples} is less than one batch of {config.batch_size}"
         )
+    if flat["evaluation.frequency_mix"] < 0:
+        raise UserError(
+            f"config.evaluation.frequency_mix={flat['evaluation.frequency_mix']} is negative"
+        )
     for key, value in flat.items():
         last = key.rsplit(".", 1)[-1]
         if last.endswith("_samples") and value < 0:
             raise UserError(f"config.{key}={value} must not be negative")
         in_caption = key.startswith("data.caption.")
-        if in_caption or last in ("dropout", "drop_path", "flip", "grayscale", "blur"):
+        if in_caption or last in (
+            "dropout",
+            "drop_path",
+            "flip",
+            "trim",
+            "grayscale",
+            "blur",
+            "morphology",
+        ):
             if not 0 <= value <= 1:
                 raise UserError(f"config.{key}={value} must lie in [0, 1]")
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
-    choose("model.text.tokenizer", config.model.text.tokenizer, ("clip",))
+    choose("model.text.tokenizer", config.model.text.tokenizer, ("clip", "clip_8k"))
     choose("model.text.pooling", config.model.text.pooling, ("last", "mean"))
     choose("model.image.stem", config.model.image.stem, ("patch", "conv"))
     choose(

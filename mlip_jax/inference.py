@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.models import two_tower
+from mlip_jax.models.vit import ImageViews
 from mlip_jax.storage.checkpoint import restore_fields
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -62,28 +63,58 @@ class Model:
         self._mesh = mesh
         # Numpy parameters would be copied to the device at every call.
         self._params = params if mesh else jax.device_put(params)
-        self._network = two_tower.build(
+        network = two_tower.build(
             config,
             vocab_size=tokenizer.vocab_size,
             start_id=tokenizer.sot,
             end_id=tokenizer.eot,
         )
-        views = [view for view in self._network.critics if two_tower.level(view) == "global"]
+        views = [view for view in network.critics if two_tower.level(view) == "global"]
         if not views:
             raise UserError(
-                "this model was trained by token-level perspectives only: it has no embedding of a "
-                "whole image; give config.perspectives.spatial_global.weight a value above 0"
+                "token-level perspectives alone give no embedding of a whole image: give "
+                "config.perspectives.spatial_global.weight a value above 0"
             )
-        self._view = views[0]
+        self._view = view = views[0]
         self._batch_size = config.evaluation.batch_size
         if mesh:
             shards = mesh.shape["data"] * mesh.shape["fsdp"]
             self._batch_size = -(-self._batch_size // shards) * shards
 
+        mix = config.evaluation.frequency_mix if "frequency_global" in views else 0.0
+
+        # They hold neither `self` nor the parameters: `with_params` shares them.
+        def embed_array(params: Any, images: jax.Array) -> jax.Array:
+            embeddings = network.apply({"params": params}, images, method="embed_images")
+            if not mix or view == "frequency_global":
+                return embeddings[view]
+            # Both views share the texts' space, so that a sum of scores is the score of a sum.
+            return two_tower.normalize(embeddings[view] + mix * embeddings["frequency_global"])
+
+        def embed_pixels(params: Any, images: jax.Array) -> jax.Array:
+            return embed_array(params, preprocessing.normalize(images))
+
+        def embed_texts(params: Any, token_ids: jax.Array) -> jax.Array:
+            embeddings = network.apply({"params": params}, token_ids, method="embed_texts")
+            return embeddings["text_global"]
+
+        def inspect(params: Any, images: jax.Array) -> ImageViews:
+            pixels = preprocessing.normalize(images)
+            return network.apply({"params": params}, pixels, method="inspect_images")
+
+        self._embed_array, self._embed_pixels = jax.jit(embed_array), jax.jit(embed_pixels)
+        self._embed_texts, self._inspect = jax.jit(embed_texts), jax.jit(inspect)
+
+    def with_params(self, params: Any) -> Model:
+        """The model with other parameters, placed as the former; nothing is compiled again."""
+        other = copy.copy(self)
+        other._params = params
+        return other
+
     @property
     def logit_scale(self) -> float:
         """The learned scale of the perspective whose embeddings `encode_image` gives."""
-        return float(jnp.exp(self._params[f"log_scale_{self._view}"]))
+        return float(np.exp(jax.device_get(self._params[f"log_scale_{self._view}"])))
 
     def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "images width"]:
         """Embeds images: paths, encoded bytes, Pillow images or uint8 arrays.
@@ -107,19 +138,19 @@ class Model:
         self, images: UInt8[np.ndarray, "images size size 3"]
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images that `preprocess` has brought to size."""
-        return self._batched(self._image_embedding, np.asarray(images, np.uint8))
+        return self._batched(self._embed_pixels, np.asarray(images, np.uint8))
 
     def encode_image_array(
         self, images: Float[np.ndarray, "images size size 3"]
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images that are resized and normalised, as `preprocess.normalize` gives them."""
-        return self._batched(self._array_embedding, np.asarray(images, np.float32))
+        return self._batched(self._embed_array, np.asarray(images, np.float32))
 
     def encode_token_ids(
         self, token_ids: Int[np.ndarray, "texts context"]
     ) -> Float[np.ndarray, "texts width"]:
         """Embeds texts that are tokenised."""
-        return self._batched(self._text_embedding, np.asarray(token_ids, np.int32))
+        return self._batched(self._embed_texts, np.asarray(token_ids, np.int32))
 
     def inspect(self, images: UInt8[np.ndarray, "images size size 3"]) -> dict[str, Any]:
         """Where the image encoder's tokens come from.
@@ -129,7 +160,7 @@ class Model:
           of the patches; "sizes": float32 [images, merged]; "importance": float32
           [images, patches], the guidance of the first merge, or None.
         """
-        views = self._inspected(self._params, jnp.asarray(images, jnp.uint8))
+        views = self._inspect(self._params, jax.device_put(np.asarray(images, np.uint8)))
         patches = (self.config.model.image.image_size // self.config.model.image.patch_size) ** 2
         if views.source is None:
             source = np.broadcast_to(np.arange(patches, dtype=np.int32), (len(images), patches))
@@ -151,39 +182,11 @@ class Model:
         ]
         return [kernel[..., 0] + 1j * kernel[..., 1] for kernel in kernels]
 
-    @functools.cached_property
-    def _image_embedding(self) -> Callable[..., jax.Array]:
-        return jax.jit(
-            lambda params, images: self._embed_images(params, self.preprocess.normalize(images))
-        )
-
-    @functools.cached_property
-    def _array_embedding(self) -> Callable[..., jax.Array]:
-        return jax.jit(self._embed_images)
-
-    @functools.cached_property
-    def _text_embedding(self) -> Callable[..., jax.Array]:
-        return jax.jit(
-            lambda params, token_ids: self._network.apply(
-                {"params": params}, token_ids, method="embed_texts"
-            )["text_global"]
-        )
-
-    @functools.cached_property
-    def _inspected(self) -> Callable[..., Any]:
-        return jax.jit(
-            lambda params, images: self._network.apply(
-                {"params": params}, self.preprocess.normalize(images), method="inspect_images"
-            )
-        )
-
-    def _embed_images(self, params: Any, images: jax.Array) -> jax.Array:
-        embeddings = self._network.apply({"params": params}, images, method="embed_images")
-        return embeddings[self._view]
-
     def _batched(self, embed: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Calls `embed` on batches of one size, so that it compiles once; the last is filled up."""
+        """Calls `embed` on batches of few sizes, as each is compiled; the last is filled up."""
         size = self._batch_size
+        if not self._mesh:  # a single text costs no whole batch
+            size = min(size, 1 << max(len(rows) - 1, 0).bit_length())
         results = []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -199,12 +202,14 @@ class Model:
                 results[-2] = (jax.device_get(results[-2][0]), results[-2][1])
         if not results:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        return np.concatenate([np.asarray(rows)[:count] for rows, count in results])
+        return np.concatenate([jax.device_get(rows)[:count] for rows, count in results])
 
 
 def _listed(items: Sequence[Any]) -> list[Any]:
     """A list of several; the commonest slip is to pass one."""
-    if isinstance(items, (str, bytes, os.PathLike, Image.Image)):
+    single = isinstance(items, (str, bytes, os.PathLike, Image.Image))
+    # Rows of one image would pass for images in shades of grey.
+    if single or (isinstance(items, np.ndarray) and items.dtype == np.uint8 and items.ndim < 4):
         raise TypeError("pass a list of images or texts, not a single one")
     return list(items)
 
@@ -237,13 +242,37 @@ def load(
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json: it is not the workdir of a run")
     fields, extras = restore_fields(folder, ("params", "ema"), step)
-    config = schema.from_json(extras["config"] if config is None else schema.to_json(config))
+    params, tokenizer = fields["ema"] or fields["params"], Tokenizer.from_json(extras["tokenizer"])
+    asked = schema.from_json(extras["config"] if config is None else schema.to_json(config))
     for key, value in (overrides or {}).items():
-        schema.set_key(config, key, value)
-    schema.validate(config)
-    return Model(
-        config,
-        fields["ema"] or fields["params"],
-        Tokenizer.from_json(extras["tokenizer"]),
-        Preprocessing.from_dict(extras["preprocessing"]),
+        schema.set_key(asked, key, value)
+    if config is not None or overrides:
+        schema.validate(asked)
+        _check_parameters(asked, params, tokenizer, folder)
+    return Model(asked, params, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
+
+
+def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises UserError when a checkpoint lacks what the config's model needs."""
+    network = two_tower.build(
+        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
+    size = config.model.image.image_size
+    needed = jax.eval_shape(
+        network.init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32),
+    )["params"]
+    saved = {
+        parallel.path_name(path): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(needed):
+        name = parallel.path_name(path)
+        if saved.get(name) != list(leaf.shape):
+            found = f"is {saved[name]}" if name in saved else "does not exist"
+            raise UserError(
+                f"the checkpoint in {folder} is of another model: tensor {name} {found} there and "
+                f"is {list(leaf.shape)} in this config's model"
+            )

@@ -174,3 +174,14 @@ def test_grayscale_and_white_stay_themselves():
 def test_short_side_fills_every_view():
     assert short_side(settings(crop=(0.25, 1.0)), 48) == 96
     assert short_side(settings(crop=(0.25, 1.0), affine=0.5), 48) == 192
+
+
+def test_trim_cuts_margins_to_a_square():
+    drawing = Image.new("RGB", (60, 40), "white")
+    drawing.paste("navy", (20, 10, 32, 18))  # 12 x 8: trimmed to a square of 12
+    view, _ = augment(drawing, settings(trim=1.0, crop=(1.0, 1.0)), 12, np.random.default_rng(0))
+    dark = (view.max(-1) < 160).mean()
+    assert 0.5 < dark < 0.8, dark
+    blank = Image.new("RGB", (30, 30), "white")
+    view, _ = augment(blank, settings(trim=1.0), 12, np.random.default_rng(0))
+    assert (view > 250).all()

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from mlip_jax.data.images import flatten
 
@@ -19,6 +19,7 @@ _BRIGHTNESS = _CONTRAST = _SATURATION = 0.4
 _HUE_TURNS = 0.1
 _COLOR_CHANCE = 0.8
 _ASPECTS = (3 / 4, 4 / 3)
+_CONTENT = 24  # levels of 255 by which a pixel must differ from the ground, JPEG noise being less
 
 
 def short_side(config_augment: ConfigDict, image_size: int) -> int:
@@ -46,6 +47,8 @@ def augment(
       uint8 [image_size, image_size, 3], and whether it is mirrored.
     """
     image = flatten(image, "white")
+    if config_augment.trim and rng.random() < config_augment.trim:
+        image = _trim(image)
     if config_augment.morphology and rng.random() < config_augment.morphology:
         image = _morphology(image, image_size, rng)
     flipped = bool(config_augment.flip and rng.random() < 0.5)
@@ -65,6 +68,24 @@ def augment(
     if matrix is not None:
         image = image.convert("RGB", matrix)
     return np.asarray(image), flipped
+
+
+def _trim(image: Image.Image) -> Image.Image:
+    """The smallest square around what differs from the corners' colour; whole if nothing does."""
+    ground = Image.new("RGB", image.size, _corner_color(image))
+    difference = ImageChops.difference(image, ground).point(lambda value: 255 * (value > _CONTENT))
+    box = difference.getbbox()
+    if box is None:
+        return image
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top)
+    # Where the square would leave the image, it is moved back in, or as wide as the image.
+    starts = [
+        min(max((low + high - side) // 2, 0), max(extent - side, 0))
+        for low, high, extent in ((left, right, image.width), (top, bottom, image.height))
+    ]
+    ends = (min(starts[0] + side, image.width), min(starts[1] + side, image.height))
+    return image.crop((*starts, *ends))
 
 
 def _crop_box(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -12,6 +14,16 @@ from mlip_jax.config import UserError
 from mlip_jax.evaluations.results import FILE_NAME, table, write_results
 from mlip_jax.evaluations.run import evaluate
 from mlip_jax.inference import load
+
+_MOVE_A_FIGURE = (
+    "compute_dtype",
+    "data.train",  # whose validation split may be what is evaluated on
+    "data.validation",
+    "evaluation.",
+    "model.",
+    "perspectives.",  # the first global one in use gives the embeddings
+)
+_LONGEST_NAME = 160  # bytes; file systems take 255 of a whole name
 
 
 def evaluate_workdir(config: ConfigDict, workdir: str | Path) -> int:
@@ -39,8 +51,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str | Path) -> int:
             f"{workdir} names no set to evaluate on: add --config.data.validation=jsonl:PATH or "
             "--config.evaluation.retrieval"
         )
-    file_name = f"results,{','.join(changed)}.json" if changed else FILE_NAME
-    path = write_results(workdir, results, file_name.replace("/", "_"))
+    path = write_results(workdir, results, results_name(changed))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table(results))
     console.print(f"results: {path}")
@@ -48,12 +59,23 @@ def evaluate_workdir(config: ConfigDict, workdir: str | Path) -> int:
 
 
 def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
-    """"key=value" of every key that moves a figure and differs from how the run was trained."""
+    """Every key that moves a figure and differs from how the run was trained: "key=value"."""
     before, now = schema.flatten(trained.to_dict()), schema.flatten(config.to_dict())
     return [
         f"{key}={now[key]}"
         for key in sorted(now)
-        if key.startswith(("model.", "evaluation.", "data.validation", "compute_dtype"))
+        if key.startswith(_MOVE_A_FIGURE)
         and key != "evaluation.batch_size"
         and now[key] != before[key]
     ]
+
+
+def results_name(changed: list[str]) -> str:
+    """The file for the results under these changes; results.json when there are none."""
+    if not changed:
+        return FILE_NAME
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed))
+    if len(name.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(",".join(changed).encode()).hexdigest()[:8]
+        name = f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')},{digest}"
+    return f"results,{name}.json"

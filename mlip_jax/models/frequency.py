@@ -118,7 +118,7 @@ class FrequencyBlock(nn.Module):
         kernel = self.param(
             "filter", nn.initializers.normal(0.02), (rows, columns // 2 + 1, width, 2)
         )
-        y = layer_norm("norm_filter", jnp.float32)(x)
+        y = layer_norm("norm_filter", jnp.dtype("float32"))(x)
         y = filter_grid(y, kernel, resolve_transform(self.transform))
         y = layer_norm("norm_mlp", self.dtype)(y)
         y = rearrange(y, "b r c d -> b (r c) d")

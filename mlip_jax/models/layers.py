@@ -12,9 +12,6 @@ from jaxtyping import Array, Bool, Float
 
 TOKEN_INIT = nn.initializers.normal(0.02)
 KERNEL_INIT = nn.initializers.xavier_uniform()
-# The last map of a residual branch: every block starts as the identity (arXiv 1901.09321), so that
-# a small text encoder starts as a bag of words and learns from few samples.
-BRANCH_INIT = nn.initializers.zeros
 
 
 def quick_gelu(x: Array) -> Array:
@@ -66,7 +63,7 @@ class MLP(nn.Module):
         hidden = round(width * self.ratio)
         x = nn.Dense(hidden, dtype=self.dtype, kernel_init=KERNEL_INIT, name="up")(x)
         x = ACTIVATIONS[self.activation](x)
-        x = nn.Dense(width, dtype=self.dtype, kernel_init=BRANCH_INIT, name="down")(x)
+        x = nn.Dense(width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="down")(x)
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)
 
 
@@ -113,7 +110,7 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits, axis=-1)
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(self.dtype), v)
         out = rearrange(out, "b h t d -> b t (h d)")
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=BRANCH_INIT, name="out")(out)
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="out")(out)
         out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
         return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(weights[:, :, 0], axis=1)
 
@@ -172,14 +169,15 @@ class PatchEmbedding(nn.Module):
         halvings = self.patch_size.bit_length() - 1
         for index in range(halvings):
             channels = self.width >> (halvings - 1 - index)
-            x = nn.Conv(
-                channels,
-                (3, 3),
-                strides=2,
-                padding=1,
-                use_bias=False,
-                dtype=self.dtype,
-                name=f"conv_{index}",
-            )(x)
-            x = jax.nn.gelu(nn.GroupNorm(1, dtype=self.dtype, name=f"norm_{index}")(x))
+            x = self._convolve(x, channels, 2, f"halving_{index}")
+            if index:
+                x = x + self._convolve(x, channels, 1, f"residual_{index}")
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=KERNEL_INIT, name="patch")(x)
+
+    def _convolve(self, x: Array, channels: int, stride: int, name: str) -> Array:
+        """3x3 convolution, norm over the image, GELU."""
+        x = nn.Conv(
+            channels, (3, 3), stride, padding=1, use_bias=False, dtype=self.dtype, name=name
+        )(x)
+        norm = nn.GroupNorm(1, dtype=self.dtype, name=f"{name}_norm")
+        return jax.nn.gelu(norm(x))

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mlip_jax.models.layers import TOKEN_INIT, Block, layer_norm
@@ -25,6 +24,7 @@ class TextEncoder(nn.Module):
 
     Ids are [start, words..., end, padding...]. The global view is the token at `end_id`
     (pooling "last", as CLIP) or the mean over the words and the end (pooling "mean").
+    `drop_path` is the same in every block.
     """
 
     vocab_size: int
@@ -62,13 +62,13 @@ class TextEncoder(nn.Module):
         x = jnp.take(embedding, token_ids, axis=0).astype(self.dtype)
         x = x + position.astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        for layer, drop_path in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
+        for layer in range(self.depth):
             x = Block(
                 heads=self.heads,
                 mlp_ratio=self.mlp_ratio,
                 activation=self.activation,
                 dropout=self.dropout,
-                drop_path=float(drop_path),
+                drop_path=self.drop_path,
                 dtype=self.dtype,
                 name=f"block_{layer}",
             )(x, deterministic, mask)

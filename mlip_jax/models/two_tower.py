@@ -88,7 +88,7 @@ class TwoTower(nn.Module):
         embeddings = self.embed_images(images, deterministic)
         embeddings |= self.embed_texts(token_ids, deterministic)
         scales = {view: jnp.exp(log_scale) for view, log_scale in self.log_scales.items()}
-        return embeddings, scales, self.biases
+        return embeddings, scales, dict(self.biases)
 
     def embed_images(self, images: Array, deterministic: bool = True) -> Embeddings:
         """Normalised embeddings of every image view in use, and "sizes" [batch, merged]."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,13 @@ from rich.console import Console
 
 from mlip_jax import config as schema
 from mlip_jax import parallel
-from mlip_jax.config import RunError, UserError
+from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.pipeline import SkipCounter, train_batches
-from mlip_jax.data.sources import Source, open_source, open_validation
+from mlip_jax.data.sources import Source, open_evaluation, open_source, open_validation
 from mlip_jax.data.text import Tokenizer, load_tokenizer
 from mlip_jax.evaluations import Results, evaluate, table, write_results
+from mlip_jax.evaluations.zero_shot import find_templates
 from mlip_jax.inference import Model
 from mlip_jax.models import two_tower
 from mlip_jax.reports import write_report
@@ -32,7 +31,9 @@ from mlip_jax.storage.checkpoint import Checkpoints
 from mlip_jax.storage.workdir import open_workdir, write_atomically
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training import summary
+from mlip_jax.training.log import Log
 from mlip_jax.training.metrics import Clock, MetricWriter
+from mlip_jax.training.signals import Stop, Stopped
 from mlip_jax.training.state import TrainState, abstract_state, initial_state
 from mlip_jax.training.step import Metrics, make_train_step
 
@@ -40,31 +41,6 @@ STOPPED = 75  # the exit code that asks a scheduler to start the job again
 _SCORE = "score"  # what the best checkpoints are chosen by
 
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
-
-
-class Stop:
-    """Set by SIGTERM or the first Ctrl-C; the second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Listens while inside."""
-        former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def ask(number: int, _: Any) -> None:
-            self.asked = True
-            signal.signal(signal.SIGINT, former[signal.SIGINT])
-            print(f"\n{signal.Signals(number).name}: saving, then stopping", file=sys.stderr)
-
-        for number in former:
-            signal.signal(number, ask)
-        try:
-            yield self
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -78,6 +54,7 @@ class Run:
     validation: Source | None
     tokenizer: Tokenizer
     preprocessing: Preprocessing
+    model: Model  # for evaluation; without parameters
     checkpoints: Checkpoints
     console: Console
     stop: Stop
@@ -102,7 +79,11 @@ class Run:
             "preprocessing": self.preprocessing.to_dict(),
             "attribution": self.source.attribution,
         }
-        score = {} if not figures else {_SCORE: _score(self.config.checkpoint.best, figures)}
+        try:
+            score = {_SCORE: _score(self.config.checkpoint.best, figures)} if figures else {}
+        except UserError:  # the steps up to here are not lost over it
+            self.checkpoints.save(done, state, extras)
+            raise
         self.checkpoints.save(done, state, extras, score)
 
 
@@ -125,23 +106,30 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     network = two_tower.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
+    preprocessing = Preprocessing.of(config)
+    model = Model(config, None, tokenizer, preprocessing, mesh)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
+    # Before the workdir is taken: a mistake in a path leaves none behind.
+    source = open_source(
+        config.data.train,
+        "train",
+        cache_dir=config.data.cache_dir,
+        max_skipped_share=config.data.max_skipped_share,
+    )
+    validation = open_validation(config.data)
+    _check_evaluation(config)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_workdir(workdir, config))
         run = Run(
             config=config,
             folder=folder,
             mesh=mesh,
-            source=open_source(
-                config.data.train,
-                "train",
-                cache_dir=config.data.cache_dir,
-                max_skipped_share=config.data.max_skipped_share,
-            ),
-            validation=open_validation(config.data),
+            source=source,
+            validation=validation,
             tokenizer=tokenizer,
-            preprocessing=Preprocessing.of(config),
+            preprocessing=preprocessing,
+            model=model,
             checkpoints=stack.enter_context(
                 Checkpoints(
                     folder,
@@ -163,9 +151,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if start:
             left = f"going on from step {start}" if start < run.steps else "it is finished"
             run.console.print(f"{folder} holds this run: {left}")
+        results = None
         if start < run.steps:
             step = compile_step(
-                make_train_step(network, optimizer, config, run.preprocessing), run, abstract
+                make_train_step(network, optimizer, config, preprocessing), run, abstract
             )
             summary.print_compiled(run.console, network, abstract.params, step, config, mesh)
             if state is None:
@@ -174,11 +163,22 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     lambda: initial_state(network, optimizer, config), out_shardings=shardings
                 )
                 state = init()
-            state, done = run_steps(run, step, state, start)
-            if done < run.steps:
-                run.console.print(f"stopped by a signal; everything is saved at step {done}")
-                return STOPPED
-        return finish(run, state)
+            state, results = run_steps(run, step, state, start)
+        try:
+            with run.stop.interrupting():
+                return finish(run, state, results)
+        except Stopped:
+            done = int(state.step)
+            run.console.print(f"stopped by a signal; everything is saved at step {done}")
+            return STOPPED
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+    """Finds now what would otherwise end the run at its first evaluation."""
+    find_templates(config.evaluation.templates)
+    named = {*config.evaluation.retrieval, *config.evaluation.zero_shot} - {"validation"}
+    for spec in sorted(named):
+        open_evaluation(spec, cache_dir=config.data.cache_dir)
 
 
 def compile_step(
@@ -202,11 +202,13 @@ def compile_step(
     return compiled.lower(abstract, abstract_batch).compile()
 
 
-def run_steps(run: Run, step: Step, state: TrainState, start: int) -> tuple[TrainState, int]:
+def run_steps(
+    run: Run, step: Step, state: TrainState, start: int
+) -> tuple[TrainState, Results | None]:
     """Steps from `start` to the end of the run, or to a signal.
 
     Returns:
-      The state, and how many steps of the run are done; that state is saved.
+      The state, which is saved, and its results if the last thing done was to evaluate it.
     """
     config = run.config
     clock = Clock(config.batch_size)
@@ -232,6 +234,7 @@ def run_steps(run: Run, step: Step, state: TrainState, start: int) -> tuple[Trai
     ):
         log = Log(writer)
         before: Metrics | None = None
+        results: Results | None = None
         for done in range(start + 1, run.steps + 1):
             with clock.waiting():
                 batch = next(batches)
@@ -244,118 +247,59 @@ def run_steps(run: Run, step: Step, state: TrainState, start: int) -> tuple[Trai
             log.add(metrics)
             writer.advance(done)
 
-            last = done == run.steps or run.stop.asked
             evaluates = done == run.steps or run.due(done, config.evaluation.every_samples)
-            pauses = evaluates or last or run.due(done, config.checkpoint.every_samples)
+            saves = evaluates or run.due(done, config.checkpoint.every_samples)
+            pauses = saves or run.stop.asked
             if pauses or done % config.log_every == 0:
                 log.interval(done, clock.lap(log.pending))
             if pauses:
                 log.flush()
-                figures = None
-                if evaluates:
-                    figures = _evaluate(run, state).figures
-                    writer.evaluation(done, figures)
-                    writer.note(f"step {done}: {summary.headline(figures)}")
-                run.save(state, done, figures)
+                results = _evaluate_unless_stopped(run, state) if evaluates else None
+                if results and results.figures:
+                    writer.evaluation(done, results.figures)
+                    writer.note(f"step {done}: {summary.headline(results.figures)}")
+                run.save(state, done, results.figures if results else None)
                 clock.lap(0)
-            if last:
-                break
+                if run.stop.asked:
+                    break
         if skipped.summary():
             writer.note(skipped.summary())
     run.checkpoints.wait()
-    return state, done
+    return state, results
 
 
-class Log:
-    """Training metrics on their way to the writer: fetched an interval late, so never waited for.
-
-    What is written is the mean over an interval.
-    """
-
-    def __init__(self, writer: MetricWriter) -> None:
-        self._writer = writer
-        self._steps: list[Metrics] = []
-        self._late: tuple[int, list[Metrics], dict[str, float]] | None = None
-
-    @property
-    def pending(self) -> int:
-        """Steps since the last interval."""
-        return len(self._steps)
-
-    def add(self, metrics: Metrics) -> None:
-        """Takes the metrics of one step, on the devices."""
-        self._steps.append(metrics)
-
-    def interval(self, done: int, speed: dict[str, float]) -> None:
-        """Ends an interval at step `done` and writes the one before.
-
-        Raises:
-          RunError: for a step whose loss or gradient was not finite.
-        """
-        self.flush()
-        self._late = (done, self._steps, speed)
-        self._steps = []
-
-    def flush(self) -> None:
-        """Writes the last interval, if it is not written yet; waits for the devices.
-
-        Raises:
-          RunError: for a step whose loss or gradient was not finite.
-        """
-        if self._late is None:
-            return
-        done, on_devices, speed = self._late
-        self._late = None
-        steps = jax.device_get(on_devices)
-        for number, metrics in enumerate(steps, done - len(steps) + 1):
-            _check_finite(number, metrics)
-        mean = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
-        self._writer.train(done, mean | speed)
-
-
-def _check_finite(number: int, metrics: Mapping[str, Any]) -> None:
-    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
-        return
-    terms = [
-        key.removeprefix("loss/")
-        for key, value in metrics.items()
-        if key.startswith("loss/") and not math.isfinite(value)
-    ]
-    if terms:
-        what = f"the loss of {' and '.join(terms)} is {metrics['loss/' + terms[0]]}"
-    elif not math.isfinite(metrics["loss"]):
-        what = f"the sum of the losses is {metrics['loss']}"
-    else:
-        what = f"the losses are finite, but the gradient's norm is {metrics['gradient_norm']}"
-    raise RunError(
-        f"step {number}: {what}; stopped, the checkpoints hold finite parameters. Lower "
-        "config.optimizer.learning_rate or raise its warmup_samples, with a new --workdir"
-    )
-
-
-def finish(run: Run, state: TrainState) -> int:
-    """Evaluates the finished model, writes results and report, and prints where they are."""
-    results = _evaluate(run, state)
+def finish(run: Run, state: TrainState, results: Results | None) -> int:
+    """Evaluates the finished model unless `results` are given, writes them and the report."""
+    results = results or _evaluate(run, state)
     if jax.process_index():
         return 0
     path = write_results(run.folder, results)
-    model = _model(run, state)
+    model = run.model.with_params(state.evaluated)
     report = write_report(run.folder, model, run.validation or run.source)
     run.console.print(table(results))
     run.console.print(f"results: {path}\nreport:  {report}")
     return 0
 
 
-def _model(run: Run, state: TrainState) -> Model:
-    return Model(run.config, state.evaluated, run.tokenizer, run.preprocessing, run.mesh)
-
-
 def _evaluate(run: Run, state: TrainState) -> Results:
-    return evaluate(_model(run, state), run.config, validation=run.validation, progress=False)
+    model = run.model.with_params(state.evaluated)
+    return evaluate(model, run.config, validation=run.validation, progress=False)
+
+
+def _evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
+    # An evaluation may take longer than a scheduler waits between its signal and the kill.
+    try:
+        with run.stop.interrupting():
+            return _evaluate(run, state)
+    except Stopped:
+        return None
 
 
 def _score(best: str, figures: Mapping[str, float]) -> float:
-    """What checkpoints are compared by: the figure `best`, or the mean of all recall@1."""
+    """What checkpoints are compared by: the figure `best`, or the mean of all recall@1.
+
+    Without captions to retrieve by it is the mean of all zero-shot top-1.
+    """
     if best:
         if best not in figures:
             raise UserError(
@@ -363,5 +307,8 @@ def _score(best: str, figures: Mapping[str, float]) -> float:
                 f"{', '.join(figures)}{schema.suggestion(best, figures)}"
             )
         return figures[best]
-    recalls = [value for key, value in figures.items() if key.endswith("_recall@1")]
-    return float(np.mean(recalls)) if recalls else -math.inf
+    for figure in ("_recall@1", "/top1"):
+        values = [value for key, value in figures.items() if key.endswith(figure)]
+        if values:
+            return float(np.mean(values))
+    return -math.inf

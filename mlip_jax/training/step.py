@@ -63,7 +63,7 @@ def make_train_step(
         (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, batch, state.step
         )
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = clip_scales(optax.apply_updates(state.params, updates), config.optimizer.max_scale)
         ema = state.ema

@@ -95,8 +95,7 @@ def print_compiled(
     sharding.add_column("Number", justify="right")
     for pattern, axes, count in parallel.sharding_table(params, mesh):
         sharding.add_row(pattern, axes, f"{count:,}")
-    if mesh.size > 1:
-        console.print(sharding)
+    console.print(sharding)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"devices: {mesh.size} x {jax.devices()[0].device_kind} as {sizes}")
     memory = step.memory_analysis()

@@ -1,0 +1,30 @@
+"""MLIP: Frequency Stage, guided token merging, four perspectives (Zhang et al. 2024).
+
+    python -m mlip_jax.main --config=configs/mlip.py
+    python -m mlip_jax.main --config=configs/mlip.py:size=B/16,data=jsonl:pairs.jsonl
+    python -m mlip_jax.main --config=configs/mlip.py:objective=jsd
+
+`objective` (softmax, sigmoid or jsd) is the loss of the global perspectives; the token-level ones
+use jsd, which scores 2 pairs for each example instead of a batch of them.
+"""
+
+from mlip_jax.config import LOSSES, arguments, choose
+from mlip_jax.recipes import recipe
+
+
+def get_config(arg=None):
+    """Takes size, data and objective."""
+    args = arguments(arg, size="quick", data="emoji", objective="softmax")
+    choose("objective", args["objective"], LOSSES)
+    config = recipe(args["size"], args["data"])
+    config.name = "mlip"
+    image = config.model.image
+    image.frequency.depth = max(1, image.depth // 3)
+    image.merging.rate = 0.3
+    for view, perspective in config.perspectives.items():
+        perspective.weight = 1.0
+        perspective.loss = "jsd" if view.endswith("_tokens") else args["objective"]
+        if perspective.loss == "sigmoid":
+            perspective.init_scale = 10.0
+            perspective.init_bias = -10.0
+    return config

@@ -1,0 +1,122 @@
+"""The experiments in configs/: each parses, validates and describes a model at every size."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mlip_jax import command_line
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+from mlip_jax.data.text import load_tokenizer
+from mlip_jax.models import presets, two_tower
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parse(file, *overrides):
+    return command_line.parse([f"--config=configs/{file}", *overrides], ["train"]).config
+
+
+def shapes(config):
+    """The parameters of the config's model, without computing any."""
+    tokenizer = load_tokenizer(config.model.text.tokenizer)
+    network = two_tower.build(
+        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
+    )
+    size = config.model.image.image_size
+    return jax.eval_shape(
+        network.init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((2, config.model.text.context_length), jnp.int32),
+    )["params"]
+
+
+def test_the_systems_are_there():
+    assert {"clip.py", "filip.py", "mlip.py", "siglip.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_default_is_quick_and_ready(file):
+    config = parse(file)
+    assert config.name == file.removesuffix(".py")
+    assert config.data.train == "emoji"
+    assert config.to_dict() == parse(f"{file}:size=quick,data=emoji").to_dict()
+    params = shapes(config)
+    for view, perspective in config.perspectives.items():
+        assert (f"log_scale_{view}" in params) == (perspective.weight > 0)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 20e6
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("size", presets.SIZES)
+def test_every_size_is_valid_and_merges_as_asked(file, size):
+    config = parse(f"{file}:size={size},data=jsonl:pairs.jsonl")
+    assert config.data.train == "jsonl:pairs.jsonl"
+    image = config.model.image
+    patches = (image.image_size // image.patch_size) ** 2
+    assert sum(two_tower.merge_counts(config)) == round(image.merging.rate * patches)
+    if size != presets.QUICK:
+        assert image.patch_size == int(size.split("/")[1])
+
+
+# Tracing a model of 24 blocks takes seconds; what differs between the sizes is numbers.
+@pytest.mark.parametrize("file", FILES)
+def test_a_large_size_is_a_model(file):
+    config = parse(f"{file}:size=S/32")
+    kernel = shapes(config)["image_encoder"]["patch_embedding"]
+    assert config.model.image.width in jax.tree.leaves(kernel)[0].shape
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_docstring_gives_the_command(file):
+    text = runpy.run_path(f"configs/{file}")["__doc__"]
+    commands = re.findall(r"^    (python -m mlip_jax\.main .*)$", text, re.MULTILINE)
+    assert f"python -m mlip_jax.main --config=configs/{file}" in commands
+    for command in commands:
+        assert command_line.parse(command.split()[3:], ["train"]).config.name
+
+
+@pytest.mark.parametrize("objective", schema.LOSSES)
+def test_mlip_takes_every_objective(objective):
+    config = parse(f"mlip.py:objective={objective}")
+    assert config.perspectives.spatial_global.loss == objective
+    assert config.perspectives.frequency_global.loss == objective
+    assert config.model.image.frequency.depth > 0 and config.model.image.merging.rate > 0
+    params = shapes(config)
+    assert ("bias_spatial_global" in params) == (objective == "sigmoid")
+
+
+MISTAKES = [
+    ("clip.py:size=B/15", "unknown size 'B/15'.* did you mean 'B/1?32|B/16'"),
+    ("clip.py:sise=B/16", "did you mean 'size'"),
+    ("clip.py:size", "expected name=value"),
+    ("mlip.py:objective=softmx", "did you mean 'softmax'"),
+    ("clip.py:objective=jsd", "expected name=value with a name of size, data"),
+    ("clop.py", "did you mean 'configs/clip.py'"),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), MISTAKES)
+def test_a_mistake_names_the_nearest(argument, message):
+    with pytest.raises(UserError, match=message):
+        parse(argument)
+
+
+def test_a_rate_that_cannot_be_reached_names_the_largest():
+    config = parse("mlip.py", "--config.model.image.merging.rate=0.95")
+    config.model.image.frequency.depth = config.model.image.depth - 1
+    with pytest.raises(UserError, match="largest rate here is") as found:
+        two_tower.merge_counts(config)
+    config.model.image.merging.rate = float(str(found.value).rsplit(" ", 1)[1])
+    assert sum(two_tower.merge_counts(config)) > 0

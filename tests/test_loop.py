@@ -1,0 +1,415 @@
+"""The loop from a config to a report: bit for bit, stopped, killed, resumed and refused."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mlip_jax import main as door
+from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.training import loop
+from mlip_jax.training.signals import Stop, Stopped
+
+COMPILE = loop.compile_step
+ROOT = Path(__file__).parents[1]
+STATE = ("step", "params", "optimizer", "ema")
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch, compiled, on_one_device):
+    """Runs that differ in nothing that the step depends on share it."""
+
+    def compile_step(step, run, abstract):
+        config = run.config.to_dict()
+        for key in ("data", "checkpoint", "evaluation", "log_every"):
+            del config[key]
+        key = json.dumps(config)
+        if key not in compiled:
+            compiled[key] = COMPILE(step, run, abstract)
+        return compiled[key]
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    on_one_device(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return {}
+
+
+@pytest.fixture
+def train(tiny, tmp_path, capfd):
+    """Trains `tiny` in `tmp_path/run` by the command line: exit code, what it printed."""
+
+    def act(**overrides):
+        workdir = overrides.pop("workdir", tmp_path / "run")
+        flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+        capfd.readouterr()
+        code = door.main(["mlip", f"--config={tiny}", f"--workdir={workdir}", *flags])
+        return code, capfd.readouterr().err
+
+    return act
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def one_line(told):
+    """The error that a failed command ends with; before it stands only the run's own summary."""
+    assert told.count("error:") == 1 and "Traceback" not in told, told
+    return told[told.index("error:") :].rstrip("\n")
+
+
+def assert_same_state(one, other):
+    for field in STATE:
+        a, b = (restore_fields(folder, [field])[0] for folder in (one, other))
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), field
+
+
+def steps_of(folder):
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    clock = ("time", "images_per_second", "data_wait")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def interrupt(monkeypatch, place, name, when=1):
+    """Sends this process a SIGTERM at the `when`-th call of a function."""
+    original, calls = getattr(place, name), []
+
+    def act(*arguments, **options):
+        calls.append(1)
+        if len(calls) == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(place, name, act)
+
+
+def test_a_run_leaves_what_the_workdir_promises(trained):
+    assert {"tensorboard", "report.html", "results.json", "environment.json"} <= {
+        path.name for path in trained.iterdir()
+    }
+    assert steps_of(trained)[-1] == 8 and len(steps_of(trained)) <= 3
+    assert list((trained / "tensorboard").iterdir())
+    lines = metrics(trained)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert {"loss/spatial_global", "loss/frequency_tokens", "gradient_norm"} <= lines[0].keys()
+    figure = "retrieval/pairs/text_to_image_recall@1"
+    assert [line["step"] for line in lines if figure in line] == [4, 8]
+    assert json.loads((trained / "results.json").read_text())[figure] == lines[-1][figure]
+    assert not (trained / "attribution.txt").exists()  # these pictures ask for none
+    config = json.loads((trained / "config.json").read_text())
+    assert config["batch_size"] == 8 and config["name"] == "tiny"
+
+
+def test_a_finished_run_says_so_and_is_evaluated(train, workdir, trained, monkeypatch):
+    before = (workdir / "results.json").read_text()
+    (workdir / "results.json").unlink()
+    (workdir / "report.html").unlink()
+    monkeypatch.setattr(loop, "compile_step", None)  # there is nothing to compile
+    code, told = train()
+    assert code == 0 and f"{workdir} holds this run: it is finished" in told
+    assert (workdir / "results.json").read_text() == before
+    assert (workdir / "report.html").exists() and metrics(workdir) == metrics(trained)
+
+
+def test_one_seed_is_one_model_from_one_trace_without_a_hidden_transfer(
+    train, trained, tmp_path, monkeypatch
+):
+    traces, make, steps = [], loop.make_train_step, loop.run_steps
+
+    def counted(*arguments):
+        step = make(*arguments)
+
+        def traced(state, batch):
+            traces.append(1)
+            return step(state, batch)
+
+        return traced
+
+    def guarded(*arguments):
+        with jax.transfer_guard("disallow"):
+            return steps(*arguments)
+
+    monkeypatch.setattr(loop, "compile_step", COMPILE)
+    monkeypatch.setattr(loop, "make_train_step", counted)
+    monkeypatch.setattr(loop, "run_steps", guarded)
+    monkeypatch.setattr(loop, "write_report", lambda *_: "none")
+    assert train()[0] == 0
+    assert len(traces) == 1
+    assert_same_state(trained, tmp_path / "run")
+    assert metrics(trained) == metrics(tmp_path / "run")
+
+
+def test_another_seed_is_another_start(train, tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(loop, "compile_step", lambda *_: None)
+    monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
+    monkeypatch.setattr(loop, "run_steps", lambda *arguments: (arguments[2], None))
+    monkeypatch.setattr(loop, "finish", lambda _, state, __: starts.append(state.params) or 0)
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert train(seed=seed, workdir=tmp_path / folder)[0] == 0
+    one, same, other = ([np.asarray(x) for x in jax.tree.leaves(params)] for params in starts)
+    assert all(x.tobytes() == y.tobytes() for x, y in zip(one, same, strict=True))
+    assert any(np.abs(x - y).max() > 0.01 for x, y in zip(one, other, strict=True))
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(train, tiny, trained, tmp_path):
+    run = tmp_path / "run"
+    command = ["-m", "mlip_jax.main", f"--config={tiny}", f"--workdir={run}"]
+    with (tmp_path / "told").open("w") as told:
+        one_device = {**os.environ, "XLA_FLAGS": ""}
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=one_device, stderr=told
+        )
+    while not (run / "checkpoints" / "2").is_dir():
+        assert process.poll() is None, (tmp_path / "told").read_text()
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (left,) = steps_of(run)[-1:]
+    assert left < 8
+    code, told = train()
+    assert code == 0 and f"going on from step {left}" in told
+    assert_same_state(trained, run)
+    assert metrics(trained) == metrics(run)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, on_one_device, tmp_path_factory):
+    """A run that a SIGTERM stopped at step 3."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        interrupt(patch, loop.parallel, "global_batch", 3)
+        assert door.main(["mlip", f"--config={tiny}", f"--workdir={folder}"]) == 75
+    assert steps_of(folder)[-1] == 3
+    return folder
+
+
+def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(train, stopped, trained, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    code, told = train()
+    assert code == 0 and "going on from step 3" in told
+    assert_same_state(trained, tmp_path / "run")
+    # One line more than the uninterrupted run: that of the step it stopped at.
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 3, 4, 4, 6, 8, 8]
+
+
+def test_it_goes_on_on_another_mesh(train, stopped, trained, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    code, told = train(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    assert code == 0 and "going on from step 3" in told
+    assert "as data 2, fsdp 2, tensor 2" in told and re.search(r"qkv.*fsdp, tensor", told)
+    one, other = (restore_fields(folder)[0]["params"] for folder in (trained, run))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+    # The same pictures in the same order: the losses agree far better than two epochs would.
+    losses = [[line["loss"] for line in metrics(f) if "loss" in line][-1] for f in (trained, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_signal_during_an_evaluation_saves_without_its_figures(
+    train, stopped, tmp_path, monkeypatch
+):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    interrupt(monkeypatch, loop, "evaluate")
+    code, told = train()
+    assert code == 75 and "everything is saved at step 4" in told
+    assert steps_of(run)[-1] == 4
+    assert not any(key.startswith("retrieval/") for line in metrics(run) for key in line)
+
+
+def test_a_signal_during_the_last_evaluation_asks_to_be_started_again(train, workdir, monkeypatch):
+    before = (workdir / "results.json").stat().st_mtime_ns
+    interrupt(monkeypatch, loop, "evaluate")
+    code, told = train()
+    assert code == 75 and "everything is saved at step 8" in told
+    assert (workdir / "results.json").stat().st_mtime_ns == before
+
+
+def test_signals():
+    former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Stop().listening() as stop:
+        with stop.interrupting():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)  # the first is noted
+        assert stop.asked
+        with pytest.raises(Stopped), stop.interrupting():
+            raise AssertionError("not to be begun")
+        with pytest.raises(KeyboardInterrupt):  # the second interrupts
+            os.kill(os.getpid(), signal.SIGINT)
+    with Stop().listening() as stop, pytest.raises(Stopped), stop.interrupting():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert former == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(train, tmp_path):
+    code, told = train(
+        **{
+            "optimizer.learning_rate": 1e30,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.warmup_samples": 0,
+            "checkpoint.every_samples": 8,
+            "data.validation": "",
+            "model.image.frequency.depth": 0,
+            "model.image.merging.rate": 0.0,
+            "perspectives.frequency_tokens.weight": 0.0,
+        }
+    )
+    assert code == 1
+    assert re.match(r"error: step 2: the loss of spatial_global is (nan|inf)", one_line(told))
+    fields, extras = restore_fields(tmp_path / "run", ("params", "ema"))
+    assert extras["step"] == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(fields))
+
+
+@pytest.fixture
+def torn(pairs, tmp_path):
+    """The pairs with two pictures that cannot be read."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for row in rows:
+        row["file"] = str(pairs.parent / row["file"])
+    (tmp_path / "torn.png").write_bytes(Path(rows[3]["file"]).read_bytes()[:70])
+    rows[3]["file"], rows[7]["file"] = "torn.png", "gone.png"
+    path = tmp_path / "torn.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_unreadable_pictures_are_left_out_and_counted(train, torn, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "finish", lambda *_: 0)
+    overrides = {"data.train": f"jsonl:{torn}", "data.validation": ""}
+    code, told = train(**overrides, **{"data.max_skipped_share": 0.1})
+    assert code == 0
+    assert re.search(r"2 of 32 images \(6\.25%\) cannot be read: .*torn\.png, .*gone\.png", told)
+    code, told = train(**overrides, **{"data.max_skipped_share": 0.01}, workdir=tmp_path / "b")
+    assert code == 2
+    assert "cannot be read" in one_line(told) and "max_skipped_share=0.01" in one_line(told)
+
+
+def test_a_run_without_validation(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    code, told = train(**{"data.validation": "", "checkpoint.every_samples": 0})
+    assert code == 0 and "no figures" not in told
+    assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8]
+    assert json.loads((run / "results.json").read_text()) == {}
+    (run / "report.html").unlink()
+    assert door.main(["mlip", "report", f"--workdir={run}"]) == 0
+    assert (run / "report.html").exists()
+    capsys.readouterr()
+    assert door.main(["mlip", "evaluate", f"--workdir={run}"]) == 2
+    assert "names no set to evaluate on: add --config.data.valid" in capsys.readouterr().err
+
+
+def test_a_name_for_the_best_that_is_no_figure_costs_no_steps(train, stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    code, told = train(**{"checkpoint.best": "retrieval/pairs/text_to_image_recal@1"})
+    assert code == 2
+    assert "did you mean 'retrieval/pairs/text_to_image_recall@1'" in one_line(told)
+    assert steps_of(run)[-1] == 4
+
+
+def test_the_best_checkpoint_is_kept():
+    figures = {"retrieval/a/x_recall@1": 0.2, "retrieval/b/x_recall@1": 0.4, "zero_shot/a/top1": 1}
+    assert loop._score("", figures) == pytest.approx(0.3)
+    assert loop._score("zero_shot/a/top1", figures) == 1
+    assert loop._score("", {"zero_shot/a/top1": 0.5, "zero_shot/a/top5": 0.9}) == 0.5
+
+
+def test_a_disk_that_takes_no_more_is_one_line(train, stopped, tmp_path, monkeypatch):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    steps, former = loop.run_steps, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, former[1]))
+        return steps(*arguments)
+
+    monkeypatch.setattr(loop, "run_steps", limited)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: loop.Results())
+    try:
+        code, told = train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert code == 1
+    error = one_line(told)
+    assert "\n" not in error
+    assert re.match("error: cannot write the checkpoint of step 4 to .*: File too large", error)
+    assert steps_of(run)[-1] == 3
+
+
+# What is refused before anything is compiled: overrides of `tiny`, and what the one line says.
+REFUSED = [
+    (
+        {"batch_size": 12, "mesh.data": 8},
+        r"batch_size=12 is not divided by data\*fsdp=8 .* nearest: 8 or 16",
+    ),
+    ({"mesh.data": 3}, "mesh .* does not fit the 8 devices"),
+    ({"data.train": "jsonl:absent.jsonl"}, "absent.jsonl"),
+    ({"data.train": "emojy"}, "unknown data set 'emojy'.*did you mean 'emoji'"),
+    ({"data.validation": "folder:absent"}, "absent"),
+    ({"evaluation.retrieval": "('jsonl:absent.jsonl',)"}, "absent.jsonl"),
+    ({"evaluation.zero_shot": "('validation','folder:absent')"}, "absent"),
+    ({"evaluation.templates": "clip_8"}, "did you mean 'clip_80'"),
+    ({"model.image.merging.rate": 0.9}, "largest rate here is 0.5"),
+    (
+        {"perspectives.spatial_global.weight": 0.0},
+        "no embedding of a whole image: give config.perspectives.spatial_global.weight",
+    ),
+    ({"checkpoint.keep_last": 0}, "keep_last=0 must be at least 1"),
+    ({"compute_dtype": "float23"}, "did you mean 'float32'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_what_cannot_be_is_refused_at_once_and_leaves_no_workdir(
+    train, tmp_path, overrides, message
+):
+    code, told = train(**overrides)
+    assert code == 2
+    assert re.search(message, one_line(told)), told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    if "checkpoint.keep_last" not in overrides:
+        assert not (tmp_path / "run").exists()
+
+
+LINES = [
+    ('{"file": "a.png", "caption": "a"}\n{"file": "b.png", "caption"\n', r"lines\.jsonl:2"),
+    ('{"file": "a.png", "caption": " "}\n' * 3, "3 of 3 rows have no caption"),
+    ("", "lines.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), LINES)
+def test_a_list_of_pairs_that_cannot_be_used_is_named(train, tmp_path, text, message):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(text)
+    code, told = train(**{"data.train": f"jsonl:{path}"})
+    assert code == 2 and re.search(message, one_line(told)), told
+
+
+def test_the_workdir_of_another_run_is_refused(train, workdir):
+    code, told = train(seed=5)
+    assert code == 2
+    assert f"{workdir} holds a run of another config (seed: 0 -> 5)" in one_line(told)
+    assert steps_of(workdir)[-1] == 8

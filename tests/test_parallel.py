@@ -1,0 +1,208 @@
+"""Meshes and sharding rules; a sharded loss is the loss of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from mlip_jax import config as schema
+from mlip_jax import parallel
+from mlip_jax.config import UserError
+from mlip_jax.models import two_tower
+from mlip_jax.objectives import perspectives
+from mlip_jax.training.state import abstract_state, initial_state
+
+BATCH = 16
+
+
+def axes(data=1, fsdp=1, tensor=1):
+    return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, -1, 1), (2, 4, 1)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((4, 2, 1), (4, 2, 1)),
+    ],
+)
+def test_one_axis_takes_what_remains(shape, expected):
+    mesh = parallel.make_mesh(axes(*shape), BATCH)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert tuple(mesh.shape.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "message"),
+    [
+        ((3, 1, 1), 16, r"\(data=3, fsdp=1, tensor=1\) does not fit the 8 devices"),
+        ((-1, 3, 1), 16, "does not fit the 8 devices"),
+        ((16, 1, 1), 16, "does not fit the 8 devices"),
+        ((-1, -1, 1), 16, "at most one -1"),
+        ((0, 8, 1), 16, "each axis at least 1"),
+        ((-2, 8, 1), 16, "each axis at least 1"),
+        ((4, 2, 1), 20, "batch_size=20 is not divided by data.fsdp=8 .*nearest: 16 or 24"),
+        ((4, 2, 1), 5, "nearest: 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(shape, batch, message):
+    with pytest.raises(UserError, match=message):
+        parallel.make_mesh(axes(*shape), batch)
+
+
+def test_the_tensor_axis_does_not_divide_the_batch():
+    assert parallel.make_mesh(axes(2, 1, 4), 6).shape["tensor"] == 4
+
+
+def test_rows_of_a_batch_lie_on_data_and_fsdp():
+    mesh = parallel.make_mesh(axes(2, 2, 2), BATCH)
+    rows = {"image": np.arange(BATCH * 3).reshape(BATCH, 3)}
+    batch = parallel.global_batch(rows, mesh)["image"]
+    np.testing.assert_array_equal(batch, rows["image"])
+    assert batch.sharding == parallel.batch_sharding(mesh)
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(BATCH // 4, 3)}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model whose every kernel 8 devices divide, and its config."""
+    config = schema.default()
+    image, text = config.model.image, config.model.text
+    image.image_size, image.patch_size, image.width, image.depth, image.heads = 16, 4, 32, 2, 2
+    image.frequency.depth = 1
+    text.context_length, text.width, text.depth, text.heads = 8, 32, 1, 2
+    config.model.embed_dim = config.model.token_dim = 16
+    model = two_tower.build(config, vocab_size=64, start_id=62, end_id=63)
+    return model, optax.adam(1e-3), config
+
+
+def test_rules_resolve_to_a_readable_table(small):
+    mesh = parallel.make_mesh(axes(2, 2, 2), BATCH)
+    params = abstract_state(*small, mesh).params
+    table = parallel.sharding_table(params, mesh)
+    assert sum(count for *_, count in table) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    resolved = {pattern: spec for pattern, spec, _ in table}
+    assert resolved["(qkv|up|patch|projection)/kernel$"] == "fsdp, tensor"
+    assert resolved["(out|down)/kernel$"] == "tensor, fsdp"
+    assert resolved["text_encoder/embedding$"] == "tensor, fsdp"
+    assert resolved["filter$"] == "None, None, fsdp"
+    assert resolved["all others"] == "replicated"
+    one = parallel.sharding_table(params, parallel.make_mesh(axes(8), BATCH))
+    assert {spec for _, spec, _ in one} == {"replicated"}
+
+
+def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
+    mesh = parallel.make_mesh(axes(1, 4, 2), BATCH)
+    for shape, spec in [((12, 6), ("fsdp", "tensor")), ((6, 6), (None, "tensor")), ((6, 5), ())]:
+        assert tuple(parallel.sharding_of("block_0/mlp/up/kernel", shape, mesh).spec) == spec
+
+
+def test_a_device_of_8_holds_an_eighth_of_the_big_kernels(small):
+    model, optimizer, config = small
+    mesh = parallel.make_mesh(axes(1, 8), BATCH)
+    abstract = abstract_state(model, optimizer, config, mesh)
+    state = jax.jit(
+        lambda: initial_state(model, optimizer, config),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )()
+    held = whole = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = parallel.path_name(path)
+        device = leaf.addressable_shards[0].data.size
+        if name.endswith(("kernel", "embedding", "filter")):
+            assert device * 8 == leaf.size, name
+        held, whole = held + device, whole + leaf.size
+    assert held < whole / 5  # the rest is small: biases, norms, positions
+    # The optimizer's copies lie where their parameters lie.
+    for moment in (state.optimizer[0].mu, state.optimizer[0].nu):
+        places = jax.tree.map(lambda leaf: leaf.sharding, moment)
+        assert places == jax.tree.map(lambda leaf: leaf.sharding, state.params)
+
+
+LOSSES = {
+    "softmax": ("softmax", 1),
+    "sigmoid": ("sigmoid", 1),
+    "jsd": ("jsd", 1),
+    "jsd3": ("jsd", 3),
+}
+
+
+def value_and_gradients(embeddings, scales, biases):
+    """Of every loss, the total over a global and a token-level perspective."""
+    results = {}
+    for name, (loss, shifts) in LOSSES.items():
+        terms = tuple(
+            perspectives.Term(view, loss, weight, shifts, 0)
+            for view, weight in (("spatial_global", 1.0), ("spatial_tokens", 0.5))
+        )
+
+        def total(embeddings, scales, biases, terms=terms):
+            fixed = {"sizes": jnp.float32, "text_mask": bool}
+            assert all(embeddings[key].dtype == dtype for key, dtype in fixed.items())
+            return perspectives.total_loss(
+                terms, embeddings, scales, biases, jnp.float32(0), chunk=3
+            )
+
+        def of_floats(floats, total=total):
+            learned, scales, biases = floats
+            return total(embeddings | learned, scales, biases)
+
+        learned = {k: v for k, v in embeddings.items() if k not in ("sizes", "text_mask")}
+        results[name] = jax.value_and_grad(of_floats, has_aux=True)((learned, scales, biases))
+    return results
+
+
+@functools.cache
+def one_device():
+    rng = np.random.default_rng(0)
+
+    def unit(*shape):
+        x = rng.normal(size=shape)
+        return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+    embeddings = {
+        "spatial_global": unit(BATCH, 8),
+        "text_global": unit(BATCH, 8),
+        "spatial_tokens": unit(BATCH, 5, 6),
+        "text_tokens": unit(BATCH, 4, 6),
+        "sizes": rng.integers(1, 4, (BATCH, 5)).astype(np.float32),
+        "text_mask": np.arange(4) < rng.integers(1, 5, (BATCH, 1)),
+    }
+    views = ("spatial_global", "spatial_tokens")
+    scales = dict(zip(views, np.float32([9.0, 6.0]), strict=True))
+    biases = dict(zip(views, np.float32([-4.0, -2.0]), strict=True))
+    arguments = embeddings, scales, biases
+    return arguments, jax.device_get(jax.jit(value_and_gradients)(*arguments))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 4), (4, 2)])
+def test_a_sharded_loss_is_the_loss_of_one_device(data, fsdp):
+    (embeddings, scales, biases), expected = one_device()
+    mesh = jax.make_mesh(
+        (data, fsdp, 1),
+        parallel.AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[: data * fsdp],
+    )
+    rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    place = functools.partial(jax.tree.map, lambda x: jax.device_put(x, everywhere))
+    found = jax.jit(value_and_gradients)(
+        jax.device_put(embeddings, rows), place(scales), place(biases)
+    )
+    learned = found["softmax"][1][0]
+    assert learned["spatial_tokens"].sharding.is_equivalent_to(rows, 3)
+    found = jax.device_get(found)
+    for name in LOSSES:
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(
+                a, b, rtol=1e-4, atol=1e-6, err_msg=name
+            ),
+            found[name],
+            expected[name],
+        )
