@@ -262,6 +262,11 @@ def validate(config: ConfigDict) -> None:
             f"config.model.image.image_size={image.image_size} is not a multiple of "
             f"patch_size={image.patch_size}"
         )
+    if image.stem == "conv" and image.patch_size & (image.patch_size - 1):
+        raise UserError(
+            f"config.model.image.stem='conv' halves the image: patch_size={image.patch_size} must "
+            "be a power of two, or the stem 'patch'"
+        )
     if not 0 <= image.frequency.depth < image.depth:
         raise UserError(
             f"config.model.image.frequency.depth={image.frequency.depth} must be from 0 to "

@@ -75,7 +75,8 @@ class Model:
                 "token-level perspectives alone give no embedding of a whole image: give "
                 "config.perspectives.spatial_global.weight a value above 0"
             )
-        self._view = view = views[0]
+        # The class token has seen every stage; the frequency view lies before the merging.
+        self._view = view = "spatial_global" if "spatial_global" in views else views[0]
         self._batch_size = config.evaluation.batch_size
         if mesh:
             shards = mesh.shape["data"] * mesh.shape["fsdp"]

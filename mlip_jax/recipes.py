@@ -65,11 +65,11 @@ def _drawings(config: ConfigDict) -> None:
     augment.flip = False
     augment.trim = 0.7
     augment.crop = (0.7, 1.0)
-    augment.affine = 0.3
-    augment.color = 0.3
-    augment.morphology = 0.4
-    augment.grayscale = 0.05
-    augment.blur = 0.05
+    augment.affine = 0.4
+    augment.color = 0.5
+    augment.morphology = 0.5
+    augment.grayscale = 0.1
+    augment.blur = 0.1
     caption.first = 0.9
     caption.tags = 0.1
     config.model.text.context_length = 16

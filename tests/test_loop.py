@@ -167,10 +167,9 @@ def test_another_seed_is_another_start(train, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
     monkeypatch.setattr(loop, "run_steps", lambda *arguments: (arguments[2], None))
     monkeypatch.setattr(loop, "finish", lambda _, state, __: starts.append(state.params) or 0)
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert train(seed=seed, workdir=tmp_path / folder)[0] == 0
-    one, same, other = ([np.asarray(x) for x in jax.tree.leaves(params)] for params in starts)
-    assert all(x.tobytes() == y.tobytes() for x, y in zip(one, same, strict=True))
+    for seed in (0, 1):
+        assert train(seed=seed, workdir=tmp_path / str(seed))[0] == 0
+    one, other = ([np.asarray(x) for x in jax.tree.leaves(params)] for params in starts)
     assert any(np.abs(x - y).max() > 0.01 for x, y in zip(one, other, strict=True))
 
 
@@ -190,7 +189,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(train, tiny, trained, 
     (left,) = steps_of(run)[-1:]
     assert left < 8
     code, told = train()
-    assert code == 0 and f"going on from step {left}" in told
+    assert code == 0 and f"going on from step {left}" in told, told
     assert_same_state(trained, run)
     assert metrics(trained) == metrics(run)
 
@@ -264,23 +263,33 @@ def test_signals():
     assert former == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(train, tmp_path):
-    code, told = train(
-        **{
-            "optimizer.learning_rate": 1e30,
-            "optimizer.clip_norm": 0.0,
-            "optimizer.warmup_samples": 0,
-            "checkpoint.every_samples": 8,
-            "data.validation": "",
-            "model.image.frequency.depth": 0,
-            "model.image.merging.rate": 0.0,
-            "perspectives.frequency_tokens.weight": 0.0,
-        }
-    )
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_terms(
+    train, stopped, tmp_path, monkeypatch
+):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    share, calls = loop.compile_step, []
+
+    def compile_step(*arguments):
+        step = share(*arguments)
+
+        def broken(state, batch):
+            calls.append(1)
+            if len(calls) == 2:  # step 5
+                params = jax.tree.map(lambda x: x * np.float32(np.inf), state.params)
+                state = state.replace(params=params)
+            return step(state, batch)
+
+        return broken
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
+    code, told = train()
     assert code == 1
-    assert re.match(r"error: step 2: the loss of spatial_global is (nan|inf)", one_line(told))
-    fields, extras = restore_fields(tmp_path / "run", ("params", "ema"))
-    assert extras["step"] == 1
+    error = one_line(told)
+    assert error.startswith("error: step 5: the loss of ") and " is nan; stopped" in error
+    assert "spatial_global" in error and "frequency_tokens" in error
+    fields, extras = restore_fields(run, ("params", "ema"))
+    assert extras["step"] == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(fields))
 
 
@@ -308,7 +317,7 @@ def test_unreadable_pictures_are_left_out_and_counted(train, torn, tmp_path, mon
     assert "cannot be read" in one_line(told) and "max_skipped_share=0.01" in one_line(told)
 
 
-def test_a_run_without_validation(train, tmp_path, capsys):
+def test_a_run_without_validation(train, tmp_path, capfd):
     run = tmp_path / "run"
     code, told = train(**{"data.validation": "", "checkpoint.every_samples": 0})
     assert code == 0 and "no figures" not in told
@@ -317,9 +326,9 @@ def test_a_run_without_validation(train, tmp_path, capsys):
     (run / "report.html").unlink()
     assert door.main(["mlip", "report", f"--workdir={run}"]) == 0
     assert (run / "report.html").exists()
-    capsys.readouterr()
+    capfd.readouterr()
     assert door.main(["mlip", "evaluate", f"--workdir={run}"]) == 2
-    assert "names no set to evaluate on: add --config.data.valid" in capsys.readouterr().err
+    assert "names no set to evaluate on: add --config.data.valid" in capfd.readouterr().err
 
 
 def test_a_name_for_the_best_that_is_no_figure_costs_no_steps(train, stopped, tmp_path):
@@ -371,7 +380,7 @@ REFUSED = [
     ({"evaluation.retrieval": "('jsonl:absent.jsonl',)"}, "absent.jsonl"),
     ({"evaluation.zero_shot": "('validation','folder:absent')"}, "absent"),
     ({"evaluation.templates": "clip_8"}, "did you mean 'clip_80'"),
-    ({"model.image.merging.rate": 0.9}, "largest rate here is 0.5"),
+    ({"model.image.merging.rate": 0.9}, "largest rate here is"),
     (
         {"perspectives.spatial_global.weight": 0.0},
         "no embedding of a whole image: give config.perspectives.spatial_global.weight",

@@ -7,6 +7,7 @@ every input token. Merging is then a product with a 0/1 matrix, whose gradient i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -55,7 +56,12 @@ def schedule(rate: float, tokens: int, blocks: int, spread: str) -> tuple[int, .
                 f"config.model.image.merging.schedule={spread!r} is neither "
                 f"{', '.join(SCHEDULES)} nor a comma list of numbers{suggestion(spread, SCHEDULES)}"
             ) from None
-        if len(weights) != blocks or min(weights) < 0 or sum(weights) <= 0:
+        if (
+            len(weights) != blocks
+            or not all(map(math.isfinite, weights))
+            or min(weights) < 0
+            or sum(weights) <= 0
+        ):
             raise UserError(
                 f"config.model.image.merging.schedule={spread!r} must hold one weight for each of "
                 f"the {blocks} blocks of the Spatial Stage, none negative and one above 0"

@@ -77,6 +77,6 @@ class TextEncoder(nn.Module):
             pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         else:
             weight = (valid & (token_ids != self.start_id)).astype(jnp.float32)
-            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+            weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1.0)
             pooled = jnp.einsum("bt,btd->bd", weight, x.astype(jnp.float32)).astype(self.dtype)
         return TextViews(pooled, x, words)

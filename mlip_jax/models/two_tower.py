@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from mlip_jax.config import IMAGE_VIEWS
 from mlip_jax.models import merging
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.models.vit import ImageEncoder, ImageViews
@@ -149,11 +150,14 @@ def build(config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int) ->
         guided.pop(name)
     text.pop("tokenizer")
     critics = {
-        view: (perspective.init_scale, perspective.init_bias)
-        if perspective.loss == "sigmoid"
-        else (perspective.init_scale, None)
-        for view, perspective in config.perspectives.items()
-        if perspective.weight > 0
+        view: (
+            config.perspectives[view].init_scale,
+            config.perspectives[view].init_bias
+            if config.perspectives[view].loss == "sigmoid"
+            else None,
+        )
+        for view in IMAGE_VIEWS  # a ConfigDict would give them by the alphabet
+        if config.perspectives[view].weight > 0
     }
     return TwoTower(
         image=image

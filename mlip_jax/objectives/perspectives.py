@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from mlip_jax.config import IMAGE_VIEWS
 from mlip_jax.objectives.contrastive import jsd, sigmoid_contrastive, softmax_contrastive
 from mlip_jax.objectives.tokenwise import tokenwise_loss
 
@@ -25,9 +26,10 @@ class Term(NamedTuple):
 
 def terms(config: ConfigDict) -> tuple[Term, ...]:
     """The perspectives of a config whose weight is above 0."""
+    in_order = [(view, config.perspectives[view]) for view in IMAGE_VIEWS]
     return tuple(
         Term(view, p.loss, float(p.weight), p.shifts, p.warmup_samples)
-        for view, p in config.perspectives.items()
+        for view, p in in_order
         if p.weight > 0
     )
 
