@@ -60,7 +60,13 @@ setup(
         "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.8"],
         "bench": ["open_clip_torch>=2.30", "timm>=1.0", "torch>=2.5"],
-        "test": ["beartype>=0.20", "import-linter>=2.2", "pytest>=8.2", "ruff>=0.12"],
+        "test": [
+            "beartype>=0.20",
+            "import-linter>=2.2",
+            "psutil>=5.9",
+            "pytest>=8.2",
+            "ruff>=0.12",
+        ],
     },
     entry_points={"console_scripts": ["mlip = mlip_jax.main:run"]},
     classifiers=[

@@ -1,7 +1,9 @@
 """SigLIP: CLIP with the pairwise sigmoid loss (Zhai et al. 2023).
 
-python -m mlip_jax.main --config=configs/siglip.py
-python -m mlip_jax.main --config=configs/siglip.py:size=B/16,data=jsonl:pairs.jsonl
+    python -m mlip_jax.main --config=configs/siglip.py
+    python -m mlip_jax.main --config=configs/siglip.py:size=B/16,data=jsonl:pairs.jsonl
+
+Scale and bias start at the paper's values, 10 and -10.
 """
 
 from mlip_jax.config import arguments

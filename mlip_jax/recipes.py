@@ -39,7 +39,7 @@ def _quick(config: ConfigDict) -> None:
     config.optimizer.ema = 0.99
     config.data.augment.crop = (0.6, 1.0)
     config.data.augment.flip = True
-    config.data.augment.color = 0.5
+    config.data.augment.color = 0.25
     config.checkpoint.every_samples = 32_000
     config.evaluation.every_samples = 64_000
     config.log_every = 20
@@ -63,13 +63,13 @@ def _drawings(config: ConfigDict) -> None:
     """The embedded set: short names; margins, line width and colour are matters of style."""
     augment, caption = config.data.augment, config.data.caption
     augment.flip = False
-    augment.trim = 0.7
-    augment.crop = (0.7, 1.0)
-    augment.affine = 0.4
-    augment.color = 0.5
-    augment.morphology = 0.5
-    augment.grayscale = 0.1
-    augment.blur = 0.1
+    augment.trim = 1.0
+    augment.crop = (0.75, 1.0)
+    augment.affine = 0.3
+    augment.color = 0.25
+    augment.morphology = 0.4
+    augment.grayscale = 0.05
+    augment.blur = 0.05
     caption.first = 0.9
     caption.tags = 0.1
     config.model.text.context_length = 16

@@ -72,7 +72,7 @@ def tiny(pairs) -> Path:
             "model.image.width": 16,
             "model.image.depth": 3,
             "model.image.heads": 2,
-            "model.image.dropout": 0.1,
+            "model.text.dropout": 0.1,
             "model.image.frequency.depth": 1,
             "model.image.merging.rate": 0.25,
             "model.text.context_length": 8,

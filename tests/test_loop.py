@@ -1,5 +1,6 @@
 """The loop from a config to a report: bit for bit, stopped, killed, resumed and refused."""
 
+import functools
 import json
 import os
 import re
@@ -141,6 +142,7 @@ def test_one_seed_is_one_model_from_one_trace_without_a_hidden_transfer(
     def counted(*arguments):
         step = make(*arguments)
 
+        @functools.wraps(step)  # its name is part of what the compiler's cache goes by
         def traced(state, batch):
             traces.append(1)
             return step(state, batch)
@@ -317,13 +319,13 @@ def test_unreadable_pictures_are_left_out_and_counted(train, torn, tmp_path, mon
     assert "cannot be read" in one_line(told) and "max_skipped_share=0.01" in one_line(told)
 
 
-def test_a_run_without_validation(train, tmp_path, capfd):
+def test_a_run_without_validation(train, tmp_path, capfd, monkeypatch):
     run = tmp_path / "run"
+    monkeypatch.setattr(loop, "write_report", lambda *_: "none")
     code, told = train(**{"data.validation": "", "checkpoint.every_samples": 0})
     assert code == 0 and "no figures" not in told
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8]
     assert json.loads((run / "results.json").read_text()) == {}
-    (run / "report.html").unlink()
     assert door.main(["mlip", "report", f"--workdir={run}"]) == 0
     assert (run / "report.html").exists()
     capfd.readouterr()
