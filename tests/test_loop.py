@@ -21,14 +21,14 @@ from mlip_jax.storage.checkpoint import restore_fields
 from mlip_jax.training import loop
 from mlip_jax.training.signals import Stop, Stopped
 
-COMPILE = loop.compile_step
+COMPILE, REPORT = loop.compile_step, loop.write_report
 ROOT = Path(__file__).parents[1]
 STATE = ("step", "params", "optimizer", "ema")
 
 
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch, compiled, on_one_device):
-    """Runs that differ in nothing that the step depends on share it."""
+    """Runs that differ in nothing that the step depends on share it; none draws a report."""
 
     def compile_step(step, run, abstract):
         config = run.config.to_dict()
@@ -40,6 +40,7 @@ def compiled_once(monkeypatch, compiled, on_one_device):
         return compiled[key]
 
     monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(loop, "write_report", lambda *_: "none")
     on_one_device(monkeypatch)
 
 
@@ -128,6 +129,7 @@ def test_a_finished_run_says_so_and_is_evaluated(train, workdir, trained, monkey
     (workdir / "results.json").unlink()
     (workdir / "report.html").unlink()
     monkeypatch.setattr(loop, "compile_step", None)  # there is nothing to compile
+    monkeypatch.setattr(loop, "write_report", REPORT)
     code, told = train()
     assert code == 0 and f"{workdir} holds this run: it is finished" in told
     assert (workdir / "results.json").read_text() == before
@@ -156,7 +158,6 @@ def test_one_seed_is_one_model_from_one_trace_without_a_hidden_transfer(
     monkeypatch.setattr(loop, "compile_step", COMPILE)
     monkeypatch.setattr(loop, "make_train_step", counted)
     monkeypatch.setattr(loop, "run_steps", guarded)
-    monkeypatch.setattr(loop, "write_report", lambda *_: "none")
     assert train()[0] == 0
     assert len(traces) == 1
     assert_same_state(trained, tmp_path / "run")
@@ -319,9 +320,8 @@ def test_unreadable_pictures_are_left_out_and_counted(train, torn, tmp_path, mon
     assert "cannot be read" in one_line(told) and "max_skipped_share=0.01" in one_line(told)
 
 
-def test_a_run_without_validation(train, tmp_path, capfd, monkeypatch):
+def test_a_run_without_validation(train, tmp_path, capfd):
     run = tmp_path / "run"
-    monkeypatch.setattr(loop, "write_report", lambda *_: "none")
     code, told = train(**{"data.validation": "", "checkpoint.every_samples": 0})
     assert code == 0 and "no figures" not in told
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8]

@@ -19,11 +19,10 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
-import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @contextlib.contextmanager
@@ -77,7 +76,7 @@ def environment() -> dict[str, Any]:
 @functools.cache  # what runs is what was there at the start, whatever is edited since
 def origin() -> dict[str, Any]:
     """Versions of this package and what it stands on, and the commit: {"versions", "commit"}."""
-    versions = {"mlip_jax": mlip_jax.__version__, "python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
@@ -114,7 +113,7 @@ def _lock(file: TextIO, folder: Path) -> None:
 
 def _commit() -> str | None:
     """The commit of a checkout, with "-dirty" after it if files differ; None when installed."""
-    root = Path(mlip_jax.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
