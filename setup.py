@@ -28,7 +28,7 @@ setup(
         # Compute.
         "jax>=0.8",
         "flax>=0.12",
-        "optax>=0.2.6",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11.28",
         "einops>=0.8",
         "jaxtyping>=0.3.3",

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 IMAGE_VIEWS = ("spatial_global", "frequency_global", "spatial_tokens", "frequency_tokens")
 LOSSES = ("softmax", "sigmoid", "jsd")
+OPTIMIZERS = ("adamw", "muon")
 GUIDANCES = ("none", "spatial", "frequency", "both")
 
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
@@ -139,6 +140,7 @@ def default() -> ConfigDict:
 
     config.optimizer = ConfigDict(
         {
+            "name": "adamw",  # or "muon": kernels get orthogonal updates, all else AdamW's
             "learning_rate": 1e-3,
             "warmup_samples": 10_000,
             "b1": 0.9,
@@ -240,6 +242,7 @@ def validate(config: ConfigDict) -> None:
             if not 0 <= value <= 1:
                 raise UserError(f"config.{key}={value} must lie in [0, 1]")
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
+    choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
     choose("model.text.tokenizer", config.model.text.tokenizer, ("clip", "clip_8k"))
     choose("model.text.pooling", config.model.text.pooling, ("last", "mean"))
     choose("model.image.stem", config.model.image.stem, ("patch", "conv"))

@@ -20,6 +20,7 @@ MISTAKES = [
     ("samples", 10, "less than one batch"),
     ("log_every", 0, "config.log_every=0 must be at least 1"),
     ("optimizer.warmup_samples", -1, "must not be negative"),
+    ("optimizer.name", "adam", "did you mean 'adamw'"),
     ("data.caption.first", 1.5, r"config.data.caption.first=1.5 must lie in \[0, 1\]"),
     ("compute_dtype", "bfloat", "did you mean 'bfloat16'"),
     ("model.text.pooling", "las", "did you mean 'last'"),

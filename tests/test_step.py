@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -246,6 +247,49 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert (np.diff(rates[3:]) < 0).all()
     np.testing.assert_allclose(rates[51], peak / 2, rtol=1e-5)  # half of what follows the warm-up
     np.testing.assert_allclose(rates[-1], 0.0, atol=1e-9)
+
+
+def test_muon_turns_kernels_orthogonally_and_leaves_the_rest_to_adamw():
+    config = small_config()
+    config.optimizer.weight_decay = config.optimizer.clip_norm = 0.0
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 3, 4, 24), "embedding": (20, 8), "bias": (8,)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    gradient = {name: jnp.asarray(rng.normal(size=s), "float32") for name, s in shapes.items()}
+    config.optimizer.name = "muon"
+    updates, expected = (
+        optimizer.update(gradient, optimizer.init(params), params)[0]
+        for optimizer in (
+            optimizers.make(config),
+            optax.nadamw(optimizers.learning_rate(config), 0.9, 0.98, eps=1e-3, weight_decay=0.0),
+        )
+    )
+    for name in ("embedding", "bias"):
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-6)
+    rate = float(optimizers.learning_rate(config)(jnp.asarray(0)))
+    turned = np.asarray(updates["kernel"]).reshape(-1, 24) / -rate
+    gains = np.linalg.svd(turned, compute_uv=False) / (0.2 * math.sqrt(36))
+    assert (gains > 0.6).all() and (gains < 1.3).all()  # Newton-Schulz stops near 1
+    left, _, right = np.linalg.svd(np.asarray(gradient["kernel"]).reshape(-1, 24), False)
+    assert np.sum(turned * (left @ right)) > 0.9 * np.linalg.norm(turned) * math.sqrt(24)
+
+
+def test_a_sharded_step_of_muon_is_the_step_of_one_device():
+    config = small_config()
+    config.optimizer.name = "muon"
+    model, _ = parts()[1:3]
+    optimizer = optimizers.make(config)
+    train_step = make_train_step(model, optimizer, config, Preprocessing.of(config))
+    mesh = parallel.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}), BATCH)
+    abstract = abstract_state(model, optimizer, config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    one = jax.jit(lambda: initial_state(model, optimizer, config))()
+    many = jax.device_put(one, shardings)
+    one, _ = jax.jit(train_step)(one, batch())
+    many, _ = jax.jit(train_step, out_shardings=(shardings, parallel.replicated(mesh)))(
+        many, parallel.global_batch(batch(), mesh)
+    )
+    assert_same(many.params, one.params, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("clip_norm", [1.0, 0.0])

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a decay mask, warm-up and cosine, and clipped logit scales."""
+"""The optimizer: AdamW or Muon with a decay mask, warm-up and cosine; clipped logit scales."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
 
 from mlip_jax.parallel import path_name
+
+_ADAMW_RMS = 0.2  # of an element of AdamW's updates, before the learning rate
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -39,21 +42,54 @@ def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     return leaf.ndim >= 2 and not name.endswith("position")
 
 
+def matrices(params: Any) -> Any:
+    """What Muon turns into orthogonal updates: the kernels, as maps from all else to outputs."""
+
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+        if not path_name(path).endswith("kernel"):
+            return None
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def make(config: ConfigDict) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.optimizer.clip_norm)
-        if config.optimizer.clip_norm > 0
-        else optax.identity(),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.optimizer.b1,
-            b2=config.optimizer.b2,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(decays, params),
-        ),
-    )
+    """Gradient clipping by global norm, then AdamW or Muon.
+
+    Muon (Jordan et al. 2024) moves kernels by about the nearest orthogonal matrix to their
+    momentum, scaled to the RMS of AdamW's updates (arXiv 2502.16982), so that both take the same
+    learning rate. All that is no kernel goes by AdamW with Nesterov momentum.
+    """
+    settings = config.optimizer
+    rate = learning_rate(config)
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(decays, params)
+
+    if settings.name == "muon":
+        update = muon(
+            rate,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            weight_decay_mask=mask,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            adam_weight_decay=settings.weight_decay,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=_ADAMW_RMS,
+        )
+    else:
+        update = optax.adamw(
+            rate,
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            mask=mask,
+        )
+    if settings.clip_norm > 0:
+        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+    return optax.chain(optax.identity(), update)
 
 
 def clip_scales(params: dict[str, Any], max_scale: float) -> dict[str, Any]:
