@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError, suggestion
+from mlip_jax.validation import validate
 
 _FLAGS = ("config", "workdir", "help")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
             raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
     config = _find_config(verb, verbs[0], values.config, values.workdir)
     _override(config, rest)
-    schema.validate(config)
+    validate(config)
     return Command(verb, config, Path(values.workdir or Path("runs") / config.name))
 
 

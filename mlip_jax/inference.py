@@ -24,6 +24,7 @@ from mlip_jax.data.text import Tokenizer
 from mlip_jax.models import two_tower
 from mlip_jax.models.vit import ImageViews
 from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.validation import validate
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -248,7 +249,7 @@ def load(
     for key, value in (overrides or {}).items():
         schema.set_key(asked, key, value)
     if config is not None or overrides:
-        schema.validate(asked)
+        validate(asked)
         _check_parameters(asked, params, tokenizer, folder)
     return Model(asked, params, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
 

@@ -1,9 +1,12 @@
 """The schema: what it refuses, and that it survives being written down."""
 
+import math
+
 import pytest
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
+from mlip_jax.validation import validate
 
 
 @pytest.fixture
@@ -12,16 +15,16 @@ def config():
 
 
 def test_the_default_is_valid(config):
-    schema.validate(config)
+    validate(config)
 
 
 MISTAKES = [
-    ("batch_size", 1, "at least 2 pairs"),
+    ("batch_size", 1, r"at least 2 \(a contrastive loss compares pairs\)"),
     ("samples", 10, "less than one batch"),
     ("log_every", 0, "config.log_every=0 must be at least 1"),
-    ("optimizer.warmup_samples", -1, "must not be negative"),
+    ("optimizer.warmup_samples", -1, "must be at least 0"),
     ("optimizer.name", "adam", "did you mean 'adamw'"),
-    ("data.caption.first", 1.5, r"config.data.caption.first=1.5 must lie in \[0, 1\]"),
+    ("data.caption.first", 1.5, r"config.data.caption.first=1.5 must be in \[0, 1\]"),
     ("compute_dtype", "bfloat", "did you mean 'bfloat16'"),
     ("model.text.pooling", "las", "did you mean 'last'"),
     ("model.image.heads", 7, "not a multiple of heads=7"),
@@ -30,7 +33,14 @@ MISTAKES = [
     ("perspectives.spatial_global.loss", "sigmod", "did you mean 'sigmoid'"),
     ("perspectives.spatial_global.weight", 0.0, "nothing to train on"),
     ("perspectives.frequency_global.weight", 1.0, "needs a Frequency Stage"),
-    ("perspectives.spatial_tokens.weight", -1.0, "is negative"),
+    ("perspectives.spatial_tokens.weight", -1.0, "must be at least 0"),
+    ("optimizer.learning_rate", 0.0, "config.optimizer.learning_rate=0.0 must be above 0"),
+    ("optimizer.learning_rate", math.nan, "config.optimizer.learning_rate=nan must be"),
+    ("optimizer.ema", 1.5, r"must be in \[0, 1\)"),
+    ("model.image.image_size", 0, "must be at least 1"),
+    ("model.text.context_length", 2, "a text has a start, a word and an end"),
+    ("data.augment.crop", (0.9, 0.1), "the smaller first"),
+    ("data.workers", -2, "must be at least -1"),
 ]
 
 
@@ -38,20 +48,20 @@ MISTAKES = [
 def test_a_mistake_is_named(config, key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        schema.validate(config)
+        validate(config)
 
 
 def test_frequency_guidance_needs_a_frequency_stage(config):
     config.model.image.merging.rate = 0.5
     with pytest.raises(UserError, match="needs a Frequency Stage"):
-        schema.validate(config)
+        validate(config)
 
 
 def test_jsd_shifts_stay_within_the_batch(config):
     config.perspectives.spatial_global.loss = "jsd"
     config.perspectives.spatial_global.shifts = config.batch_size
     with pytest.raises(UserError, match="shifts=256 must be from 1 to 255"):
-        schema.validate(config)
+        validate(config)
 
 
 def test_json_keeps_every_value_and_type(config):

@@ -36,7 +36,7 @@ def small_config(**changes):
     config.perspectives.frequency_global.init_bias = -3.0
     config.perspectives.spatial_global.init_scale = 10.0
     config.update_from_flattened_dict(changes)
-    schema.validate(config)
+    validate(config)
     return config
 
 
@@ -382,7 +382,7 @@ def test_a_causal_word_sees_nothing_after_it(causal):
 def test_every_named_size_is_a_valid_model(size):
     config = schema.default()
     presets.apply(config, size)
-    schema.validate(config)
+    validate(config)
     assert build(config).embed_dim == config.model.embed_dim
 
 

@@ -41,7 +41,7 @@ def small_config():
     # Adam divides by the gradient's size: without this, rounding alone would move a parameter
     # whose gradient is 0, such as the keys' bias, by a whole learning rate.
     config.optimizer.eps = 1e-3
-    schema.validate(config)
+    validate(config)
     return config
 
 
