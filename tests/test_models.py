@@ -14,6 +14,7 @@ from mlip_jax.models import presets, two_tower, vit
 from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
+from mlip_jax.validation import validate
 
 BATCH, PATCHES, WIDTH, CONTEXT = 2, 16, 16, 8
 START, END, VOCABULARY = 30, 31, 32

@@ -18,6 +18,7 @@ from mlip_jax.models import two_tower
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import make_train_step
+from mlip_jax.validation import validate
 
 BATCH, START, END, VOCABULARY = 16, 62, 63, 64
 

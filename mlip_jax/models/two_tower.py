@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.config import IMAGE_VIEWS
 from mlip_jax.models import merging
+from mlip_jax.models.layers import dense
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.models.vit import ImageEncoder, ImageViews
 
@@ -34,9 +35,14 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch dim"]:
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
-        x = nn.Dense(
-            self.dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="projection"
-        )(x.astype(self.dtype))
+        x = dense(
+            x.astype(self.dtype),
+            self.dim,
+            "projection",
+            self.dtype,
+            use_bias=False,
+            kernel_init=init,
+        )
         return normalize(x)
 
 

@@ -79,7 +79,7 @@ def _lines(axes: Axes, lines: list[Line], names: list[str]) -> None:
     if len(names) > 1:
         axes.legend()
     if names == ["learning_rate"]:
-        axes.yaxis.set_major_formatter("{x:.1g}")
+        axes.yaxis.set_major_formatter("{x:.2g}")
 
 
 def _shares(axes: Axes, lines: list[Line], names: list[str]) -> None:

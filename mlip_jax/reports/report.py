@@ -197,7 +197,7 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
     image, text = config.model.image, config.model.text
     seen = max([line["samples"] for line in history.training], default=0)
     encoder = (
-        f"{image.depth} blocks, {image.width} wide, {image.heads} heads; {image.image_size} px in "
+        f"depth {image.depth}, {image.width} wide, {image.heads} heads; {image.image_size} px in "
         f"patches of {image.patch_size}"
     )
     frequency = (
@@ -222,9 +222,10 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         ("Image encoder", encoder),
         ("Frequency Stage", frequency),
         ("Token merging", merging),
-        ("Text encoder", f"{text.depth} blocks, {text.width} wide, {text.heads} heads; {causal}"),
+        ("Text encoder", f"depth {text.depth}, {text.width} wide, {text.heads} heads; {causal}"),
         ("Embedding", f"{config.model.embed_dim} wide"),
         ("Perspectives", "; ".join(perspectives)),
+        ("Optimizer", config.optimizer.name),
         ("Learning rate", f"{config.optimizer.learning_rate:g}"),
         ("Weight decay", f"{config.optimizer.weight_decay:g}"),
         ("Seed", str(config.seed)),
