@@ -33,7 +33,8 @@ def recipe(size: str, data: str) -> ConfigDict:
 def _quick(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     config.batch_size = 128
-    config.samples = 256_000
+    config.samples = 320_000
+    config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_samples = 10_000
     config.optimizer.ema = 0.99
@@ -66,7 +67,7 @@ def _drawings(config: ConfigDict) -> None:
     augment.trim = 1.0
     augment.crop = (0.75, 1.0)
     augment.affine = 0.3
-    augment.color = 0.25
+    augment.color = 0.6
     augment.morphology = 0.4
     augment.grayscale = 0.05
     augment.blur = 0.05
