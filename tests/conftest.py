@@ -81,6 +81,7 @@ def tiny(pairs) -> Path:
             "model.text.heads": 2,
             "perspectives.frequency_tokens.weight": 1.0,
             "perspectives.frequency_tokens.loss": "jsd",
+            "optimizer.name": "muon",
             "optimizer.warmup_samples": 16,
             "optimizer.ema": 0.9,
             "checkpoint.every_samples": 16,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlip_jax.config import RunError, UserError, default
 from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.sources import Record
+from mlip_jax.data.records import Record
 from mlip_jax.evaluations import evaluate, read_results, retrieval, table, write_results, zero_shot
 from mlip_jax.evaluations.run import short_name
 

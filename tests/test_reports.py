@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlip_jax.config import default
 from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.sources import Record
+from mlip_jax.data.records import Record
 from mlip_jax.evaluations import Results, write_results
 from mlip_jax.reports import write_report
 from mlip_jax.reports.filters import gain, radial_profile

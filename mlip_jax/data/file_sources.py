@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data.sources import MissingSplit, Record
+from mlip_jax.data.records import MissingSplit, Record
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

@@ -26,7 +26,7 @@ from mlip_jax.config import UserError
 from mlip_jax.data import text
 from mlip_jax.data.augment import augment, short_side
 from mlip_jax.data.images import Preprocessing, decode, flatten
-from mlip_jax.data.sources import Record, Source
+from mlip_jax.data.records import Record, Source
 from mlip_jax.data.text import Tokenizer
 
 _MAX_WORKERS = 8

@@ -6,49 +6,16 @@ into the processes that decode, and images are read when asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError, suggestion
+from mlip_jax.data import file_sources
+from mlip_jax.data.records import MissingSplit, Source
 
 SPLITS = ("train", "validation")
 KINDS = ("jsonl", "csv", "folder", "tfds")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image and what is said about it."""
-
-    image: bytes  # an encoded file: PNG, JPEG, ...
-    captions: tuple[str, ...]  # at least one; the first is the main one
-    tags: tuple[str, ...]  # such as a category: words to add to a caption
-    label: int  # index into the source's class_names; -1: none
-    name: str  # path or id: what errors and reports print
-
-
-class MissingSplit(UserError):
-    """The set exists, but not the split that was asked for."""
-
-
-class Source(Protocol):
-    """What every kind of set offers."""
-
-    name: str
-    split: str  # "train" or "validation"
-    class_names: tuple[str, ...]
-    attribution: str  # to be shown wherever the set is used; "": none known
-    notes: tuple[str, ...]  # what was left out on opening, a line each
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record:
-        """The record. Raises OSError when its image cannot be read."""
-
-    def name_of(self, index: int) -> str:
-        """The record's name, without reading its image."""
 
 
 def open_source(
@@ -70,7 +37,7 @@ def open_source(
         raise UserError(f"unknown split {split!r}: train or validation{suggestion(split, SPLITS)}")
     kind, colon, where = spec.partition(":")
     if spec == "emoji":
-        from mlip_jax.data import tfds_sources
+        from mlip_jax.data import tfds_sources  # here: its library takes a second to import
 
         return tfds_sources.open_emoji(split, cache_dir)
     if not colon or kind not in KINDS or not where:
@@ -84,8 +51,6 @@ def open_source(
         from mlip_jax.data import tfds_sources
 
         return tfds_sources.open_tfds(where, split)
-    from mlip_jax.data import file_sources
-
     path = Path(where).expanduser()
     if kind == "folder":
         return file_sources.open_folder(path, split)

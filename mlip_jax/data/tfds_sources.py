@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.data import emoji
-from mlip_jax.data.sources import MissingSplit, Record
+from mlip_jax.data.records import MissingSplit, Record
 
 _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "sentence")
 

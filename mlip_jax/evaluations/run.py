@@ -12,7 +12,8 @@ from rich.progress import track
 
 from mlip_jax.config import UserError
 from mlip_jax.data.pipeline import evaluation_batches
-from mlip_jax.data.sources import Source, open_evaluation, open_validation
+from mlip_jax.data.records import Source
+from mlip_jax.data.sources import open_evaluation, open_validation
 from mlip_jax.evaluations import retrieval, zero_shot
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import Results

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax.data.sources import Source, open_source, open_validation
+from mlip_jax.data.records import Source
+from mlip_jax.data.sources import open_source, open_validation
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results, rows
 from mlip_jax.evaluations.run import EmbeddedSet, embed_source, short_name

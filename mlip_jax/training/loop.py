@@ -20,7 +20,8 @@ from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.pipeline import SkipCounter, train_batches
-from mlip_jax.data.sources import Source, open_evaluation, open_source, open_validation
+from mlip_jax.data.records import Source
+from mlip_jax.data.sources import open_evaluation, open_source, open_validation
 from mlip_jax.data.text import Tokenizer, load_tokenizer
 from mlip_jax.evaluations import Results, evaluate, table, write_results
 from mlip_jax.evaluations.zero_shot import find_templates

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlip_jax import parallel
-from mlip_jax.data.sources import Source
+from mlip_jax.data.records import Source
 from mlip_jax.models.two_tower import TwoTower, compute_dtype, merge_counts
 
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
