@@ -4,6 +4,9 @@
     python -m mlip_jax.main --config=configs/mlip.py:size=B/16,data=jsonl:pairs.jsonl
     python -m mlip_jax.main --config=configs/mlip.py:objective=jsd
 
+The first takes about 8 minutes on two CPU cores and reaches an R@1 of about 41 % each way, of 952.
+The second is the literature's recipe for a pod slice and has not been run here.
+
 `objective` (softmax, sigmoid or jsd) is the loss of the global perspectives; the token-level ones
 use jsd with 4 negatives, which scores 5 pairs for each example instead of a batch of them.
 """
@@ -25,6 +28,7 @@ def get_config(arg=None):
     # A third of the blocks; of the four blocks of the quick size, half.
     image.frequency.depth = image.depth // (2 if args["size"] == QUICK else 3)
     image.merging.rate = 0.3
+    config.evaluation.frequency_mix = 1.0
     for view, perspective in config.perspectives.items():
         perspective.weight = 1.0
         perspective.shifts = _NEGATIVES
