@@ -119,7 +119,7 @@ USAGE = [
     ("--config=tried.py --config.batch_size=0.5", "config.batch_size='0.5': .* type int"),
     ("--config=tried.py --config.data.augment.flip=so", "flip='so': .* type bool"),
     ("--config=tried.py --config.data.augment.crop=wide", "crop=.*wide.* tuple of float"),
-    ("--config=tried.py --config.batch_size=1", "at least 2 pairs a batch"),
+    ("--config=tried.py --config.batch_size=1", r"at least 2 \(a contrastive loss compares pairs"),
     ("evaluate", "evaluate needs a run to look at"),
     ("evaluate --workdir=.", "no workdir of a run: it has no config.json"),
     ("report --workdir=tried.py", "no workdir of a run"),
