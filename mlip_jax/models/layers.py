@@ -48,7 +48,7 @@ def dense(
     """flax's Dense on the last axis, as one product of two matrices; call it in a compact method.
 
     Over several axes at once XLA takes the kernel's gradient by way of a slow transpose on CPUs:
-    a layer's backward pass is about three times faster this way.
+    a layer alone goes back about three times faster this way, a whole step 1.05 to 1.15 times.
     """
     layer = nn.Dense(features, use_bias, dtype=dtype, kernel_init=kernel_init, name=name)
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
