@@ -22,7 +22,7 @@ def quick_gelu(x: Array) -> Array:
 def exact_gelu(x: Array) -> Array:
     """x * Phi(x), by the error function in float32.
 
-    jax.nn.gelu goes by erfc, which costs several times more on CPUs.
+    jax.nn.gelu goes by erfc, which costs about twice as much on CPUs.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
