@@ -8,7 +8,8 @@ The first takes about 8 minutes on two CPU cores and reaches an R@1 of about 41 
 The second is the literature's recipe for a pod slice and has not been run here.
 
 `objective` (softmax, sigmoid or jsd) is the loss of the global perspectives; the token-level ones
-use jsd with 4 negatives, which scores 5 pairs for each example instead of a batch of them.
+use jsd. Wherever it is used, jsd takes 4 negatives: it scores 5 pairs for each example instead of a
+batch of them.
 """
 
 from mlip_jax.config import LOSSES, arguments, choose

@@ -9,14 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.config import (
-    GUIDANCES,
-    LOSSES,
-    OPTIMIZERS,
-    UserError,
-    choose,
-    flatten,
-)
+from mlip_jax.config import GUIDANCES, LOSSES, OPTIMIZERS, UserError, choose, flatten
 
 # None of them holds for NaN.
 _RANGES: dict[str, Callable[[float], bool]] = {
@@ -95,7 +88,7 @@ def validate(config: ConfigDict) -> None:
             f"config.model.image.stem='conv' halves the image: patch_size={image.patch_size} must "
             "be a power of two, or the stem 'patch'"
         )
-    if not 0 <= image.frequency.depth < image.depth:
+    if image.frequency.depth >= image.depth:
         raise UserError(
             f"config.model.image.frequency.depth={image.frequency.depth} must be from 0 to "
             f"{image.depth - 1}: the Spatial Stage needs at least one of the {image.depth} blocks"

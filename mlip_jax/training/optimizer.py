@@ -87,9 +87,8 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
             weight_decay=settings.weight_decay,
             mask=mask,
         )
-    if settings.clip_norm > 0:
-        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
-    return optax.chain(optax.identity(), update)
+    norm = settings.clip_norm
+    return optax.chain(optax.clip_by_global_norm(norm) if norm > 0 else optax.identity(), update)
 
 
 def clip_scales(params: dict[str, Any], max_scale: float) -> dict[str, Any]:
