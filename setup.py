@@ -39,6 +39,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
         "Pillow>=10.3",
+        "safetensors>=0.5",
         "tokenizers>=0.21",
         # The embedded data.
         "emoji>=2.14",

@@ -12,7 +12,7 @@ use jsd. Wherever it is used, jsd takes 4 negatives: it scores 5 pairs for each 
 batch of them.
 """
 
-from mlip_jax.config import LOSSES, arguments, choose
+from mlip_jax.config import IMAGE_VIEWS, LOSSES, arguments, choose
 from mlip_jax.models.presets import QUICK
 from mlip_jax.recipes import recipe
 
@@ -30,7 +30,8 @@ def get_config(arg=None):
     image.frequency.depth = image.depth // (2 if args["size"] == QUICK else 3)
     image.merging.rate = 0.3
     config.evaluation.frequency_mix = 1.0
-    for view, perspective in config.perspectives.items():
+    for view in IMAGE_VIEWS:
+        perspective = config.perspectives[view]
         perspective.weight = 1.0
         perspective.shifts = _NEGATIVES
         perspective.loss = "jsd" if view.endswith("_tokens") else args["objective"]

@@ -14,9 +14,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-IMAGE_VIEWS = ("spatial_global", "frequency_global", "spatial_tokens", "frequency_tokens")
+# Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
+# another augmentation of the image, another caption of it.
+PERSPECTIVES = {
+    "spatial_global": "text_global",
+    "frequency_global": "text_global",
+    "spatial_tokens": "text_tokens",
+    "frequency_tokens": "text_tokens",
+    "augmented_image": "augmented_image_2",
+    "other_caption": "other_caption_2",
+}
+IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
 LOSSES = ("softmax", "sigmoid", "jsd")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "sgd")
+RESNET_DEPTHS = (18, 34, 50, 101, 152)
 GUIDANCES = ("none", "spatial", "frequency", "both")
 
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
@@ -80,15 +91,23 @@ def default() -> ConfigDict:
     config.model = model = ConfigDict()
     model.embed_dim = 256
     model.token_dim = 256
+    model.head = "linear"  # of the global views; "projection_block": CLIP-Lite's
+    model.critic = "dot"  # "concat": an MLP on both features; scores pairs, cannot retrieve
+    model.prior_weight = 0.0  # CLIP-Lite's prior matching; the losses keep 1 - this
     model.image = ConfigDict(
         {
+            "architecture": "vit",  # or "resnet"
+            "pretrained": "",  # resnet: a safetensors file in torchvision's layout
+            "normalization": "clip",  # whose pixel mean and deviation; or "imagenet"
             "image_size": 48,
-            "patch_size": 8,
-            "width": 192,
-            "depth": 6,  # blocks in all: Frequency Stage + Spatial Stage
+            "patch_size": 8,  # vit
+            "width": 192,  # resnet: channels of the first stage, 64 in the literature
+            "depth": 6,  # blocks in all: Frequency Stage + Spatial Stage; resnet: its layers
             "heads": 6,
             "mlp_ratio": 4.0,
-            "stem": "patch",  # "patch": one linear map; "conv": stacked 3x3 convolutions
+            # vit: "patch", one linear map, or "conv", stacked 3x3 convolutions; resnet: "imagenet",
+            # which reduces by 4 before the stages, or "small", which keeps the resolution.
+            "stem": "patch",
             "activation": "gelu",  # or "quick_gelu"
             "dropout": 0.0,
             "drop_path": 0.0,
@@ -109,14 +128,22 @@ def default() -> ConfigDict:
     )
     model.text = ConfigDict(
         {
-            "tokenizer": "clip",  # or "clip_8k": its 8,192 most frequent tokens
+            "architecture": "clip",  # pre-LN; or "bert": post-LN, both directions
+            "pretrained": "",  # bert: a Hugging Face folder of config.json and safetensors
+            # "clip"; "clip_8k": its 8,192 most frequent tokens; "wordpiece": trained on the
+            # captions; "wordpiece:PATH": of a vocab.txt or a folder that holds one
+            "tokenizer": "clip",
+            "vocab_size": 8192,  # the most that a trained vocabulary may have
+            "cleaning": "none",  # "clip_lite": lower case, no punctuation, 30 words
             "context_length": 77,
             "width": 192,
             "depth": 3,
             "heads": 6,
             "mlp_ratio": 4.0,
-            "causal": True,
-            "pooling": "last",  # "last": the end-of-text token; "mean": over all words
+            "causal": True,  # clip
+            # "last": the end-of-text token; "mean": over all words; bert also "first" and "tanh",
+            # its pooler on the first token
+            "pooling": "last",
             "activation": "gelu",
             "dropout": 0.0,
             "drop_path": 0.0,
@@ -133,15 +160,19 @@ def default() -> ConfigDict:
                 "init_scale": 1 / 0.07,
                 "init_bias": 0.0,  # sigmoid only
             }
-            for view in IMAGE_VIEWS
+            for view in PERSPECTIVES
         }
     )
     config.token_chunk = 32  # texts a block of the token-level scores; bounds their memory
 
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",  # or "muon": kernels get orthogonal updates, all else AdamW's
+            # "muon": kernels get orthogonal updates, all else AdamW's; "sgd": with momentum
+            "name": "adamw",
             "learning_rate": 1e-3,
+            # Shares of the learning rate; an encoder with 0 is frozen.
+            "rates": {"image": 1.0, "text": 1.0, "heads": 1.0},
+            "momentum": 0.9,  # sgd
             "warmup_samples": 10_000,
             "b1": 0.9,
             "b2": 0.98,
@@ -150,6 +181,7 @@ def default() -> ConfigDict:
             "clip_norm": 1.0,
             "max_scale": 100.0,
             "ema": 0.0,  # decay a step of the averaged parameters; 0: none
+            "lookahead": {"period": 0, "alpha": 0.5},  # steps between two slow ones; 0: none
         }
     )
     config.checkpoint = ConfigDict(

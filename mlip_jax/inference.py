@@ -22,8 +22,9 @@ from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.models import two_tower
+from mlip_jax.models.heads import normalize
 from mlip_jax.models.vit import ImageViews
-from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.storage.checkpoint import restore_fields, served
 from mlip_jax.validation import validate
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -36,12 +37,13 @@ class Model:
       config: the config it was trained by; it holds every key.
       preprocess: `Preprocessing`: an image of any kind to uint8 [size, size, 3].
       logit_scale: what training multiplied cosines by.
+      pairwise: whether it scores pairs only, having no joint space (`config.model.critic`).
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        params: Any,
+        variables: Any,
         tokenizer: Tokenizer,
         preprocessing: Preprocessing,
         mesh: Mesh | None = None,
@@ -50,7 +52,7 @@ class Model:
 
         Args:
           config: the model's config.
-          params: its parameters, as arrays on a device, on `mesh`, or of numpy.
+          variables: its "params" and "batch_stats", as arrays on a device, on `mesh`, or of numpy.
           tokenizer: what its text encoder was trained with.
           preprocessing: what its image encoder was trained with.
           mesh: the devices to spread batches over; None: one device.
@@ -62,8 +64,8 @@ class Model:
         self.preprocess = preprocessing
         self._tokenizer = tokenizer
         self._mesh = mesh
-        # Numpy parameters would be copied to the device at every call.
-        self._params = params if mesh else jax.device_put(params)
+        # Numpy arrays would be copied to the device at every call.
+        self._variables = variables if mesh else jax.device_put(variables)
         network = two_tower.build(
             config,
             vocab_size=tokenizer.vocab_size,
@@ -83,40 +85,54 @@ class Model:
             shards = mesh.shape["data"] * mesh.shape["fsdp"]
             self._batch_size = -(-self._batch_size // shards) * shards
 
+        pairwise = network.critic == "concat"
         mix = config.evaluation.frequency_mix if "frequency_global" in views else 0.0
 
-        # They hold neither `self` nor the parameters: `with_params` shares them.
-        def embed_array(params: Any, images: jax.Array) -> jax.Array:
-            embeddings = network.apply({"params": params}, images, method="embed_images")
+        # They hold neither `self` nor the variables: `with_variables` shares them.
+        def embed_array(variables: Any, images: jax.Array) -> jax.Array:
+            embeddings = network.apply(variables, images, method="embed_images")
             if not mix or view == "frequency_global":
                 return embeddings[view]
             # Both views share the texts' space, so that a sum of scores is the score of a sum.
-            return two_tower.normalize(embeddings[view] + mix * embeddings["frequency_global"])
+            return normalize(embeddings[view] + mix * embeddings["frequency_global"])
 
-        def embed_pixels(params: Any, images: jax.Array) -> jax.Array:
-            return embed_array(params, preprocessing.normalize(images))
+        def embed_pixels(variables: Any, images: jax.Array) -> jax.Array:
+            return embed_array(variables, preprocessing.normalize(images))
 
-        def embed_texts(params: Any, token_ids: jax.Array) -> jax.Array:
-            embeddings = network.apply({"params": params}, token_ids, method="embed_texts")
-            return embeddings["text_global"]
+        def embed_texts(variables: Any, token_ids: jax.Array) -> jax.Array:
+            return network.apply(variables, token_ids, method="embed_texts")["text_global"]
 
-        def inspect(params: Any, images: jax.Array) -> ImageViews:
+        def score_pairs(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
             pixels = preprocessing.normalize(images)
-            return network.apply({"params": params}, pixels, method="inspect_images")
+            embeddings, scales, _ = network.apply(variables, pixels, token_ids)
+            image, text = embeddings[view], embeddings["text_global"]
+            if pairwise:
+                return network.apply(variables, view, image, text[None], method="score_pairs")[0]
+            return scales[view] * jnp.sum(image * text, axis=-1)
 
+        def inspect(variables: Any, images: jax.Array) -> ImageViews:
+            pixels = preprocessing.normalize(images)
+            return network.apply(variables, pixels, method="inspect_images")
+
+        self.pairwise = pairwise
         self._embed_array, self._embed_pixels = jax.jit(embed_array), jax.jit(embed_pixels)
         self._embed_texts, self._inspect = jax.jit(embed_texts), jax.jit(inspect)
+        self._score_pairs = jax.jit(score_pairs)
 
-    def with_params(self, params: Any) -> Model:
-        """The model with other parameters, placed as the former; nothing is compiled again."""
+    def with_variables(self, variables: Any) -> Model:
+        """The model with other variables, placed as the former; nothing is compiled again."""
         other = copy.copy(self)
-        other._params = params
+        other._variables = variables
         return other
 
     @property
     def logit_scale(self) -> float:
-        """The learned scale of the perspective whose embeddings `encode_image` gives."""
-        return float(np.exp(jax.device_get(self._params[f"log_scale_{self._view}"])))
+        """The learned scale of the perspective whose embeddings `encode_image` gives.
+
+        1 for a model that scores pairs, which has none.
+        """
+        log_scale = self._variables["params"].get(f"log_scale_{self._view}", 0.0)
+        return float(np.exp(jax.device_get(log_scale)))
 
     def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "images width"]:
         """Embeds images: paths, encoded bytes, Pillow images or uint8 arrays.
@@ -140,30 +156,49 @@ class Model:
         self, images: UInt8[np.ndarray, "images size size 3"]
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images that `preprocess` has brought to size."""
-        return self._batched(self._embed_pixels, np.asarray(images, np.uint8))
+        return self._embedded(self._embed_pixels, np.asarray(images, np.uint8))
 
     def encode_image_array(
         self, images: Float[np.ndarray, "images size size 3"]
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images that are resized and normalised, as `preprocess.normalize` gives them."""
-        return self._batched(self._embed_array, np.asarray(images, np.float32))
+        return self._embedded(self._embed_array, np.asarray(images, np.float32))
 
     def encode_token_ids(
         self, token_ids: Int[np.ndarray, "texts context"]
     ) -> Float[np.ndarray, "texts width"]:
         """Embeds texts that are tokenised."""
-        return self._batched(self._embed_texts, np.asarray(token_ids, np.int32))
+        return self._embedded(self._embed_texts, np.asarray(token_ids, np.int32))
+
+    def score_pairs(
+        self, images: Sequence[ImageLike], texts: Sequence[str]
+    ) -> Float[np.ndarray, "pairs"]:
+        """What the critic says of image i with text i: the higher, the likelier a pair.
+
+        For a model with a joint space this is the scaled cosine.
+
+        Raises:
+          OSError: for a file that cannot be read or holds no image.
+          ValueError: when there are not as many texts as images.
+        """
+        images, texts = _listed(images), _listed(texts)
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
+        if not images:
+            return np.zeros(0, np.float32)
+        pixels = np.stack([self.preprocess(image) for image in images])
+        return self._batched(self._score_pairs, pixels, self.tokenize(texts))
 
     def inspect(self, images: UInt8[np.ndarray, "images size size 3"]) -> dict[str, Any]:
         """Where the image encoder's tokens come from.
 
         Returns:
-          "source": int32 [images, patches], the token that each patch ended in, in row-major order
-          of the patches; "sizes": float32 [images, merged]; "importance": float32
+          "source": int32 [images, patches], the token that each patch ended in (of a ResNet: each
+          cell), in row-major order; "sizes": float32 [images, merged]; "importance": float32
           [images, patches], the guidance of the first merge, or None.
         """
-        views = self._inspect(self._params, jax.device_put(np.asarray(images, np.uint8)))
-        patches = (self.config.model.image.image_size // self.config.model.image.patch_size) ** 2
+        views = self._inspect(self._variables, jax.device_put(np.asarray(images, np.uint8)))
+        patches = two_tower.grid(self.config) ** 2
         if views.source is None:
             source = np.broadcast_to(np.arange(patches, dtype=np.int32), (len(images), patches))
         else:
@@ -177,34 +212,49 @@ class Model:
 
     def frequency_filters(self) -> list[np.ndarray]:
         """The Frequency Stage's learned gains, complex64 [rows, columns//2 + 1, width] a block."""
-        encoder = self._params["image_encoder"]
+        encoder = self._variables["params"]["image_encoder"]
         kernels = [
             np.asarray(encoder[f"frequency_{index}"]["filter"])
             for index in range(self.config.model.image.frequency.depth)
         ]
         return [kernel[..., 0] + 1j * kernel[..., 1] for kernel in kernels]
 
-    def _batched(self, embed: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Calls `embed` on batches of few sizes, as each is compiled; the last is filled up."""
+    def _embedded(self, embed: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
+        if self.pairwise:
+            raise UserError(
+                "this model scores pairs and has no joint space (config.model.critic='concat'): "
+                "use score_pairs(images, texts)"
+            )
+        if not len(rows):
+            return np.zeros((0, self.config.model.embed_dim), np.float32)
+        return self._batched(embed, rows)
+
+    def _batched(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        """Calls `function` on batches of few sizes, as each is compiled; the last is filled up."""
+        total = len(arrays[0])
         size = self._batch_size
         if not self._mesh:  # a single text costs no whole batch
-            size = min(size, 1 << max(len(rows) - 1, 0).bit_length())
+            size = min(size, 1 << max(total - 1, 0).bit_length())
         results = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            padded = np.pad(part, [(0, size - len(part))] + [(0, 0)] * (rows.ndim - 1))
+        for start in range(0, total, size):
+            parts = {
+                str(index): _filled(rows[start : start + size], size)
+                for index, rows in enumerate(arrays)
+            }
             placed = (
-                parallel.global_batch({"rows": padded}, self._mesh)["rows"]
-                if self._mesh
-                else jax.device_put(padded)
+                parallel.global_batch(parts, self._mesh) if self._mesh else jax.device_put(parts)
             )
-            results.append((embed(self._params, placed), len(part)))
+            result = function(self._variables, *(placed[index] for index in parts))
+            results.append((result, min(size, total - start)))
             if len(results) > 1:
                 # One batch ahead of the device, not all of them.
                 results[-2] = (jax.device_get(results[-2][0]), results[-2][1])
-        if not results:
-            return np.zeros((0, self.config.model.embed_dim), np.float32)
         return np.concatenate([jax.device_get(rows)[:count] for rows, count in results])
+
+
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """The rows, and zeros up to `size` rows."""
+    return np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1))
 
 
 def _listed(items: Sequence[Any]) -> list[Any]:
@@ -243,15 +293,15 @@ def load(
         raise UserError(f"{path} is not a folder: give the workdir of a run")
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json: it is not the workdir of a run")
-    fields, extras = restore_fields(folder, ("params", "ema"), step)
-    params, tokenizer = fields["ema"] or fields["params"], Tokenizer.from_json(extras["tokenizer"])
+    fields, extras = restore_fields(folder, ("params", "batch_stats", "ema", "slow"), step)
+    variables, tokenizer = served(fields), Tokenizer.from_json(extras["tokenizer"])
     asked = schema.from_json(extras["config"] if config is None else schema.to_json(config))
     for key, value in (overrides or {}).items():
         schema.set_key(asked, key, value)
     if config is not None or overrides:
         validate(asked)
-        _check_parameters(asked, params, tokenizer, folder)
-    return Model(asked, params, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
+        _check_parameters(asked, variables["params"], tokenizer, folder)
+    return Model(asked, variables, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
 
 
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -259,13 +309,9 @@ def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, fol
     network = two_tower.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
-    size = config.model.image.image_size
     needed = jax.eval_shape(
-        network.init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
-        jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32),
-    )["params"]
+        lambda: two_tower.initialise(network, config, jax.random.key(0))["params"]
+    )
     saved = {
         parallel.path_name(path): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

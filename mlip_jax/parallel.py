@@ -20,8 +20,9 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # The first pattern that is found in a parameter's path says how its axes are sharded. An axis that
 # a mesh does not divide stays whole. The optimizer's copies end in the same path and follow.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(qkv|up|patch|projection)/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(qkv|up|patch|projection|hidden|shortcut)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(out|down|output)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"convolution\w*/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
     (r"text_encoder/embedding$", PartitionSpec("tensor", "fsdp")),
     (r"filter$", PartitionSpec(None, None, "fsdp")),
     (r"", PartitionSpec()),
@@ -63,6 +64,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The sharding of the parameter (or the optimizer's copy of it) at `path`, by `RULES`."""
     spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
+    # 1x1 convolutions are kept as matrices: what a rule says of the last axes holds for them.
+    spec = spec[-len(shape) :] if len(spec) > len(shape) > 0 else spec
     axes = [
         axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
         for axis, size in zip(spec, shape, strict=False)

@@ -30,6 +30,60 @@ def recipe(size: str, data: str) -> ConfigDict:
     return config
 
 
+def clip_lite(size: str, data: str) -> ConfigDict:
+    """The config of CLIP-Lite: one perspective by the Jensen-Shannon bound, small batches.
+
+    Args:
+      size: one of `presets.SIZES`.
+      data: a set as `config.data.train` takes it.
+
+    Raises:
+      UserError: for an unknown size.
+    """
+    config = recipe(size, data)
+    config.model.head = "projection_block"
+    config.model.text.cleaning = "clip_lite"
+    config.perspectives.spatial_global.loss = "jsd"
+    if size == presets.QUICK:
+        _clip_lite_quick(config)
+    else:
+        _clip_lite_coco(config)
+    return config
+
+
+def _clip_lite_quick(config: ConfigDict) -> None:
+    """A small ResNet and a BERT of two layers, and batches of 32."""
+    presets.resnet_and_bert(config, image_size=32, layers=18, stem="small", width=16)
+    text = config.model.text
+    text.width, text.depth, text.heads, text.vocab_size = 128, 2, 2, 4096
+    config.model.embed_dim = 256
+    config.batch_size = 32
+    config.samples = 160_000
+    config.optimizer.ema = 0.0
+
+
+def _clip_lite_coco(config: ConfigDict) -> None:
+    """CLIP-Lite's recipe on COCO's captions (arXiv 2112.07133)."""
+    config.model.embed_dim = 2048
+    config.model.text.context_length = 30
+    config.model.text.vocab_size = 30_522
+    config.batch_size = 1024
+    config.samples = 250_000 * 1024
+    optimizer = config.optimizer
+    optimizer.name = "sgd"
+    optimizer.learning_rate = 0.2
+    optimizer.rates.text = optimizer.rates.heads = 1e-3 / 0.2
+    optimizer.warmup_samples = 10_000 * 1024
+    optimizer.weight_decay = 1e-4
+    optimizer.clip_norm = 10.0
+    optimizer.lookahead.period = 5
+    config.data.augment.crop = (0.2, 1.0)
+    config.data.augment.flip = True
+    config.data.augment.color = 1.0
+    config.checkpoint.every_samples = 1024 * 2000
+    config.evaluation.every_samples = 1024 * 10_000
+
+
 def _quick(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     config.batch_size = 128

@@ -9,7 +9,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.config import GUIDANCES, LOSSES, OPTIMIZERS, UserError, choose, flatten
+from mlip_jax.config import (
+    GUIDANCES,
+    IMAGE_VIEWS,
+    LOSSES,
+    OPTIMIZERS,
+    RESNET_DEPTHS,
+    UserError,
+    choose,
+    flatten,
+)
 
 # None of them holds for NaN.
 _RANGES: dict[str, Callable[[float], bool]] = {
@@ -19,6 +28,8 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "at least 2 (a contrastive loss compares pairs)": lambda value: value >= 2,
     "at least 3 (a text has a start, a word and an end)": lambda value: value >= 3,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "at least 64 (letters alone need as many)": lambda value: value >= 64,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 2]": lambda value: 0 <= value <= 2,
@@ -28,15 +39,18 @@ _RULES = (
     (r"batch_size", "at least 2 (a contrastive loss compares pairs)"),
     (r"model\.text\.context_length", "at least 3 (a text has a start, a word and an end)"),
     (r"samples|log_every|token_chunk|evaluation\.batch_size|checkpoint\.keep_last", "at least 1"),
+    (r"model\.text\.vocab_size", "at least 64 (letters alone need as many)"),
     (r"model\..*(width|heads|_size|_dim)|model\.image\.depth", "at least 1"),
     (r"optimizer\.max_scale|.*\.init_scale", "at least 1"),
     (r"optimizer\.(learning_rate|eps)|model\..*\.mlp_ratio", "above 0"),
-    (r"optimizer\.(b1|b2|ema)|model\..*(dropout|drop_path)", "in [0, 1)"),
+    (r"optimizer\.lookahead\.alpha", "above 0 and at most 1"),
+    (r"optimizer\.(b1|b2|ema|momentum)|model\..*(dropout|drop_path|prior_weight)", "in [0, 1)"),
     (r"data\.caption\..*|data\.augment\.(flip|trim|grayscale|blur|morphology)", "in [0, 1]"),
     (r"data\.max_skipped_share|model\.image\.merging\..*_mix", "in [0, 1]"),
     (r"data\.augment\.(affine|color)", "in [0, 2]"),
     (r"data\.workers", "at least -1"),
-    (r"optimizer\.(weight_decay|clip_norm)|.*(_samples|_penalty|\.weight|\.depth)", "at least 0"),
+    (r"optimizer\.(weight_decay|clip_norm|rates\..*|lookahead\.period)", "at least 0"),
+    (r".*(_samples|_penalty|\.weight|\.depth)", "at least 0"),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
 
@@ -60,24 +74,28 @@ def validate(config: ConfigDict) -> None:
             "above 0 and at most 1"
         )
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
-    choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
-    choose("model.text.tokenizer", config.model.text.tokenizer, ("clip", "clip_8k"))
-    choose("model.text.pooling", config.model.text.pooling, ("last", "mean"))
-    choose("model.image.stem", config.model.image.stem, ("patch", "conv"))
-    choose(
-        "model.image.frequency.transform",
-        config.model.image.frequency.transform,
-        ("auto", "fft", "matmul"),
-    )
-    choose("model.image.merging.guidance", config.model.image.merging.guidance, GUIDANCES)
-    for tower in ("image", "text"):
-        sizes = config.model[tower]
-        choose(f"model.{tower}.activation", sizes.activation, ("gelu", "quick_gelu"))
-        if sizes.width % sizes.heads:
-            raise UserError(
-                f"config.model.{tower}.width={sizes.width} is not a multiple of heads={sizes.heads}"
-            )
+    choose("model.head", config.model.head, ("linear", "projection_block"))
+    _check_image(config)
+    _check_text(config)
+    _check_joint_space(config)
+    _check_optimizer(config)
+    _check_perspectives(config)
+
+
+def _check_image(config: ConfigDict) -> None:
     image = config.model.image
+    choose("model.image.architecture", image.architecture, ("vit", "resnet"))
+    choose("model.image.normalization", image.normalization, ("clip", "imagenet"))
+    choose("model.image.frequency.transform", image.frequency.transform, ("auto", "fft", "matmul"))
+    choose("model.image.merging.guidance", image.merging.guidance, GUIDANCES)
+    choose("model.image.activation", image.activation, ("gelu", "quick_gelu"))
+    if image.architecture == "resnet":
+        _check_resnet(config)
+        return
+    choose("model.image.stem", image.stem, ("patch", "conv"))
+    _check_heads(config, "image")
+    if image.pretrained:
+        raise UserError("config.model.image.pretrained is for ResNets; leave it '' for a ViT")
     if image.image_size % image.patch_size:
         raise UserError(
             f"config.model.image.image_size={image.image_size} is not a multiple of "
@@ -99,11 +117,116 @@ def validate(config: ConfigDict) -> None:
                 f"config.model.image.merging.guidance={image.merging.guidance!r} needs a Frequency "
                 "Stage (config.model.image.frequency.depth > 0); use 'spatial' or 'none'"
             )
-    if not any(perspective.weight > 0 for perspective in config.perspectives.values()):
-        raise UserError("every config.perspectives.*.weight is 0: there is nothing to train on")
+
+
+def _check_resnet(config: ConfigDict) -> None:
+    image = config.model.image
+    choose("model.image.stem", image.stem, ("imagenet", "small"))
+    if image.depth not in RESNET_DEPTHS:
+        depths = ", ".join(map(str, RESNET_DEPTHS))
+        raise UserError(f"config.model.image.depth={image.depth}: a ResNet has {depths} layers")
+    for key, what in (
+        ("merging.rate", "it has no tokens to merge"),
+        ("frequency.depth", "a Frequency Stage is a part of a ViT"),
+        ("dropout", "it has none"),
+        ("drop_path", "it has none"),
+    ):
+        value = flatten(image.to_dict())[key]
+        if value:
+            raise UserError(
+                f"config.model.image.{key}={value} does not go with a ResNet: {what}; set it to 0, "
+                "or config.model.image.architecture='vit'"
+            )
+
+
+def _check_text(config: ConfigDict) -> None:
+    text = config.model.text
+    choose("model.text.architecture", text.architecture, ("clip", "bert"))
+    choose("model.text.activation", text.activation, ("gelu", "quick_gelu"))
+    choose("model.text.cleaning", text.cleaning, ("none", "clip_lite"))
+    if not text.tokenizer.startswith("wordpiece:"):
+        tokenizers = ("clip", "clip_8k", "wordpiece", "wordpiece:PATH")
+        choose("model.text.tokenizer", text.tokenizer, tokenizers)
+    _check_heads(config, "text")
+    if text.architecture == "bert":
+        choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "last"))
+        if text.drop_path:
+            raise UserError(
+                f"config.model.text.drop_path={text.drop_path} does not go with 'bert': set it to 0"
+            )
+        return
+    choose("model.text.pooling", text.pooling, ("last", "mean"))
+    if text.pretrained:
+        raise UserError(
+            "config.model.text.pretrained is for config.model.text.architecture='bert'; leave it "
+            "'' for 'clip'"
+        )
+
+
+def _check_heads(config: ConfigDict, tower: str) -> None:
+    sizes = config.model[tower]
+    if sizes.width % sizes.heads:
+        raise UserError(
+            f"config.model.{tower}.width={sizes.width} is not a multiple of heads={sizes.heads}"
+        )
+
+
+def image_feature_width(config: ConfigDict) -> int:
+    """The width of the image encoder's global view."""
+    image = config.model.image
+    if image.architecture == "vit":
+        return image.width
+    return image.width * (8 if image.depth < 50 else 32)  # bottlenecks widen by 4
+
+
+def _check_joint_space(config: ConfigDict) -> None:
+    model = config.model
+    choose("model.critic", model.critic, ("dot", "concat"))
+    widths = {"image": image_feature_width(config), "text": model.text.width}
+    for tower, width in widths.items():
+        if model.head == "projection_block" and model.critic == "dot" and width > model.embed_dim:
+            raise UserError(
+                f"config.model.head='projection_block' starts as a copy: embed_dim="
+                f"{model.embed_dim} must be at least the {tower} encoder's width, {width}"
+            )
+    if model.critic == "dot":
+        return
+    for view, perspective in config.perspectives.items():
+        if perspective.weight and not view.endswith("_tokens") and perspective.loss != "jsd":
+            raise UserError(
+                f"config.perspectives.{view}.loss={perspective.loss!r} scores all pairs; "
+                "config.model.critic='concat' can only score some: use 'jsd', or the critic 'dot'"
+            )
+    named = {*config.evaluation.retrieval, *config.evaluation.zero_shot} - {"validation"}
+    if named:
+        raise UserError(
+            f"config.evaluation names {', '.join(sorted(named))}, but config.model.critic='concat' "
+            "has no joint space to rank in: name 'validation' alone"
+        )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    settings = config.optimizer
+    choose("optimizer.name", settings.name, OPTIMIZERS)
+    if settings.ema and settings.lookahead.period:
+        raise UserError(
+            f"config.optimizer.ema={settings.ema} and config.optimizer.lookahead.period="
+            f"{settings.lookahead.period} both say what is evaluated: set one of them to 0"
+        )
+    if not any(settings.rates.values()):
+        raise UserError("every config.optimizer.rates.* is 0: there is nothing to train")
+
+
+def _check_perspectives(config: ConfigDict) -> None:
+    if not any(config.perspectives[view].weight > 0 for view in IMAGE_VIEWS):
+        raise UserError(
+            "every config.perspectives.*.weight between image and text is 0: there is nothing to "
+            "train on"
+        )
     for view, perspective in config.perspectives.items():
         choose(f"perspectives.{view}.loss", perspective.loss, LOSSES)
-        if perspective.weight and view.startswith("frequency") and image.frequency.depth == 0:
+        depth = config.model.image.frequency.depth
+        if perspective.weight and view.startswith("frequency") and depth == 0:
             raise UserError(
                 f"config.perspectives.{view}.weight={perspective.weight} needs a Frequency Stage: "
                 f"set config.model.image.frequency.depth or the weight to 0"

@@ -29,7 +29,7 @@ def parse(file, *overrides):
 
 def shapes(config):
     """The parameters of the config's model, without computing any."""
-    tokenizer = load_tokenizer(config.model.text.tokenizer)
+    tokenizer = load_tokenizer(config.model.text.tokenizer, captions=lambda: ["a few words"])
     network = two_tower.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
@@ -43,7 +43,7 @@ def shapes(config):
 
 
 def test_the_systems_are_there():
-    assert {"clip.py", "filip.py", "mlip.py", "siglip.py"} <= set(FILES)
+    assert {"clip.py", "clip_lite.py", "filip.py", "mlip.py", "siglip.py"} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -61,12 +61,19 @@ def test_the_default_is_quick_and_ready(file):
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("size", presets.SIZES)
 def test_every_size_is_valid_and_merges_as_asked(file, size):
+    if file == "mlip.py" and size.startswith("RN"):
+        with pytest.raises(UserError, match="does not go with a ResNet: it has no tokens to merge"):
+            parse(f"{file}:size={size}")
+        return
     config = parse(f"{file}:size={size},data=jsonl:pairs.jsonl")
     assert config.data.train == "jsonl:pairs.jsonl"
     image = config.model.image
-    patches = (image.image_size // image.patch_size) ** 2
+    patches = two_tower.grid(config) ** 2
     assert sum(two_tower.merge_counts(config)) == round(image.merging.rate * patches)
-    if size != presets.QUICK:
+    if size.startswith("RN"):
+        assert (image.architecture, f"RN{image.depth}") == ("resnet", size)
+        assert patches == 7 * 7
+    elif size != presets.QUICK:
         assert image.patch_size == int(size.split("/")[1])
 
 

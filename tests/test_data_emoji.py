@@ -15,6 +15,7 @@ import pytest
 from mlip_jax import config as config_lib
 from mlip_jax.config import UserError
 from mlip_jax.data import emoji
+from mlip_jax.data.captions import clean_caption
 from mlip_jax.data.images import decode
 from mlip_jax.data.sources import open_source, open_validation
 
@@ -85,6 +86,15 @@ def test_records(cache):
         image = decode(by_name[name].image)
         assert (image.mode, image.size) == ("RGB", size)
         assert np.asarray(image)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_cleaned_records(cache):
+    source = open_source("emoji", "train", cache_dir=cache, cleaning="clip_lite")
+    found = [source[index] for index in range(len(source))]
+    texts = [text for record in found for text in (*record.captions, *record.tags)]
+    assert list(source.captions()) == texts
+    assert all(text and text == clean_caption(text) for text in texts)
+    assert all(len(set(record.captions)) == len(record.captions) for record in found)
 
 
 def test_the_half_held_out_is_stable():

@@ -139,6 +139,51 @@ def test_mirrored_images_have_mirrored_captions(source):
     assert {decode(row).split()[0] for row in batch["token_ids"]} == {"left"}
 
 
+SECOND = {
+    "perspectives.augmented_image.weight": 1.0,
+    "perspectives.other_caption.weight": 0.5,
+}
+
+
+def test_second_views(source):
+    """Another view of the same image, another of its captions."""
+    decode = load_tokenizer("clip").decode
+    taken = batches(settings(**SECOND), source, 4)
+    for batch in taken:
+        assert batch["image_2"].dtype == np.uint8
+        assert batch["image_2"].shape == batch["image"].shape
+        assert (batch["image_2"] != batch["image"]).any(axis=(1, 2, 3)).all()
+        for rows in zip(batch["token_ids"], batch["token_ids_2"], strict=True):
+            (first, *number), (second, *same) = (decode(row).split() for row in rows)
+            assert number == same
+            assert (first == "number") != (second == "number")
+    assert_same(taken, batches(settings(**SECOND, **{"data.workers": 1}), source, 4))
+
+
+def test_second_views_leave_the_first_of_an_image_alone(source):
+    for key, chosen in zip(("image_2", "token_ids_2"), SECOND, strict=True):
+        (plain,), (batch,) = (
+            batches(settings(**weights), source, 1) for weights in ({}, {chosen: 1.0})
+        )
+        assert batch.keys() - plain.keys() == {key}
+        assert_same([plain], [{name: batch[name] for name in plain}])
+
+
+def test_both_captions_are_mirrored_with_the_first_image(folder):
+    rows = [
+        {"file": f"{index}.png", "captions": ["left one", "left two"]} for index in range(COUNT)
+    ]
+    path = folder / "sides.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    decode, sides = load_tokenizer("clip").decode, []
+    for batch in batches(settings(**SECOND), open_source(f"jsonl:{path}", "train"), 4):
+        for rows in zip(batch["token_ids"], batch["token_ids_2"], strict=True):
+            (side, first), (same, second) = (decode(row).split() for row in rows)
+            assert side == same and {first, second} == {"one", "two"}
+            sides.append(side)
+    assert set(sides) == {"left", "right"}
+
+
 def test_unreadable_images_are_replaced_and_counted(source, bad_source):
     good, bad = batches(settings(), source, 8), batches(settings(), bad_source, 8)
     counter = SkipCounter(bad_source, 0.1)

@@ -111,6 +111,50 @@ def test_rows_without_captions_are_named(tmp_path):
         open_source(jsonl(tmp_path, [{"file": "a.png", "caption": ""}]), "train")
 
 
+def test_cleaned_captions(tmp_path):
+    draw(tmp_path / "a.png")
+    row = {"file": "a.png", "captions": ["A dog!", "a dog", "...", "Left-hand"], "tags": ["Pet?"]}
+    spec = jsonl(tmp_path, [row, {"file": "a.png", "caption": "?!", "split": "val"}])
+    plain, cleaned = (open_source(spec, "train", cleaning=name) for name in ("none", "clip_lite"))
+    assert plain[0].captions == ("A dog!", "a dog", "...", "Left-hand")
+    assert (cleaned[0].captions, cleaned[0].tags) == (("a dog", "left hand"), ("pet",))
+    assert list(plain.captions()) == ["A dog!", "a dog", "...", "Left-hand", "Pet?"]
+    assert list(cleaned.captions()) == ["a dog", "left hand", "pet"]
+    assert pickle.loads(pickle.dumps(cleaned))[0] == cleaned[0]
+    assert open_evaluation(spec)[0].captions == ("?!",)
+    with pytest.raises(
+        UserError,
+        match="1 of 1 rows have no caption .of 1, nothing is left after the cleaning 'clip_lite'."
+        " and are left out: .*pairs.jsonl:2; more than max_skipped_share",
+    ):
+        open_evaluation(spec, cleaning="clip_lite")
+    data = config_lib.default().data
+    data.train, data.validation = spec, spec.replace("pairs", "other")
+    jsonl(tmp_path, [row], "other.jsonl")
+    assert open_validation(data, "clip_lite")[0].captions == cleaned[0].captions
+    with pytest.raises(UserError, match="config.model.text.cleaning='clip_light'"):
+        open_source(spec, "train", cleaning="clip_light")
+
+
+def test_rows_that_clean_to_nothing_are_named(tmp_path):
+    rows = [{"file": "a.png", "caption": text} for text in ("fine", "...", " ", "(?)")]
+    spec = jsonl(tmp_path, rows)
+    options = {"max_skipped_share": 0.8, "cleaning": "clip_lite"}
+    source = open_source(spec, "train", **options)
+    (note,) = source.notes
+    assert len(source) == 1 and "3 of 4 rows have no caption (of 2, nothing is left" in note
+    assert all(f"pairs.jsonl:{line}" in note for line in (2, 3, 4))
+    table = tmp_path / "pairs.csv"
+    table.write_text("file,caption\n" + "".join(f"a.png,{row['caption']}\n" for row in rows))
+    source = open_source(f"csv:{table}", "train", **options)
+    assert list(source.captions()) == ["fine"]
+    assert source.notes == (
+        note.replace(".jsonl:2", ".csv:3")
+        .replace(".jsonl:3", ".csv:4")
+        .replace(".jsonl:4", ".csv:5"),
+    )
+
+
 @pytest.mark.parametrize(("suffix", "comma"), [(".csv", ","), (".tsv", "\t")])
 def test_table(tmp_path, suffix, comma):
     draw(tmp_path / "a.png")
@@ -164,6 +208,18 @@ def test_a_class_may_be_called_train(tmp_path):
     for name in ("train/1.png", "tram/2.png"):
         draw(tmp_path / name)
     assert open_source(f"folder:{tmp_path}", "train").class_names == ("train", "tram")
+
+
+def test_cleaned_class_folders(tmp_path):
+    for name in ("Big_Cat!/1.jpg", "big cat/2.jpg", "(?)/3.jpg"):
+        draw(tmp_path / name)
+    options = {"max_skipped_share": 0.5, "cleaning": "clip_lite"}
+    source = open_source(f"folder:{tmp_path}", "train", **options)
+    assert source.class_names == ("(?)", "Big Cat!", "big cat")
+    assert [source[i].label for i in range(2)] == [1, 2]
+    assert list(source.captions()) == ["big cat", "big cat"]
+    assert "1 of 3 images have no caption (of 1, nothing" in source.notes[0]
+    assert str(tmp_path / "(?)/3.jpg") in source.notes[0]
 
 
 def test_folder_without_images(tmp_path):
@@ -257,4 +313,19 @@ def test_tfds_folder(tmp_path):
     assert found == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}
     assert {record.label for record in records} == {0, 1}
     assert records[0].image.startswith(b"\x89PNG")
+    assert list(train.captions()) == [text for record in records for text in record.captions]
     assert len(open_source(f"tfds:{builder.data_path}", "validation")) == 2
+
+
+def test_cleaned_tfds(tmp_path):
+    class Shouted(CaptionedShapes):
+        def _generate_examples(self, count):
+            for index, example in super()._generate_examples(count):
+                texts = [text.upper() + "!" for text in example["captions"]] or ["?"]
+                yield index, {**example, "captions": [*texts, *example["captions"]]}
+
+    builder = Shouted(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    train = open_source(f"tfds:{builder.data_path}", "train", cleaning="clip_lite")
+    found = {train[index].captions for index in range(4)}
+    assert found == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}

@@ -241,7 +241,7 @@ def test_a_named_set_must_have_what_it_is_named_for(monkeypatch):
         "jsonl:no/captions.jsonl": FakeSource([(5, (), 0)], name="captions"),
     }
     monkeypatch.setattr(
-        "mlip_jax.evaluations.run.open_evaluation", lambda spec, cache_dir: sources[spec]
+        "mlip_jax.evaluations.run.open_evaluation", lambda spec, cache_dir, cleaning: sources[spec]
     )
     for family, spec, message in (
         ("zero_shot", "jsonl:no/labels.jsonl", "no class labels"),
@@ -258,7 +258,8 @@ def test_names_of_sets_in_keys_are_short_and_distinct(monkeypatch):
     assert short_name("folder:/data/birds/") == "birds"
     assert short_name("emoji") == "emoji"
     monkeypatch.setattr(
-        "mlip_jax.evaluations.run.open_evaluation", lambda spec, cache_dir: FakeSource(ROWS)
+        "mlip_jax.evaluations.run.open_evaluation",
+        lambda spec, cache_dir, cleaning: FakeSource(ROWS),
     )
     config = small_config(retrieval=("jsonl:a/x.jsonl", "jsonl:b/x.jsonl"), zero_shot=())
     groups = evaluate(FakeModel(), config, progress=False).notes

@@ -108,8 +108,8 @@ def test_what_is_no_image_is_an_error(model, tmp_path):
 
 def test_averaged_parameters_are_served(trained, model, paths):
     fields, _ = inference.restore_fields(trained, ("params", "ema"))
-    raw = model.with_params(fields["params"]).encode_image(paths)
-    averaged = model.with_params(fields["ema"]).encode_image(paths)
+    raw = model.with_variables({"params": fields["params"]}).encode_image(paths)
+    averaged = model.with_variables({"params": fields["ema"]}).encode_image(paths)
     np.testing.assert_array_equal(averaged, model.encode_image(paths))
     assert np.abs(raw - averaged).max() > 1e-5
 

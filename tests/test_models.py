@@ -30,8 +30,8 @@ def small_config(**changes):
     image.merging.rate = 0.5
     text.context_length, text.width, text.depth, text.heads = CONTEXT, WIDTH, 1, 2
     config.model.embed_dim, config.model.token_dim = 8, 6
-    for perspective in config.perspectives.values():
-        perspective.weight = 1.0
+    for view in schema.IMAGE_VIEWS:
+        config.perspectives[view].weight = 1.0
     config.perspectives.frequency_tokens.loss = "jsd"
     config.perspectives.frequency_global.loss = "sigmoid"
     config.perspectives.frequency_global.init_bias = -3.0
@@ -201,7 +201,7 @@ def forward_and_loss(config):
     def loss_fn(params, images, token_ids):
         embeddings, scales, biases = model.apply({"params": params}, images, token_ids)
         samples = jnp.float32(0)
-        total, losses = perspectives.total_loss(terms, embeddings, scales, biases, samples, 2)
+        total, losses = perspectives.total_loss(terms, embeddings, scales, biases, samples, chunk=2)
         return total, (losses, embeddings, scales, biases)
 
     return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))

@@ -276,9 +276,9 @@ def test_the_total_is_the_weighted_sum(embeddings, tokens):
     scales = {view: jnp.float32(3 + index) for index, view in enumerate(weights)}
     biases = {"frequency_global": jnp.float32(-2.0)}
     terms = perspectives.terms(config)
-    total_loss = jax.jit(perspectives.total_loss, static_argnums=(0, 5))
+    total_loss = jax.jit(perspectives.total_loss, static_argnums=0, static_argnames="chunk")
     assert {term.view for term in terms} == {view for view in weights if weights[view]}
-    total, losses = total_loss(terms, embeddings, scales, biases, jnp.float32(0), 4)
+    total, losses = total_loss(terms, embeddings, scales, biases, jnp.float32(0), chunk=4)
     expected = {
         "spatial_global": objectives.softmax_contrastive(
             embeddings["spatial_global"], embeddings["text_global"], 3.0
@@ -298,15 +298,15 @@ def test_the_total_is_the_weighted_sum(embeddings, tokens):
 def test_a_weight_warms_up(embeddings):
     term = perspectives.Term("spatial_global", "softmax", 2.0, 1, 100)
     scales = {"spatial_global": jnp.float32(3.0)}
-    total_loss = jax.jit(perspectives.total_loss, static_argnums=(0, 5))
+    total_loss = jax.jit(perspectives.total_loss, static_argnums=0, static_argnames="chunk")
     for seen, weight in [(0, 0), (50, 1), (100, 2), (1000, 2)]:
-        total, losses = total_loss((term,), embeddings, scales, {}, jnp.float32(seen), 4)
+        total, losses = total_loss((term,), embeddings, scales, {}, jnp.float32(seen), chunk=4)
         np.testing.assert_allclose(total, weight * losses["spatial_global"], rtol=1e-6)
 
 
 def test_frequency_tokens_weigh_the_same(embeddings):
     term = perspectives.Term("frequency_tokens", "softmax", 1.0, 1, 0)
-    found = perspectives.term_loss(term, embeddings, jnp.float32(3.0), 0.0, 4)
+    found = perspectives.term_loss(term, embeddings, jnp.float32(3.0), 0.0, chunk=4)
     expected = tokenwise.tokenwise_loss(
         "softmax",
         embeddings["frequency_tokens"],

@@ -1,6 +1,7 @@
 """Meshes and sharding rules; a sharded loss is the loss of one device."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from mlip_jax import config as schema
 from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.models import two_tower
-from mlip_jax.objectives import perspectives
+from mlip_jax.objectives import perspectives, sharded
 from mlip_jax.training.state import abstract_state, initial_state
 
 BATCH = 16
@@ -88,8 +89,8 @@ def test_rules_resolve_to_a_readable_table(small):
     table = parallel.sharding_table(params, mesh)
     assert sum(count for *_, count in table) == sum(leaf.size for leaf in jax.tree.leaves(params))
     resolved = {pattern: spec for pattern, spec, _ in table}
-    assert resolved["(qkv|up|patch|projection)/kernel$"] == "fsdp, tensor"
-    assert resolved["(out|down)/kernel$"] == "tensor, fsdp"
+    assert resolved["(qkv|up|patch|projection|hidden|shortcut)/kernel$"] == "fsdp, tensor"
+    assert resolved["(out|down|output)/kernel$"] == "tensor, fsdp"
     assert resolved["text_encoder/embedding$"] == "tensor, fsdp"
     assert resolved["filter$"] == "None, None, fsdp"
     assert resolved["all others"] == "replicated"
@@ -101,6 +102,15 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
     mesh = parallel.make_mesh(axes(1, 4, 2), BATCH)
     for shape, spec in [((12, 6), ("fsdp", "tensor")), ((6, 6), (None, "tensor")), ((6, 5), ())]:
         assert tuple(parallel.sharding_of("block_0/mlp/up/kernel", shape, mesh).spec) == spec
+
+
+def test_a_convolution_of_one_pixel_is_sharded_as_a_matrix():
+    mesh = parallel.make_mesh(axes(1, 4, 2), BATCH)
+    for shape, spec in [
+        ((3, 3, 12, 6), (None, None, "fsdp", "tensor")),
+        ((12, 6), ("fsdp", "tensor")),
+    ]:
+        assert tuple(parallel.sharding_of("block_0/convolution_1/kernel", shape, mesh).spec) == spec
 
 
 def test_a_device_of_8_holds_an_eighth_of_the_big_kernels(small):
@@ -129,11 +139,11 @@ LOSSES = {
     "softmax": ("softmax", 1),
     "sigmoid": ("sigmoid", 1),
     "jsd": ("jsd", 1),
-    "jsd3": ("jsd", 3),
+    "jsd5": ("jsd", 5),  # on 4 and 8 devices more than a device has rows
 }
 
 
-def value_and_gradients(embeddings, scales, biases):
+def value_and_gradients(embeddings, scales, biases, mesh=None):
     """Of every loss, the total over a global and a token-level perspective."""
     results = {}
     for name, (loss, shifts) in LOSSES.items():
@@ -146,7 +156,7 @@ def value_and_gradients(embeddings, scales, biases):
             fixed = {"sizes": jnp.float32, "text_mask": bool}
             assert all(embeddings[key].dtype == dtype for key, dtype in fixed.items())
             return perspectives.total_loss(
-                terms, embeddings, scales, biases, jnp.float32(0), chunk=3
+                terms, embeddings, scales, biases, jnp.float32(0), chunk=3, mesh=mesh
             )
 
         def of_floats(floats, total=total):
@@ -192,7 +202,7 @@ def test_a_sharded_loss_is_the_loss_of_one_device(data, fsdp):
     )
     rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
     place = functools.partial(jax.tree.map, lambda x: jax.device_put(x, everywhere))
-    found = jax.jit(value_and_gradients)(
+    found = jax.jit(functools.partial(value_and_gradients, mesh=mesh))(
         jax.device_put(embeddings, rows), place(scales), place(biases)
     )
     learned = found["softmax"][1][0]
@@ -206,3 +216,50 @@ def test_a_sharded_loss_is_the_loss_of_one_device(data, fsdp):
             found[name],
             expected[name],
         )
+
+
+def batch_mesh(devices):
+    return jax.make_mesh(
+        (devices, 1, 1),
+        parallel.AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:devices],
+    )
+
+
+@pytest.mark.parametrize("level", ["global", "tokens"])
+@pytest.mark.parametrize("shifts", [1, 2])
+def test_jsd_asks_the_neighbour_once_and_gathers_nothing(level, shifts):
+    """A shift needs a few rows of one other device, there and, for the gradient, back."""
+    mesh = batch_mesh(8)
+    rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    if level == "global":
+        loss = functools.partial(sharded.jsd, shifts=shifts, mesh=mesh)
+        arguments = [shape((BATCH, 8), jnp.float32), shape((BATCH, 8), jnp.float32), scale]
+    else:
+        loss = functools.partial(sharded.tokenwise_jsd, shifts=shifts, mesh=mesh)
+        arguments = [
+            shape((BATCH, 5, 6), jnp.float32),
+            shape((BATCH, 4, 6), jnp.float32),
+            shape((BATCH, 5), jnp.float32),
+            shape((BATCH, 4), bool),
+            scale,
+        ]
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+    text = program.as_text()
+    assert len(re.findall(r" collective-permute(?:-start)?\(", text)) == 2  # there and back
+    for gathering in ("all-gather", "all-to-all"):
+        assert gathering not in text
+
+
+def test_shifted_rows_are_rolled_rows():
+    rows = jnp.arange(BATCH * 3.0).reshape(BATCH, 3)
+    mesh = batch_mesh(8)
+    found = jax.jit(lambda rows: sharded.shifted(rows, 5, mesh))(
+        jax.device_put(rows, parallel.batch_sharding(mesh))
+    )
+    expected = jnp.stack([jnp.roll(rows, -shift, axis=0) for shift in range(6)])
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(sharded.shifted(rows, 5, None), expected)

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mlip_jax.config import UserError
+from mlip_jax.data.cache import cache_folder
 
 ATTRIBUTION = (
     "OpenMoji emoji by the OpenMoji project (https://openmoji.org), CC BY-SA 4.0; "
@@ -63,12 +64,6 @@ class Concept:
     subcategory: str
     openmoji: Traversable  # SVG
     twemoji: Traversable  # PNG of 72 x 72
-
-
-def cache_folder(cache_dir: str) -> Path:
-    """The folder for data sets that are built once: `cache_dir`, $MLIP_JAX_CACHE or ~/.cache."""
-    chosen = cache_dir or os.environ.get("MLIP_JAX_CACHE", "") or "~/.cache/mlip_jax"
-    return Path(chosen).expanduser()
 
 
 def concepts() -> list[Concept]:

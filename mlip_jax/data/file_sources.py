@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data.records import MissingSplit, Record
+from mlip_jax.data.captions import usable
+from mlip_jax.data.records import MissingSplit, Record, Skipped
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -29,33 +29,6 @@ _SPLIT_OF = {
     "test": "test",
 }
 _IMAGE_KEYS = ("file", "image", "path")
-_NOTES_SHOWN = 5
-
-
-@dataclass
-class _Skipped:
-    """Rows without a usable caption: counted, named, and an error when they are too many."""
-
-    path: Path
-    rows: list[str] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, line: int) -> None:
-        self.count += 1
-        if len(self.rows) < _NOTES_SHOWN:
-            self.rows.append(f"{self.path}:{line}")
-
-    def notes(self, kept: int, max_share: float) -> tuple[str, ...]:
-        if not self.count:
-            return ()
-        more = ", ..." if self.count > len(self.rows) else ""
-        note = (
-            f"{self.count} of {kept + self.count} rows have no caption and are left out: "
-            f"{', '.join(self.rows)}{more}"
-        )
-        if self.count > max_share * (kept + self.count):
-            raise UserError(f"{note}; more than max_skipped_share={max_share:g} allows")
-        return (note,)
 
 
 class JsonlSource:
@@ -68,36 +41,60 @@ class JsonlSource:
     attribution = ""
     class_names: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, split: str, starts: np.ndarray, notes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        starts: np.ndarray,
+        *,
+        cleaning: str = "none",
+        notes: tuple[str, ...] = (),
+    ) -> None:
         """Takes `starts`, int64 [rows, 2]: byte offset and length of each row's line."""
         self.name = path.stem
         self.split = split
         self.notes = notes
         self._path = path
         self._starts = starts
+        self._cleaning = cleaning
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
         row = self._row(index)
-        captions, tags = _clean(_listed(row, "caption", "captions")), _clean(row.get("tags", []))
         path = self._path.parent / _image_key(row)
-        return Record(path.read_bytes(), captions, tags, -1, str(path))
+        return Record(path.read_bytes(), *self._texts(row), -1, str(path))
 
     def name_of(self, index: int) -> str:
         """The image's path."""
         return str(self._path.parent / _image_key(self._row(index)))
 
-    def _row(self, index: int) -> dict[str, Any]:
-        start, length = (int(number) for number in self._starts[index])
+    def captions(self) -> Iterator[str]:
+        """Every caption and tag of the split, by one pass over the file."""
         with self._path.open("rb") as file:
-            file.seek(start)
-            return json.loads(file.read(length))
+            for span in self._starts:
+                for texts in self._texts(_row(file, span)):
+                    yield from texts
+
+    def _texts(self, row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Captions and tags."""
+        captions = usable(_listed(row, "caption", "captions"), self._cleaning)
+        return captions, usable(row.get("tags"), self._cleaning)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        with self._path.open("rb") as file:
+            return _row(file, self._starts[index])
+
+
+def _row(file: BinaryIO, span: np.ndarray) -> dict[str, Any]:
+    start, length = (int(number) for number in span)
+    file.seek(start)
+    return json.loads(file.read(length))
 
 
 class FileSource:
-    """Image files with captions and labels held in memory: CSV tables and class folders."""
+    """Image files with captions and labels held in memory: CSV tables, class folders, COCO."""
 
     attribution = ""
 
@@ -108,19 +105,23 @@ class FileSource:
         *,
         folder: Path,
         files: list[str],
-        captions: list[tuple[str, ...]],
+        captions: Iterable[tuple[str, ...]],
         labels: list[int] | None = None,
         class_names: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
-        """Takes one entry an image in `files` (relative to `folder`), `captions`, `labels`."""
+        """Takes one entry an image in `files` (relative to `folder`), `captions`, `labels`.
+
+        Captions hold no line breaks.
+        """
         self.name = name
         self.split = split
         self.class_names = class_names
         self.notes = notes
         self._folder = folder
         self._files = files
-        self._captions = captions
+        # A text an image takes half of the memory that a tuple of texts takes.
+        self._captions = ["\n".join(texts) for texts in captions]
         self._labels = labels
 
     def __len__(self) -> int:
@@ -129,15 +130,23 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         path = self._folder / self._files[index]
         label = self._labels[index] if self._labels else -1
-        return Record(path.read_bytes(), self._captions[index], (), label, str(path))
+        captions = tuple(self._captions[index].split("\n"))
+        return Record(path.read_bytes(), captions, (), label, str(path))
 
     def name_of(self, index: int) -> str:
         """The image's path."""
         return str(self._folder / self._files[index])
 
+    def captions(self) -> Iterator[str]:
+        """Every caption of the split."""
+        for texts in self._captions:
+            yield from texts.split("\n")
 
-def open_jsonl(path: Path, split: str, max_skipped_share: float) -> JsonlSource:
-    """Opens a JSONL file, checking every row of it.
+
+def open_jsonl(
+    path: Path, split: str, max_skipped_share: float, cleaning: str = "none"
+) -> JsonlSource:
+    """Opens a JSONL file, checking every row of it. Captions and tags are cleaned.
 
     Raises:
       MissingSplit: when no row is of this split.
@@ -145,7 +154,7 @@ def open_jsonl(path: Path, split: str, max_skipped_share: float) -> JsonlSource:
     """
     splits = _Splits(path, split)
     spans: dict[str, list[tuple[int, int]]] = {}
-    skipped: dict[str, _Skipped] = {}
+    skipped: dict[str, Skipped] = {}
     offset = 0
     for number, line in enumerate(_lines(path), start=1):
         begin, offset = offset, offset + len(line)
@@ -155,21 +164,25 @@ def open_jsonl(path: Path, split: str, max_skipped_share: float) -> JsonlSource:
             continue
         row = _parse(path, number, line)
         of = splits.of(row.get("split"), number)
-        if _clean(_listed(row, "caption", "captions")):
+        texts = _listed(row, "caption", "captions")
+        if usable(texts, cleaning):
             spans.setdefault(of, []).append((begin, len(line)))
         else:
-            skipped.setdefault(of, _Skipped(path)).add(number)
+            skipped.setdefault(of, Skipped("rows", cleaning)).add(f"{path}:{number}", texts)
     chosen = splits.choose(spans.keys() | skipped.keys())
     rows = spans.get(chosen, [])
-    notes = skipped.get(chosen, _Skipped(path)).notes(len(rows), max_skipped_share)
-    return JsonlSource(path, split, np.array(rows, np.int64).reshape(-1, 2), notes)
+    notes = skipped.get(chosen, Skipped("rows", cleaning)).notes(len(rows), max_skipped_share)
+    starts = np.array(rows, np.int64).reshape(-1, 2)
+    return JsonlSource(path, split, starts, cleaning=cleaning, notes=notes)
 
 
-def open_csv(path: Path, split: str, max_skipped_share: float) -> FileSource:
+def open_csv(
+    path: Path, split: str, max_skipped_share: float, cleaning: str = "none"
+) -> FileSource:
     """Opens a CSV table, or a tab-separated one when its suffix is .tsv or .tab.
 
     Columns: "file", "image" or "path"; "caption" (or "text", "title"); "split" if there are splits.
-    Rows of the same image become one record with several captions.
+    Rows of the same image become one record with several captions, which are cleaned.
 
     Raises:
       MissingSplit: when no row is of this split.
@@ -177,16 +190,17 @@ def open_csv(path: Path, split: str, max_skipped_share: float) -> FileSource:
     """
     splits = _Splits(path, split)
     captions: dict[str, dict[str, list[str]]] = {}
-    skipped: dict[str, _Skipped] = {}
+    skipped: dict[str, Skipped] = {}
     for number, row in _table(path):
-        file, caption = row["file"].strip(), _clean([row["caption"]])
+        file, caption = row["file"].strip(), usable([row["caption"]], cleaning)
         if not file:
             raise UserError(f"{path}:{number}: the image column is empty")
         of = splits.of(row.get("split"), number)
         if caption:
             captions.setdefault(of, {}).setdefault(file, []).extend(caption)
         else:
-            skipped.setdefault(of, _Skipped(path)).add(number)
+            place = f"{path}:{number}"
+            skipped.setdefault(of, Skipped("rows", cleaning)).add(place, [row["caption"]])
     chosen = splits.choose(captions.keys() | skipped.keys())
     images = captions.get(chosen, {})
     rows = sum(len(texts) for texts in images.values())
@@ -196,18 +210,21 @@ def open_csv(path: Path, split: str, max_skipped_share: float) -> FileSource:
         folder=path.parent,
         files=list(images),
         captions=[tuple(dict.fromkeys(texts)) for texts in images.values()],
-        notes=skipped.get(chosen, _Skipped(path)).notes(rows, max_skipped_share),
+        notes=skipped.get(chosen, Skipped("rows", cleaning)).notes(rows, max_skipped_share),
     )
 
 
-def open_folder(path: Path, split: str) -> FileSource:
+def open_folder(
+    path: Path, split: str, max_skipped_share: float, cleaning: str = "none"
+) -> FileSource:
     """Opens class folders: PATH/CLASS/*.jpg, or PATH/SPLIT/CLASS/*.jpg.
 
-    The caption of an image is the name of its class, with spaces for underscores.
+    The caption of an image is the name of its class, with spaces for underscores, cleaned.
 
     Raises:
       MissingSplit: when there are split folders, but not this one; or none and it is not "train".
-      UserError: for a missing folder, or one without classes of images.
+      UserError: for a missing folder, one without classes of images, or too many images of
+        classes whose names are no captions.
     """
     if not path.is_dir():
         raise UserError(f"no such folder: {path}")
@@ -224,12 +241,19 @@ def open_folder(path: Path, split: str) -> FileSource:
     roots = by_split.values() or [path]
     classes = sorted({name for folder in roots for name in _folders(folder)})
     names = tuple(" ".join(name.replace("_", " ").split()) for name in classes)
+    captions = [usable([name], cleaning) for name in names]
+    skipped = Skipped("images", cleaning)
     files, labels = [], []
     for label, name in enumerate(classes):
-        images = sorted((root / name).rglob("*"))
-        images = [image for image in images if image.suffix.lower() in IMAGE_SUFFIXES]
-        files += [str(image.relative_to(root)) for image in images]
-        labels += [label] * len(images)
+        for image in sorted((root / name).rglob("*")):
+            if image.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            if captions[label]:
+                files.append(str(image.relative_to(root)))
+                labels.append(label)
+            else:
+                skipped.add(str(image), [names[label]])
+    notes = skipped.notes(len(files), max_skipped_share)
     if not files:
         raise UserError(f"no images in {root}: expected {root}/CLASS/*.jpg (or .png, .webp, ...)")
     return FileSource(
@@ -237,9 +261,10 @@ def open_folder(path: Path, split: str) -> FileSource:
         split,
         folder=root,
         files=files,
-        captions=[(names[label],) for label in labels],
+        captions=[captions[label] for label in labels],
         labels=labels,
         class_names=names,
+        notes=notes,
     )
 
 
@@ -320,12 +345,6 @@ def _image_key(row: dict[str, Any]) -> Any:
 def _listed(row: dict[str, Any], one: str, many: str) -> list[str]:
     single = row.get(one)
     return [*([single] if single else []), *(row.get(many) or [])]
-
-
-def _clean(texts: list[str] | None) -> tuple[str, ...]:
-    """Without blank texts, runs of white space and repetitions."""
-    words = (" ".join(text.split()) for text in texts or ())
-    return tuple(dict.fromkeys(text for text in words if text))
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -15,6 +15,9 @@ from PIL import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_NORMALIZATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
 # A file of a few kilobytes can unfold to gigabytes: Pillow's warning about it becomes the error by
 # which such a file counts as unreadable.
@@ -102,7 +105,9 @@ class Preprocessing:
         Transparent images are laid on white, in training too: drawings are black on transparent
         more often than not, and would be black on black.
         """
-        return cls(config.model.image.image_size, transparency="white")
+        image = config.model.image
+        mean, std = _NORMALIZATIONS[image.normalization]
+        return cls(image.image_size, mean, std, transparency="white")
 
     def __call__(self, image: bytes | str | Path | Image.Image | np.ndarray) -> np.ndarray:
         """The square that the model sees, uint8 [image_size, image_size, 3].

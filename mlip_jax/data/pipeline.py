@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mlip_jax.config import UserError
-from mlip_jax.data import text
+from mlip_jax.data import captions
 from mlip_jax.data.augment import augment, short_side
 from mlip_jax.data.images import Preprocessing, decode, flatten
 from mlip_jax.data.records import Record, Source
@@ -52,8 +52,8 @@ def train_batches(
     up to the end of the program, to stop its workers.
 
     Args:
-      config: the run's config: batch_size, seed, data, model.image.image_size and
-        model.text.context_length are used.
+      config: the run's config: batch_size, seed, data, model.image.image_size,
+        model.text.context_length and the weights of the perspectives of one modality are used.
       source: what to train on.
       tokenizer: turns captions into ids.
       start_step: the step of the first batch: 0, or where a resumed run goes on.
@@ -64,7 +64,11 @@ def train_batches(
       "image": uint8 [b, image_size, image_size, 3];
       "token_ids": int32 [b, context_length];
       "skipped": int32 [b], the index of the record whose image could not be read and for which the
-      next readable record stands; -1 where all is well.
+      next readable record stands; -1 where all is well;
+      "image_2", where config.perspectives.augmented_image has a weight: as "image", another view of
+      the same images, mirrored or not on its own;
+      "token_ids_2", where config.perspectives.other_caption has a weight: as "token_ids", another
+      caption of the same images where they have one, with left and right as in "image".
 
     Raises:
       UserError: when the batch cannot be split among the processes, the source is empty, or too
@@ -127,17 +131,23 @@ class _Example:
         self._caption = config.data.caption.to_dict()
         self._size = config.model.image.image_size
         self._at_least = short_side(self._augment, self._size)
+        self._two_images = config.perspectives.augmented_image.weight > 0
+        self._two_captions = config.perspectives.other_caption.weight > 0
         self._kept: dict[int, tuple[Record, Image.Image]] = {}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         record, image, skipped = self._readable(int(index))
+        # The same draws in the same order, whether second views follow or not.
         pixels, flipped = augment(image, self._augment, self._size, rng)
-        caption = text.compose(record.captions, record.tags, self._caption, rng)
-        return {
-            "image": pixels,
-            "caption": text.swap_sides(caption) if flipped else caption,
-            "skipped": skipped,
-        }
+        said = record.captions, record.tags, self._caption, rng
+        texts = captions.compose_two(*said) if self._two_captions else (captions.compose(*said),)
+        if flipped:
+            texts = [captions.swap_sides(text) for text in texts]
+        example = {"image": pixels, "skipped": skipped}
+        example |= zip(("caption", "caption_2"), texts, strict=False)
+        if self._two_images:
+            example["image_2"], _ = augment(image, self._augment, self._size, rng)
+        return example
 
     def _readable(self, index: int) -> tuple[Record, Image.Image, int]:
         """The record, or the next one whose image can be read."""
@@ -191,12 +201,14 @@ class _Stack:
         self._context_length = context_length
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        captions = [example["caption"] for example in examples]
-        return {
-            "image": np.stack([example["image"] for example in examples]),
-            "token_ids": self._tokenizer.encode(captions, self._context_length),
-            "skipped": np.array([example["skipped"] for example in examples], np.int32),
-        }
+        batch = {"skipped": np.array([example["skipped"] for example in examples], np.int32)}
+        for view in ("", "_2"):
+            if f"image{view}" in examples[0]:
+                batch[f"image{view}"] = np.stack([example[f"image{view}"] for example in examples])
+            if f"caption{view}" in examples[0]:
+                texts = [example[f"caption{view}"] for example in examples]
+                batch[f"token_ids{view}"] = self._tokenizer.encode(texts, self._context_length)
+        return batch
 
 
 def _outlive_nobody(worker_index: int, worker_count: int) -> None:

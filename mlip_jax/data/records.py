@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlip_jax.config import UserError
+
+_PLACES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,47 @@ class Record:
 
 class MissingSplit(UserError):
     """The set exists, but not the split that was asked for."""
+
+
+@dataclass
+class Skipped:
+    """What has no usable caption: counted, named, and an error when it is too much."""
+
+    unit: str  # what is counted: "rows", "images"
+    cleaning: str  # as the captions were cleaned, one of captions.CLEANINGS
+    first: list[str] = field(default_factory=list)  # places, of the first few
+    count: int = 0
+    emptied: int = 0  # of these, that had a caption before the cleaning
+
+    def add(self, place: str, texts: Iterable[str]) -> None:
+        """Counts one; `texts` are its captions as they were before the cleaning."""
+        self.count += 1
+        self.emptied += any(text.strip() for text in texts)
+        if len(self.first) < _PLACES_SHOWN:
+            self.first.append(place)
+
+    def notes(self, kept: int, max_share: float) -> tuple[str, ...]:
+        """A sentence for `Source.notes`, or none.
+
+        Raises:
+          UserError: when more than `max_share` of all is left out.
+        """
+        if not self.count:
+            return ()
+        total = kept + self.count
+        cleaned = (
+            f" (of {self.emptied}, nothing is left after the cleaning {self.cleaning!r})"
+            if self.emptied
+            else ""
+        )
+        more = ", ..." if self.count > len(self.first) else ""
+        note = (
+            f"{self.count} of {total} {self.unit} have no caption{cleaned} and are left out: "
+            f"{', '.join(self.first)}{more}"
+        )
+        if self.count > max_share * total:
+            raise UserError(f"{note}; more than max_skipped_share={max_share:g} allows")
+        return (note,)
 
 
 class Source(Protocol):
@@ -39,3 +83,6 @@ class Source(Protocol):
 
     def name_of(self, index: int) -> str:
         """The record's name, without reading its image."""
+
+    def captions(self) -> Iterator[str]:
+        """Every caption and tag of the split, in the order of its records; no image is decoded."""

@@ -1,4 +1,4 @@
-"""Captions: how one is composed at a visit, and how it becomes token ids."""
+"""From captions to token ids."""
 
 from __future__ import annotations
 
@@ -6,59 +6,84 @@ import functools
 import gzip
 import html
 import importlib.resources
+import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.config import UserError, suggestion
+from mlip_jax.data import wordpiece
+from mlip_jax.data.captions import check_cleaning, clean_caption
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
 # fork and warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Name -> size of the vocabulary. "clip_8k" is CLIP's with its most frequent merges alone: an
-# embedding table of 49,408 rows outweighs a small model, and slows its training by a quarter.
-TOKENIZERS = {"clip": 49_408, "clip_8k": 8_192}
+# "clip_8k" is CLIP's with its most frequent merges alone: an embedding table of 49,408 rows
+# outweighs a small model, and slows its training by a quarter.
+_CLIP_SIZES = {"clip": 49_408, "clip_8k": 8_192}
+TOKENIZERS = (*_CLIP_SIZES, "wordpiece")
 
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 class Tokenizer:
     """Texts to token ids and back.
 
-    Ids are those of CLIP's tokenizer (Radford et al. 2021) as open_clip gives them, but that
-    "<|endoftext|>" written in a text is spelled like any other word.
+    Ids are those of CLIP's tokenizer (Radford et al. 2021) as open_clip gives them, or of BERT's
+    (Devlin et al. 2019) as Hugging Face gives them, but that a special token written in a text,
+    such as "<|endoftext|>" or "[SEP]", is spelled like any other word.
+
+    Attributes:
+      vocab_size: how many ids there are.
+      sot: the id that begins a text.
+      eot: the id that ends it.
+      pad: the id of what comes after.
+      cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
     """
 
-    def __init__(self, encoder: _Encoder) -> None:
-        """Takes a `tokenizers.Tokenizer` whose vocabulary has CLIP's start and end of text."""
+    def __init__(self, encoder: _Encoder, cleaning: str = "none") -> None:
+        """Takes a `tokenizers.Tokenizer` whose vocabulary has CLIP's or BERT's special tokens.
+
+        Raises:
+          UserError: for an unknown cleaning.
+        """
+        check_cleaning(cleaning)
         self._encoder = encoder
+        self.cleaning = cleaning
         self.vocab_size: int = encoder.get_vocab_size()
-        sot, eot = encoder.token_to_id(_SOT), encoder.token_to_id(_EOT)
+        self._is_clip = encoder.token_to_id(_SOT) is not None
+        start, end = (_SOT, _EOT) if self._is_clip else (wordpiece.START, wordpiece.END)
+        sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
         if sot is None or eot is None:
-            raise ValueError(f"a tokenizer without {_SOT} and {_EOT}")
+            raise ValueError(f"a tokenizer without {start} and {end}")
         self.sot: int = sot
         self.eot: int = eot
+        self.pad: int = 0 if self._is_clip else encoder.token_to_id(wordpiece.PAD) or 0
 
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
-        """Token ids, int32 [texts, context_length]: start, words, end, zeros.
+        """Token ids, int32 [texts, context_length]: start, words, end, padding.
 
         A text that is too long loses its last words and keeps its end.
         """
-        ids = np.zeros((len(texts), context_length), np.int32)
-        encodings = self._encoder.encode_batch_fast([_unescape(text) for text in texts])
+        ids = np.full((len(texts), context_length), self.pad, np.int32)
+        prepared = [self._prepared(text) for text in texts]
+        encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
         for row, encoding in zip(ids, encodings, strict=True):
             words = encoding.ids[: context_length - 2]
             row[: len(words) + 2] = (self.sot, *words, self.eot)
         return ids
+
+    def _prepared(self, text: str) -> str:
+        if self.cleaning == "clip_lite":
+            text = clean_caption(text)
+        return _unescape(text) if self._is_clip else text
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end of text; lower case, single spaces."""
@@ -70,34 +95,68 @@ class Tokenizer:
         return text.replace(_END_OF_WORD, " ").strip()
 
     def to_json(self) -> str:
-        """All of the tokenizer as text, in the format of the `tokenizers` library."""
-        return self._encoder.to_str()
+        """All of the tokenizer as text: the `tokenizers` library's JSON, wrapped if it cleans."""
+        encoder = self._encoder.to_str()
+        if self.cleaning == "none":
+            return encoder
+        return json.dumps({"cleaning": self.cleaning, "encoder": encoder})
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """The inverse of `to_json`."""
-        return cls(_Encoder.from_str(text))
+        values = json.loads(text)
+        if "encoder" not in values:
+            return cls(_Encoder.from_str(text))
+        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"])
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer.from_json, (self.to_json(),)
 
 
-@functools.cache
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(
+    name: str,
+    *,
+    cleaning: str = "none",
+    vocab_size: int = 8192,
+    captions: Callable[[], Iterable[str]] | None = None,
+) -> Tokenizer:
     """The tokenizer that `config.model.text.tokenizer` names.
 
+    Args:
+      name: "clip"; "clip_8k"; "wordpiece", trained on `captions`; or "wordpiece:PATH" of a
+        vocab.txt or a folder that holds one.
+      cleaning: `config.model.text.cleaning`; the tokenizer cleans whatever it encodes, and what it
+        is trained on.
+      vocab_size: the most entries of a trained vocabulary.
+      captions: gives the texts to train on, such as the method `captions` of the training set; it
+        is called twice.
+
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name or cleaning, a vocabulary that cannot be read, or no captions
+        to train on.
     """
-    if name not in TOKENIZERS:
+    check_cleaning(cleaning)
+    if name in _CLIP_SIZES:
+        return Tokenizer(_clip(_CLIP_SIZES[name]), cleaning)
+    kind, _, path = name.partition(":")
+    if kind == "wordpiece" and path:
+        return Tokenizer(wordpiece.read(Path(path).expanduser()), cleaning)
+    if name != "wordpiece":
         raise UserError(
-            f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}"
-            f"{suggestion(name, TOKENIZERS)}"
+            f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}, wordpiece:PATH"
+            f"{suggestion(kind, TOKENIZERS)}"
         )
-    return _clip(TOKENIZERS[name])
+    if captions is None:
+        raise UserError(
+            "the tokenizer 'wordpiece' is trained on captions, and none were given: pass "
+            "captions=source.captions, or name a vocabulary by wordpiece:PATH"
+        )
+    clean = clean_caption if cleaning == "clip_lite" else str
+    return Tokenizer(wordpiece.train(lambda: map(clean, captions()), vocab_size), cleaning)
 
 
-def _clip(vocab_size: int) -> Tokenizer:
+@functools.cache
+def _clip(vocab_size: int) -> _Encoder:
     packed = importlib.resources.files("mlip_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
     # The order of the ids: bytes, bytes that end a word, merges, the two special tokens.
@@ -122,7 +181,7 @@ def _clip(vocab_size: int) -> Tokenizer:
         ]
     )
     encoder.decoder = decoders.ByteLevel()
-    return Tokenizer(encoder)
+    return encoder
 
 
 def _byte_letters() -> list[str]:
@@ -135,48 +194,3 @@ def _byte_letters() -> list[str]:
 def _unescape(text: str) -> str:
     # Twice, as CLIP does: web captions are often escaped twice.
     return html.unescape(html.unescape(text)) if "&" in text else text
-
-
-def compose(
-    captions: Sequence[str],
-    tags: Sequence[str],
-    caption_config: ConfigDict | Mapping[str, float],
-    rng: np.random.Generator,
-) -> str:
-    """The caption of one visit to a record.
-
-    Args:
-      captions: at least one; the first is the main one.
-      tags: words that may be added after a comma.
-      caption_config: `config.data.caption`: the chances `first` (the first caption is taken; else
-        any of them, all alike), `tags`, `shuffle` (the parts change places) and `word_dropout`.
-      rng: where chance comes from.
-    """
-    caption = captions[0]
-    if len(captions) > 1 and rng.random() >= caption_config["first"]:
-        caption = captions[rng.integers(len(captions))]
-    parts = [caption]
-    if tags and rng.random() < caption_config["tags"]:
-        parts += tags
-    if len(parts) > 1 and rng.random() < caption_config["shuffle"]:
-        parts = [parts[index] for index in rng.permutation(len(parts))]
-    text = ", ".join(parts)
-    words = text.split()
-    if caption_config["word_dropout"] and words:
-        kept = rng.random(len(words)) >= caption_config["word_dropout"]
-        kept[rng.integers(len(words))] = True
-        text = " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
-    return text
-
-
-def swap_sides(text: str) -> str:
-    """The caption of the mirrored image: "left" and "right" change places, as whole words."""
-    return _SIDES.sub(_other_side, text)
-
-
-def _other_side(match: re.Match[str]) -> str:
-    word = match[0]
-    other = "right" if word.lower() == "left" else "left"
-    if word.isupper():
-        return other.upper()
-    return other.capitalize() if word[0].isupper() else other

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.data import emoji
+from mlip_jax.data.captions import usable
 from mlip_jax.data.records import MissingSplit, Record
 
 _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "sentence")
@@ -26,12 +27,15 @@ class TfdsSource:
     attribution = ""
     notes: tuple[str, ...] = ()
 
-    def __init__(self, folder: str, split: str, *, name: str, tfds_split: str) -> None:
+    def __init__(
+        self, folder: str, split: str, *, name: str, tfds_split: str, cleaning: str = "none"
+    ) -> None:
         """Opens what was prepared in `folder`, a TFDS version folder."""
         self.name = name
         self.split = split
         self._folder = folder
         self._tfds_split = tfds_split
+        self._cleaning = cleaning
         self._lock = threading.Lock()
         self._examples = None
         builder = tfds.builder_from_directory(folder)
@@ -59,6 +63,12 @@ class TfdsSource:
         """The example's id, or its place in the set."""
         return self._name(self._example(index), index)
 
+    def captions(self) -> Iterator[str]:
+        """Every caption and tag of the split; images are not decoded."""
+        for index in range(len(self)):
+            record = self[index]
+            yield from filter(None, (*record.captions, *record.tags))
+
     def _example(self, index: int) -> Mapping[str, Any]:
         if self._examples is None:
             with self._lock:
@@ -71,9 +81,9 @@ class TfdsSource:
 
     def _record(self, example: Mapping[str, Any], index: int) -> Record:
         label = int(example[self._label]) if self._label else -1
-        captions = _texts(example[self._text]) if self._text else ()
+        captions = self._texts(example[self._text]) if self._text else ()
         if not captions and label >= 0:
-            captions = (self.class_names[label],)
+            captions = usable([self.class_names[label]], self._cleaning)
         return Record(
             image=example[self._image],
             captions=captions or ("",),
@@ -81,6 +91,10 @@ class TfdsSource:
             label=label,
             name=self._name(example, index),
         )
+
+    def _texts(self, value: Any) -> tuple[str, ...]:
+        values = [value] if isinstance(value, bytes) else list(value)
+        return usable((text.decode("utf-8", "replace") for text in values), self._cleaning)
 
     def _name(self, example: Mapping[str, Any], index: int) -> str:
         for key in ("id", "file_name", "filename", "image/filename"):
@@ -97,32 +111,33 @@ class EmojiSource(TfdsSource):
     def _record(self, example: Mapping[str, Any], index: int) -> Record:
         name = example["name"].decode()
         # One caption an image in validation: retrieval then has one right answer each way.
-        aliases = _texts(example["aliases"]) if self.split == "train" else ()
+        aliases = self._texts(example["aliases"]) if self.split == "train" else ()
         tags = (_words(example[key].decode()) for key in ("category", "subcategory"))
         return Record(
             image=example["image"],
-            captions=(name, *aliases),
-            tags=tuple(tag for tag in tags if tag),
+            captions=usable((name, *aliases), self._cleaning) or ("",),
+            tags=usable(tags, self._cleaning),
             label=int(example["label"]),
             name=example["id"].decode(),
         )
 
 
-def open_emoji(split: str, cache_dir: str) -> EmojiSource:
-    """The embedded set, built on first use.
+def open_emoji(split: str, cache_dir: str, cleaning: str = "none") -> EmojiSource:
+    """The embedded set, built on first use. Captions and tags are cleaned.
 
     Raises:
       UserError: when it cannot be built.
     """
     folder = emoji.directory(cache_dir)
-    return EmojiSource(str(folder), split, name="emoji", tfds_split=split)
+    return EmojiSource(str(folder), split, name="emoji", tfds_split=split, cleaning=cleaning)
 
 
-def open_tfds(name: str, split: str) -> TfdsSource:
+def open_tfds(name: str, split: str, cleaning: str = "none") -> TfdsSource:
     """A TFDS set by name ("oxford_iiit_pet", "ns/name:1.0.0") or by its prepared folder.
 
     Sets by name are downloaded and prepared by TFDS where they are not yet; some need TensorFlow
-    for that and are refused.
+    for that and are refused. Captions are cleaned; an example without one that is usable has its
+    class name, or an empty text.
 
     Raises:
       MissingSplit: when it has no such split (its "test" stands in for "validation").
@@ -151,7 +166,13 @@ def open_tfds(name: str, split: str) -> TfdsSource:
             f"'tfds:{name}' has no split {split!r}, only {', '.join(splits)}"
             f"{suggestion(split, splits)}"
         )
-    return TfdsSource(str(builder.data_path), split, name=builder.info.name, tfds_split=present[0])
+    return TfdsSource(
+        str(builder.data_path),
+        split,
+        name=builder.info.name,
+        tfds_split=present[0],
+        cleaning=cleaning,
+    )
 
 
 def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
@@ -170,12 +191,6 @@ def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
 def _is_text(feature: Any) -> bool:
     inner = getattr(feature, "feature", feature)
     return isinstance(inner, tfds.features.Text)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, bytes) else list(value)
-    texts = (" ".join(text.decode("utf-8", "replace").split()) for text in values)
-    return tuple(text for text in texts if text)
 
 
 def _words(name: str) -> str:

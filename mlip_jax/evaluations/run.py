@@ -16,6 +16,7 @@ from mlip_jax.data.records import Source
 from mlip_jax.data.sources import open_evaluation, open_validation
 from mlip_jax.evaluations import retrieval, zero_shot
 from mlip_jax.evaluations.interface import Encoder
+from mlip_jax.evaluations.pairs import PairScorer, accuracy
 from mlip_jax.evaluations.results import Results
 
 # Sets whose captions after the first are aliases of the concept, not descriptions of the image.
@@ -66,6 +67,9 @@ def evaluate(
       RunError: for NaN or infinity among the embeddings.
     """
     results = Results()
+    if config.model.critic == "concat":
+        _score_pairs(model, config, validation, results)
+        return results
     templates = zero_shot.find_templates(config.evaluation.templates)
     sets: dict[str, EmbeddedSet | None] = {}
     for family in ("retrieval", "zero_shot"):
@@ -80,6 +84,22 @@ def evaluate(
             else:
                 _classify(model, embedded, spec, templates, results)
     return results
+
+
+def _score_pairs(
+    model: PairScorer, config: ConfigDict, validation: Source | None, results: Results
+) -> None:
+    source = validation or open_validation(config.data, config.model.text.cleaning)
+    if source is None:
+        return
+    share, total = accuracy(model, source, config.evaluation.batch_size)
+    results.add(
+        f"pairs/{short_name(source.name)}",
+        {"accuracy": share},
+        {"accuracy": 0.5},
+        {"accuracy": total},
+        "an image's own caption against that of the next image; ties count against the model.",
+    )
 
 
 def embed_source(
@@ -135,12 +155,16 @@ def _embed(
     progress: bool,
 ) -> EmbeddedSet | None:
     if spec == "validation":
-        source = validation if validation is not None else open_validation(config.data)
+        source = validation
+        if source is None:
+            source = open_validation(config.data, config.model.text.cleaning)
         if source is None:
             return None
         name = short_name(source.name)
     else:
-        source = open_evaluation(spec, cache_dir=config.data.cache_dir)
+        source = open_evaluation(
+            spec, cache_dir=config.data.cache_dir, cleaning=config.model.text.cleaning
+        )
         name = short_name(spec)
     taken = {other.name for other in sets.values() if other is not None}
     if name in taken:

@@ -54,6 +54,44 @@ def dense(
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last (arXiv 1502.03167), statistics in float32.
+
+    In training it takes the mean and variance of the whole batch, over all devices, and moves the
+    running ones (collection "batch_stats") towards them by `1 - momentum`. As in PyTorch the
+    running variance is the unbiased one. Otherwise it takes the running ones.
+    """
+
+    dtype: jnp.dtype
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch width"], deterministic: bool
+    ) -> Float[Array, "*batch width"]:
+        width = x.shape[-1]
+        scale = self.param("scale", self.scale_init, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
+        values = x.astype(jnp.float32)
+        if deterministic:
+            mean, var = running_mean.value, running_var.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = jnp.mean(values, axes)
+            var = jnp.mean(jnp.square(values - mean), axes)
+            if not self.is_initializing():
+                count = x.size // width
+                unbiased = var * (count / max(count - 1, 1))
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    running.value = self.momentum * running.value + (1.0 - self.momentum) * new
+        gain = scale * jax.lax.rsqrt(var + self.epsilon)
+        return ((values - mean) * gain + bias).astype(self.dtype)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: leaves a residual branch out for some examples (arXiv 1603.09382)."""
 

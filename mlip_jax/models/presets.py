@@ -18,15 +18,18 @@ _LARGE = {
     "L/16": (1024, 24, 16, 768, 12, 12, 768),
     "L/14": (1024, 24, 16, 768, 12, 12, 768),
 }
+# Layers of the image encoder; the text encoder is BERT-base from scratch, as in CLIP-Lite.
+_RESNETS = {"RN18": 18, "RN50": 50, "RN101": 101, "RN152": 152}
 QUICK = "quick"
-SIZES = (QUICK, *_LARGE)
+SIZES = (QUICK, *_LARGE, *_RESNETS)
 
 
 def apply(config: ConfigDict, size: str) -> None:
     """Sets the sizes of both encoders.
 
     "quick" is made for two CPU cores: 32 pixels, 16 patches after a convolutional stem. The others
-    are ViTs of the literature at 224 pixels with CLIP's text encoders (context 77).
+    take 224 pixels: the ViTs of the literature with CLIP's text encoders (context 77), or ResNets
+    with a BERT (context 30).
 
     Raises:
       UserError: for an unknown name.
@@ -37,6 +40,11 @@ def apply(config: ConfigDict, size: str) -> None:
         _set(config.model.text, tokenizer="clip_8k", context_length=32)
         _set(config.model.text, width=128, depth=1, heads=2, causal=False, pooling="mean")
         _set(config.model, embed_dim=128, token_dim=64)
+        return
+    if size in _RESNETS:
+        resnet_and_bert(config, image_size=224, layers=_RESNETS[size], stem="imagenet")
+        _set(config.model.text, context_length=30, width=768, depth=12, heads=12, dropout=0.1)
+        _set(config.model, embed_dim=2048, token_dim=256)
         return
     if size not in _LARGE:
         raise UserError(
@@ -49,6 +57,15 @@ def apply(config: ConfigDict, size: str) -> None:
     _set(config.model.text, context_length=77, causal=True, pooling="last")
     _set(config.model.text, width=text_width, depth=text_depth, heads=text_heads)
     _set(config.model, embed_dim=joint, token_dim=min(joint, 256))
+
+
+def resnet_and_bert(
+    config: ConfigDict, *, image_size: int, layers: int, stem: str, width: int = 64
+) -> None:
+    """Makes the encoders a ResNet of `layers` layers and a BERT with a vocabulary of its own."""
+    _set(config.model.image, architecture="resnet", image_size=image_size, stem=stem)
+    _set(config.model.image, depth=layers, width=width, normalization="imagenet")
+    _set(config.model.text, architecture="bert", tokenizer="wordpiece", pooling="tanh")
 
 
 def _set(node: ConfigDict, **values: Any) -> None:

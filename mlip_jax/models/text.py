@@ -19,6 +19,35 @@ class TextViews(NamedTuple):
     mask: Bool[Array, "batch context"]  # True at words
 
 
+class Spans(NamedTuple):
+    """Which tokens are which in ids of [start, words..., end, padding...]."""
+
+    end: Int[Array, " batch"]  # index of the first end
+    valid: Bool[Array, "batch context"]  # all but padding
+    spoken: Bool[Array, "batch context"]  # words and end
+    words: Bool[Array, "batch context"]
+
+
+def spans(token_ids: Int[Array, "batch context"], start_id: int, end_id: int) -> Spans:
+    """Finds the end of each text, and by it the words and the padding."""
+    end = jnp.argmax(token_ids == end_id, axis=-1)
+    index = jnp.arange(token_ids.shape[1])
+    valid = index <= end[:, None]
+    spoken = valid & (token_ids != start_id)
+    return Spans(end, valid, spoken, spoken & (index < end[:, None]))
+
+
+def pool(
+    x: Float[Array, "batch context width"], pooling: str, tokens: Spans
+) -> Float[Array, "batch width"]:
+    """The token at the end (pooling "last"), or the mean over words and end (pooling "mean")."""
+    if pooling == "last":
+        return jnp.take_along_axis(x, tokens.end[:, None, None], axis=1)[:, 0]
+    weight = tokens.spoken.astype(jnp.float32)
+    weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1.0)
+    return jnp.einsum("bt,btd->bd", weight, x.astype(jnp.float32)).astype(x.dtype)
+
+
 class TextEncoder(nn.Module):
     """CLIP's pre-LN transformer over token ids, causal or bidirectional.
 
@@ -47,12 +76,10 @@ class TextEncoder(nn.Module):
         self, token_ids: Int[Array, "batch context"], deterministic: bool = True
     ) -> TextViews:
         """Encodes token ids; `deterministic` means no dropout and no stochastic depth."""
-        end = jnp.argmax(token_ids == self.end_id, axis=-1)
-        index = jnp.arange(self.context_length)
-        valid = index <= end[:, None]
-        words = (index < end[:, None]) & (token_ids != self.start_id)
-        mask = valid[:, None, None, :]
+        tokens = spans(token_ids, self.start_id, self.end_id)
+        mask = tokens.valid[:, None, None, :]
         if self.causal:
+            index = jnp.arange(self.context_length)
             mask = mask & (index[:, None] >= index[None, :])
 
         embedding = self.param("embedding", TOKEN_INIT, (self.vocab_size, self.width))
@@ -73,10 +100,4 @@ class TextEncoder(nn.Module):
                 name=f"block_{layer}",
             )(x, deterministic, mask)
         x = layer_norm("norm", self.dtype)(x)
-        if self.pooling == "last":
-            pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        else:
-            weight = (valid & (token_ids != self.start_id)).astype(jnp.float32)
-            weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1.0)
-            pooled = jnp.einsum("bt,btd->bd", weight, x.astype(jnp.float32)).astype(self.dtype)
-        return TextViews(pooled, x, words)
+        return TextViews(pool(x, self.pooling, tokens), x, tokens.words)

@@ -11,107 +11,208 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mlip_jax.config import IMAGE_VIEWS
-from mlip_jax.models import merging
-from mlip_jax.models.layers import dense
-from mlip_jax.models.text import TextEncoder
+from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES
+from mlip_jax.models import merging, resnet
+from mlip_jax.models.bert import BertEncoder
+from mlip_jax.models.heads import (
+    ConcatCritic,
+    LinearHead,
+    PriorDiscriminator,
+    ProjectionHead,
+)
+from mlip_jax.models.resnet import ResNet
+from mlip_jax.models.text import TextEncoder, TextViews
 from mlip_jax.models.vit import ImageEncoder, ImageViews
 
 Embeddings = dict[str, Array]
-
-
-def normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-    """L2 norm 1 on the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
-class Head(nn.Module):
-    """Linear projection without bias, then L2 norm."""
-
-    dim: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch dim"]:
-        init = nn.initializers.normal(x.shape[-1] ** -0.5)
-        x = dense(
-            x.astype(self.dtype),
-            self.dim,
-            "projection",
-            self.dtype,
-            use_bias=False,
-            kernel_init=init,
-        )
-        return normalize(x)
+_IMAGE_ENCODERS = {"vit": ImageEncoder, "resnet": ResNet}
+_TEXT_ENCODERS = {"clip": TextEncoder, "bert": BertEncoder}
 
 
 class TwoTower(nn.Module):
     """Image and text encoder with a head for every view that some perspective uses.
 
     Each image view has a projection of its own; the texts have one projection for the global
-    level and one for the token level, so that all views of a level share one space.
-    Attributes `image` and `text` are the encoders' fields; `critics` maps each perspective in use
-    to its initial (scale, bias or None).
+    level and one for the token level, so that all views of a level share one space. The
+    perspectives within a modality have two projections each, one a side.
+    Attributes `image` and `text` are the encoders' fields and their "architecture"; `critics` maps
+    each perspective in use to its initial (scale, bias or None). A "concat" critic takes the
+    encoders' features as they are: there are no heads on global views then. `frozen` names the
+    towers ("image", "text") that run as in evaluation.
     """
 
     image: Mapping[str, Any]
     text: Mapping[str, Any]
     embed_dim: int
     token_dim: int
+    head: str
+    critic: str
+    prior: bool
     critics: Mapping[str, tuple[float, float | None]]
+    frozen: tuple[str, ...]
     dtype: jnp.dtype
 
     def setup(self) -> None:
-        self.image_encoder = ImageEncoder(**self.image, dtype=self.dtype)
-        self.text_encoder = TextEncoder(**self.text, dtype=self.dtype)
-        self.image_heads = {view: Head(self._dim(view), self.dtype) for view in self.critics}
-        levels = {level(view) for view in self.critics}
-        self.text_heads = {
-            name: Head(self._dim(name), self.dtype)
-            for name in ("text_global", "text_tokens")
-            if level(name) in levels
+        self.image_encoder = self._encoder(_IMAGE_ENCODERS, self.image)
+        self.text_encoder = self._encoder(_TEXT_ENCODERS, self.text)
+        views = {*self.critics, *(PERSPECTIVES[view] for view in self.critics)}
+        self.image_heads = {
+            view: self._head(view)
+            for view in views
+            if view in IMAGE_VIEWS or view.startswith("augmented_image")
         }
+        self.text_heads = {view: self._head(view) for view in views - self.image_heads.keys()}
+        pairwise = self.critic == "concat"
+        self.pair_critics = {
+            view: ConcatCritic(self.dtype)
+            for view in self.critics
+            if pairwise and level(view) != "tokens"
+        }
+        scaled = [view for view in self.critics if view not in self.pair_critics]
         self.log_scales = {
-            view: self.param(f"log_scale_{view}", nn.initializers.constant(jnp.log(scale)), ())
-            for view, (scale, _) in self.critics.items()
+            view: self.param(
+                f"log_scale_{view}",
+                nn.initializers.constant(jnp.log(self.critics[view][0])),
+                (),
+            )
+            for view in scaled
         }
         self.biases = {
-            view: self.param(f"bias_{view}", nn.initializers.constant(bias), ())
-            for view, (_, bias) in self.critics.items()
-            if bias is not None
+            view: self.param(f"bias_{view}", nn.initializers.constant(self.critics[view][1]), ())
+            for view in scaled
+            if self.critics[view][1] is not None
         }
+        self.priors = (
+            {side: PriorDiscriminator(self.dtype) for side in ("image", "text")}
+            if self.prior
+            else {}
+        )
 
-    def _dim(self, view: str) -> int:
-        return self.embed_dim if level(view) == "global" else self.token_dim
+    def _encoder(self, kinds: Mapping[str, Any], fields: Mapping[str, Any]) -> nn.Module:
+        fields = dict(fields)
+        return kinds[fields.pop("architecture")](**fields, dtype=self.dtype)
+
+    def _head(self, view: str) -> nn.Module | None:
+        if level(view) == "tokens":
+            return LinearHead(self.token_dim, self.dtype)
+        if self.critic == "concat":
+            return None
+        kind = ProjectionHead if self.head == "projection_block" else LinearHead
+        return kind(self.embed_dim, self.dtype)
 
     def __call__(
         self,
         images: Float[Array, "batch image_size image_size 3"],
         token_ids: Int[Array, "batch context"],
+        images_2: Float[Array, "batch image_size image_size 3"] | None = None,
+        token_ids_2: Int[Array, "batch context"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Embeddings, dict[str, Array], dict[str, Array]]:
-        """Returns embeddings by view, scales (not their logs) and biases by perspective."""
-        embeddings = self.embed_images(images, deterministic)
-        embeddings |= self.embed_texts(token_ids, deterministic)
+        """Embeds a batch.
+
+        Args:
+          images: normalised.
+          token_ids: of their captions.
+          images_2: another view of each image, for the perspective "augmented_image".
+          token_ids_2: another caption of each, for "other_caption".
+          deterministic: as in evaluation: no dropout, running statistics.
+
+        Returns:
+          Embeddings by view (see `objectives.perspectives.term_loss`), scales (not their logs) and
+          biases by perspective.
+        """
+        embeddings = self.embed_images(images, deterministic, images_2)
+        embeddings |= self.embed_texts(token_ids, deterministic, token_ids_2)
         scales = {view: jnp.exp(log_scale) for view, log_scale in self.log_scales.items()}
         return embeddings, scales, dict(self.biases)
 
-    def embed_images(self, images: Array, deterministic: bool = True) -> Embeddings:
-        """Normalised embeddings of every image view in use, and "sizes" [batch, merged]."""
-        views = self.image_encoder(images, deterministic)
-        embeddings = {view: head(getattr(views, view)) for view, head in self.image_heads.items()}
-        return embeddings | {"sizes": views.sizes}
+    def embed_images(
+        self, images: Array, deterministic: bool = True, images_2: Array | None = None
+    ) -> Embeddings:
+        """Normalised embeddings of every image view in use, and "sizes" [batch, merged].
 
-    def embed_texts(self, token_ids: Array, deterministic: bool = True) -> Embeddings:
-        """Normalised embeddings of the text views in use, and "text_mask" [batch, context]."""
-        views = self.text_encoder(token_ids, deterministic)
-        embeddings = {view: head(getattr(views, view)) for view, head in self.text_heads.items()}
-        return embeddings | {"text_mask": views.mask}
+        The views of "augmented_image" are there when `images_2` is given.
+        """
+        views, second = self._encode("image", images, images_2, deterministic)
+        embeddings = {"sizes": views.sizes}
+        for view, head in self.image_heads.items():
+            features = _features(view, views, second)
+            if features is not None:
+                embeddings[view] = _project(head, features, deterministic)
+        return embeddings | self._prior("image", views.spatial_global, deterministic)
+
+    def embed_texts(
+        self, token_ids: Array, deterministic: bool = True, token_ids_2: Array | None = None
+    ) -> Embeddings:
+        """Normalised embeddings of the text views in use, and "text_mask" [batch, context].
+
+        The views of "other_caption" are there when `token_ids_2` is given.
+        """
+        views, second = self._encode("text", token_ids, token_ids_2, deterministic)
+        embeddings = {"text_mask": views.mask}
+        for view, head in self.text_heads.items():
+            features = _features(view, views, second)
+            if features is not None:
+                embeddings[view] = _project(head, features, deterministic)
+        return embeddings | self._prior("text", views.text_global, deterministic)
+
+    def _encode(
+        self, tower: str, inputs: Array, second: Array | None, deterministic: bool
+    ) -> tuple[Any, Any]:
+        """The views of the inputs and of the second inputs, by one pass; None without them."""
+        encoder = self.image_encoder if tower == "image" else self.text_encoder
+        deterministic = deterministic or tower in self.frozen
+        if second is None:
+            return encoder(inputs, deterministic), None
+        # In turn, so that an example's two rows stay on its device; in one pass, so that batch norm
+        # moves its statistics once a step.
+        both = jnp.stack([inputs, second], axis=1).reshape(-1, *inputs.shape[1:])
+        views = encoder(both, deterministic)
+        return tuple(jax.tree.map(lambda rows, of=of: rows[of::2], views) for of in (0, 1))
+
+    def _prior(self, side: str, features: Array, deterministic: bool) -> Embeddings:
+        """The discriminator's logits of the prior and of the features, in training."""
+        if not self.prior or (deterministic and not self.is_initializing()):
+            return {}
+        features = features.astype(jnp.float32)
+        prior = features  # at initialisation there is no chance to draw from
+        if not self.is_initializing():
+            prior = jax.random.uniform(self.make_rng("dropout"), features.shape)
+        discriminate = self.priors[side]
+        return {f"{side}_prior": jnp.stack([discriminate(prior), discriminate(features)])}
+
+    def score_pairs(
+        self, view: str, one: Float[Array, "batch width"], other: Float[Array, "k batch width_2"]
+    ) -> Float[Array, "k batch"]:
+        """What the concat critic of a perspective says of features, `other` several times over."""
+        one = jnp.broadcast_to(one, (*other.shape[:2], one.shape[-1]))
+        return self.pair_critics[view](one, other)
+
+    def touch(self, *inputs: Array | None) -> None:
+        """Calls all that has parameters, so that initialisation finds it; takes a batch."""
+        embeddings, _, _ = self(*inputs)
+        for view in self.pair_critics:
+            self.score_pairs(view, embeddings[view], embeddings[PERSPECTIVES[view]][None])
 
     def inspect_images(self, images: Array) -> ImageViews:
         """The image encoder's views before the heads, with the sources of merged tokens."""
         return self.image_encoder(images, True, inspect=True)
+
+
+def _features(
+    view: str, views: ImageViews | TextViews, second: ImageViews | TextViews | None
+) -> Array | None:
+    """What the head of a view takes; None for the pairs of a modality without second views."""
+    if hasattr(views, view):
+        return getattr(views, view)
+    if second is None:
+        return None
+    one_side = second if view.endswith("_2") else views
+    return one_side.spatial_global if isinstance(views, ImageViews) else one_side.text_global
+
+
+def _project(head: nn.Module | None, features: Array, deterministic: bool) -> Array:
+    return features.astype(jnp.float32) if head is None else head(features, deterministic)
 
 
 def level(view: str) -> str:
@@ -127,12 +228,22 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def grid(config: ConfigDict) -> int:
+    """Patches (of a ViT) or cells of the last features (of a ResNet) along a side of the image."""
+    image = config.model.image
+    if image.architecture == "resnet":
+        return -(-image.image_size // resnet.reduction(image.stem))
+    return image.image_size // image.patch_size
+
+
 def merge_counts(config: ConfigDict) -> tuple[int, ...]:
     """Tokens merged in each block of the Spatial Stage (see `merging.schedule`)."""
     image = config.model.image
+    if image.architecture == "resnet":
+        return ()
     return merging.schedule(
         image.merging.rate,
-        (image.image_size // image.patch_size) ** 2,
+        grid(config) ** 2,
         image.depth - image.frequency.depth,
         image.merging.schedule,
     )
@@ -150,11 +261,7 @@ def build(config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int) ->
     Raises:
       UserError: for a merging rate that its schedule cannot reach.
     """
-    image, text = config.model.image.to_dict(), config.model.text.to_dict()
-    frequency, guided = image.pop("frequency"), image.pop("merging")
-    for name in ("rate", "schedule"):
-        guided.pop(name)
-    text.pop("tokenizer")
+    model = config.model
     critics = {
         view: (
             config.perspectives[view].init_scale,
@@ -162,20 +269,65 @@ def build(config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int) ->
             if config.perspectives[view].loss == "sigmoid"
             else None,
         )
-        for view in IMAGE_VIEWS  # a ConfigDict would give them by the alphabet
+        for view in PERSPECTIVES  # a ConfigDict would give them by the alphabet
         if config.perspectives[view].weight > 0
     }
     return TwoTower(
-        image=image
+        image=_image_fields(config),
+        text=_text_fields(config)
+        | {"vocab_size": vocab_size, "start_id": start_id, "end_id": end_id},
+        embed_dim=model.embed_dim,
+        token_dim=model.token_dim,
+        head=model.head,
+        critic=model.critic,
+        prior=model.prior_weight > 0,
+        critics=critics,
+        frozen=tuple(tower for tower in ("image", "text") if not config.optimizer.rates[tower]),
+        dtype=compute_dtype(config),
+    )
+
+
+def _image_fields(config: ConfigDict) -> dict[str, Any]:
+    image = config.model.image.to_dict()
+    if image["architecture"] == "resnet":
+        return {name: image[name] for name in ("architecture", "depth", "width", "stem")}
+    frequency, guided = image.pop("frequency"), image.pop("merging")
+    for name in ("rate", "schedule"):
+        guided.pop(name)
+    for name in ("pretrained", "normalization"):
+        image.pop(name)
+    return (
+        image
         | guided
         | {
             "frequency_depth": frequency["depth"],
             "transform": frequency["transform"],
             "merge_counts": merge_counts(config),
-        },
-        text=text | {"vocab_size": vocab_size, "start_id": start_id, "end_id": end_id},
-        embed_dim=config.model.embed_dim,
-        token_dim=config.model.token_dim,
-        critics=critics,
-        dtype=compute_dtype(config),
+        }
+    )
+
+
+def _text_fields(config: ConfigDict) -> dict[str, Any]:
+    text = config.model.text.to_dict()
+    for name in ("pretrained", "tokenizer", "vocab_size", "cleaning"):
+        text.pop(name)
+    if text["architecture"] == "bert":
+        for name in ("causal", "drop_path"):
+            text.pop(name)
+    return text
+
+
+def initialise(network: TwoTower, config: ConfigDict, key: Array) -> dict[str, Any]:
+    """The network's variables at the start: "params" and, with batch norm, "batch_stats"."""
+    size = config.model.image.image_size
+    # Two examples: shapes only, parameters do not depend on the values.
+    images = jnp.zeros((2, size, size, 3), jnp.float32)
+    token_ids = jnp.zeros((2, config.model.text.context_length), jnp.int32)
+    return network.init(
+        key,
+        images,
+        token_ids,
+        images if "augmented_image" in network.critics else None,
+        token_ids if "other_caption" in network.critics else None,
+        method="touch",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Scalar = Float[Array, ""]
 _PRECISE = jax.lax.Precision.HIGHEST
@@ -67,11 +67,26 @@ def jsd(
       ValueError: unless 1 <= shifts < batch; past it, a pair would be its own negative.
     """
 
-    def score(shift: int) -> Float[Array, "batch"]:
-        return scale * jnp.sum(image * jnp.roll(text, -shift, axis=0), axis=-1)
-
     check_shifts(shifts, image.shape[0])
-    return jsd_of_scores(score(0), jnp.stack([score(shift + 1) for shift in range(shifts)]))
+    scores = shifted_scores(image, followed(text, shifts), scale, shifts)
+    return jsd_of_scores(scores[0], scores[1:])
+
+
+def followed(rows: Shaped[Array, "batch *rest"], count: int) -> Shaped[Array, "more *rest"]:
+    """The rows, and after them the first `count` of them again."""
+    return jnp.concatenate([rows, rows[:count]])
+
+
+def shifted_scores(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "more width"],
+    scale: Float[Array, ""] | float,
+    shifts: int,
+) -> Float[Array, "shifts1 batch"]:
+    """Scores of image i with text i + k, for k = 0..shifts; `text` has `shifts` rows more."""
+    batch = image.shape[0]
+    pairs = [jnp.sum(image * text[shift : shift + batch], axis=-1) for shift in range(shifts + 1)]
+    return scale * jnp.stack(pairs)
 
 
 def check_shifts(shifts: int, batch: int) -> None:

@@ -1,21 +1,30 @@
-"""The objective of a run: a weighted sum of losses, each between an image view and a text view."""
+"""The objective of a run: a weighted sum of losses, each between two views of the same example."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from mlip_jax.config import IMAGE_VIEWS
-from mlip_jax.objectives.contrastive import jsd, sigmoid_contrastive, softmax_contrastive
-from mlip_jax.objectives.tokenwise import tokenwise_loss
+from mlip_jax.config import PERSPECTIVES
+from mlip_jax.objectives import contrastive, sharded, tokenwise
+from mlip_jax.objectives.contrastive import (
+    jsd_of_scores,
+    sigmoid_contrastive,
+    softmax_contrastive,
+)
+from mlip_jax.objectives.prior import prior_matching
+
+# (perspective, one side, other side shifted) -> scores [shifts + 1, batch]
+PairCritic = Callable[[str, Array, Array], Array]
 
 
 class Term(NamedTuple):
-    """One perspective: which image view, by which loss, how strongly."""
+    """One perspective: which view against which, by which loss, how strongly."""
 
     view: str
     loss: str
@@ -26,7 +35,7 @@ class Term(NamedTuple):
 
 def terms(config: ConfigDict) -> tuple[Term, ...]:
     """The perspectives of a config whose weight is above 0."""
-    in_order = [(view, config.perspectives[view]) for view in IMAGE_VIEWS]
+    in_order = [(view, config.perspectives[view]) for view in PERSPECTIVES]
     return tuple(
         Term(view, p.loss, float(p.weight), p.shifts, p.warmup_samples)
         for view, p in in_order
@@ -37,44 +46,47 @@ def terms(config: ConfigDict) -> tuple[Term, ...]:
 def term_loss(
     term: Term,
     embeddings: Mapping[str, Array],
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | float,
     bias: Float[Array, ""] | float,
-    chunk: int,
+    *,
+    chunk: int = 32,
+    mesh: Mesh | None = None,
+    critic: PairCritic | None = None,
 ) -> Float[Array, ""]:
     """The loss of one perspective, without its weight.
 
     Args:
       term: the perspective.
-      embeddings: by view, L2-normalised float32; token views come with "text_mask" and, for
-        "spatial_tokens", "sizes" [batch, merged].
+      embeddings: by view, float32, L2-normalised unless there is a critic; token views come with
+        "text_mask" and, for "spatial_tokens", "sizes" [batch, merged].
       scale: multiplies cosines.
       bias: added to scores by the sigmoid loss.
       chunk: see `tokenwise_similarity`.
+      mesh: what devices the rows of the batch lie on; None: one.
+      critic: scores pairs of global features in place of the scaled cosine; jsd only.
     """
-    image = embeddings[term.view]
-    if image.ndim == 3:
+    one, other = embeddings[term.view], embeddings[PERSPECTIVES[term.view]]
+    spread = sharded.shards(mesh) > 1
+    if one.ndim == 3:
         if term.view == "spatial_tokens":
             sizes = embeddings["sizes"]
             weights = sizes / jnp.sum(sizes, axis=-1, keepdims=True)
         else:
-            weights = jnp.full(image.shape[:2], 1.0 / image.shape[1], jnp.float32)
-        return tokenwise_loss(
-            term.loss,
-            image,
-            embeddings["text_tokens"],
-            weights,
-            embeddings["text_mask"],
-            scale,
-            bias,
-            shifts=term.shifts,
-            chunk=chunk,
-        )
-    text = embeddings["text_global"]
+            weights = jnp.full(one.shape[:2], 1.0 / one.shape[1], jnp.float32)
+        tokens = (one, other, weights, embeddings["text_mask"], scale)
+        if term.loss == "jsd" and spread:
+            return sharded.tokenwise_jsd(*tokens, term.shifts, mesh=mesh)
+        return tokenwise.tokenwise_loss(term.loss, *tokens, bias, shifts=term.shifts, chunk=chunk)
+    if critic:
+        scores = critic(term.view, one, sharded.shifted(other, term.shifts, mesh))
+        return jsd_of_scores(scores[0], scores[1:])
     if term.loss == "softmax":
-        return softmax_contrastive(image, text, scale)
+        return softmax_contrastive(one, other, scale)
     if term.loss == "sigmoid":
-        return sigmoid_contrastive(image, text, scale, bias)
-    return jsd(image, text, scale, term.shifts)
+        return sigmoid_contrastive(one, other, scale, bias)
+    if spread:
+        return sharded.jsd(one, other, scale, term.shifts, mesh=mesh)
+    return contrastive.jsd(one, other, scale, term.shifts)
 
 
 def total_loss(
@@ -83,24 +95,44 @@ def total_loss(
     scales: Mapping[str, Array],
     biases: Mapping[str, Array],
     samples_seen: Float[Array, ""],
-    chunk: int,
+    *,
+    prior_weight: float = 0.0,
+    chunk: int = 32,
+    mesh: Mesh | None = None,
+    critic: PairCritic | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The weighted sum, and each perspective's loss without its weight, by view.
+    """The weighted sum, and each part's loss without its weight, by view and "prior".
 
     Args:
       all_terms: from `terms`.
-      embeddings: see `term_loss`.
+      embeddings: see `term_loss`; with a prior weight also "image_prior" and "text_prior"
+        [2, batch], the discriminators' logits of the prior and of the features.
       scales, biases: by view; a view without a bias has none.
       samples_seen: pairs seen before this batch, for terms whose weight warms up.
-      chunk: see `tokenwise_similarity`.
+      prior_weight: of prior matching; the perspectives' sum is weighted by what is left of 1.
+      chunk, mesh, critic: see `term_loss`.
     """
     losses = {}
     total = jnp.zeros((), jnp.float32)
     for term in all_terms:
-        loss = term_loss(term, embeddings, scales[term.view], biases.get(term.view, 0.0), chunk)
-        losses[term.view] = loss
+        view = term.view
+        loss = term_loss(
+            term,
+            embeddings,
+            scales.get(view, 1.0),
+            biases.get(view, 0.0),
+            chunk=chunk,
+            mesh=mesh,
+            critic=critic,
+        )
+        losses[view] = loss
         weight = jnp.float32(term.weight)
         if term.warmup_samples:
             weight = weight * jnp.minimum(samples_seen / term.warmup_samples, 1.0)
         total = total + weight * loss
+    if prior_weight:
+        losses["prior"] = prior_matching(*embeddings["image_prior"]) + prior_matching(
+            *embeddings["text_prior"]
+        )
+        total = (1.0 - prior_weight) * total + prior_weight * losses["prior"]
     return total, losses

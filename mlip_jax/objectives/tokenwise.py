@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from mlip_jax.objectives.contrastive import (
     Scalar,
     check_shifts,
+    followed,
     jsd_of_scores,
     sigmoid_of_scores,
     softmax_of_scores,
@@ -99,6 +100,59 @@ def paired_similarity(
     return _reduce(products, image_weights, text_mask)
 
 
+def shifted_scores(
+    image_tokens: ImageTokens,
+    text_tokens: Float[Array, "more words width"],
+    image_weights: Weights,
+    text_mask: Bool[Array, "more words"],
+    shifts: int,
+) -> Float[Array, "2 shifts1 images"]:
+    """Similarity of image i with text i + k for k = 0..shifts, in both directions.
+
+    The texts are `shifts` rows more than the images.
+    """
+    images = image_tokens.shape[0]
+    scores = [
+        paired_similarity(
+            image_tokens,
+            text_tokens[shift : shift + images],
+            image_weights,
+            text_mask[shift : shift + images],
+        )
+        for shift in range(shifts + 1)
+    ]
+    return jnp.stack([jnp.stack([pair[direction] for pair in scores]) for direction in (0, 1)])
+
+
+def directed_jsd(scores: Float[Array, "2 shifts1 images"]) -> Scalar:
+    """The mean of both directions' bounds from scaled scores; the first row is the positives'."""
+    return sum(jsd_of_scores(score[0], score[1:]) for score in scores) / 2
+
+
+def tokenwise_jsd(
+    image_tokens: ImageTokens,
+    text_tokens: TextTokens,
+    image_weights: Weights,
+    text_mask: Mask,
+    scale: Float[Array, ""] | float,
+    shifts: int = 1,
+) -> Scalar:
+    """`contrastive.jsd` on token-level similarity: (shifts + 1) * batch pairs are scored.
+
+    Raises:
+      ValueError: unless 1 <= shifts < batch.
+    """
+    check_shifts(shifts, image_tokens.shape[0])
+    scores = shifted_scores(
+        image_tokens,
+        followed(text_tokens, shifts),
+        image_weights,
+        followed(text_mask, shifts),
+        shifts,
+    )
+    return directed_jsd(scale * scores)
+
+
 def tokenwise_loss(
     loss: str,
     image_tokens: ImageTokens,
@@ -123,18 +177,7 @@ def tokenwise_loss(
       chunk: texts scored at a time.
     """
     if loss == "jsd":
-        check_shifts(shifts, image_tokens.shape[0])
-        scores = [
-            paired_similarity(
-                image_tokens,
-                jnp.roll(text_tokens, -shift, axis=0),
-                image_weights,
-                jnp.roll(text_mask, -shift, axis=0),
-            )
-            for shift in range(shifts + 1)
-        ]
-        directed = [scale * jnp.stack([pair[direction] for pair in scores]) for direction in (0, 1)]
-        return sum(jsd_of_scores(score[0], score[1:]) for score in directed) / 2
+        return tokenwise_jsd(image_tokens, text_tokens, image_weights, text_mask, scale, shifts)
     image_to_text, text_to_image = tokenwise_similarity(
         image_tokens, text_tokens, image_weights, text_mask, chunk=chunk
     )

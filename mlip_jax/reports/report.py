@@ -22,6 +22,7 @@ from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results, rows
 from mlip_jax.evaluations.run import EmbeddedSet, embed_source, short_name
 from mlip_jax.inference import load
+from mlip_jax.models import two_tower
 from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
@@ -85,7 +86,7 @@ def write_report(
     history = read_history(workdir / "metrics.jsonl")
     results = read_results(workdir)
     embedded = None
-    if source is not None:
+    if source is not None and config.model.critic == "dot":  # others have nothing to rank by
         embedded = embed_source(
             model,
             source,
@@ -134,8 +135,9 @@ def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
     """
     model = load(workdir, config=config)
-    source = open_validation(config.data) or open_source(
-        config.data.train, "train", cache_dir=config.data.cache_dir
+    cleaning = config.model.text.cleaning
+    source = open_validation(config.data, cleaning) or open_source(
+        config.data.train, "train", cache_dir=config.data.cache_dir, cleaning=cleaning
     )
     print(f"report: {write_report(workdir, model, source)}")
     return 0
@@ -156,8 +158,7 @@ def _merging(model: Inspectable, embedded: EmbeddedSet, folder: Path) -> Picture
     source, importance = inside["source"], inside.get("importance")
     if source is None or not is_merged(source):
         return None
-    image = model.config.model.image
-    side = image.image_size // image.patch_size
+    side = two_tower.grid(model.config)
     figure = draw_merging(images, source, importance, (side, side))
     return Picture(
         style.save(figure, folder / "merging.png"),

@@ -301,6 +301,12 @@ def restore_fields(
     raise RunError(f"no checkpoint in {folder} can be read: all are damaged")
 
 
+def served(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a state's fields the variables to serve: averaged or slow parameters where there are."""
+    params = fields["ema"] or fields["slow"] or fields["params"]
+    return {"params": params, "batch_stats": fields["batch_stats"]}
+
+
 def _files(folder: Path) -> dict[str, list[int]]:
     """Relative path -> [size, CRC-32] of the files that the seal covers."""
     found = {}

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
 
+TOKENIZER = "tokenizer.json"
 _PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

@@ -26,10 +26,11 @@ from mlip_jax.data.text import Tokenizer, load_tokenizer
 from mlip_jax.evaluations import Results, evaluate, table, write_results
 from mlip_jax.evaluations.zero_shot import find_templates
 from mlip_jax.inference import Model
+from mlip_jax.interop import pretrained
 from mlip_jax.models import two_tower
 from mlip_jax.reports import write_report
 from mlip_jax.storage.checkpoint import Checkpoints
-from mlip_jax.storage.workdir import open_workdir, write_atomically
+from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training import summary
 from mlip_jax.training.log import Log
@@ -103,7 +104,18 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
       RunError: when the loss is no longer finite, or the disk is full.
     """
     mesh = parallel.make_mesh(config.mesh, config.batch_size)
-    tokenizer = load_tokenizer(config.model.text.tokenizer)
+    # Before the workdir is taken: a mistake in a path leaves none behind.
+    cleaning = config.model.text.cleaning
+    source = open_source(
+        config.data.train,
+        "train",
+        cache_dir=config.data.cache_dir,
+        max_skipped_share=config.data.max_skipped_share,
+        cleaning=cleaning,
+    )
+    validation = open_validation(config.data, cleaning)
+    _check_evaluation(config)
+    tokenizer = _tokenizer(config, source, Path(workdir))
     network = two_tower.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
@@ -111,15 +123,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     model = Model(config, None, tokenizer, preprocessing, mesh)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
-    # Before the workdir is taken: a mistake in a path leaves none behind.
-    source = open_source(
-        config.data.train,
-        "train",
-        cache_dir=config.data.cache_dir,
-        max_skipped_share=config.data.max_skipped_share,
-    )
-    validation = open_validation(config.data)
-    _check_evaluation(config)
+    taken = pretrained.read(config, network)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_workdir(workdir, config))
         run = Run(
@@ -143,8 +147,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             stop=stack.enter_context(Stop().listening()),
         )
         summary.print_data(run.console, run.source, run.validation)
-        if run.source.attribution:
-            write_atomically(folder / "attribution.txt", run.source.attribution + "\n")
+        if jax.process_index() == 0:
+            write_atomically(folder / TOKENIZER, tokenizer.to_json())
+            if run.source.attribution:
+                write_atomically(folder / "attribution.txt", run.source.attribution + "\n")
 
         restored = run.checkpoints.restore(abstract)
         state = restored[0] if restored else None
@@ -155,15 +161,17 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         results = None
         if start < run.steps:
             step = compile_step(
-                make_train_step(network, optimizer, config, preprocessing), run, abstract
+                make_train_step(network, optimizer, config, preprocessing, mesh), run, abstract
             )
-            summary.print_compiled(run.console, network, abstract.params, step, config, mesh)
+            summary.print_compiled(run.console, network, abstract.evaluated, step, config, mesh)
             if state is None:
                 shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+                # Pretrained arrays are arguments: captured, they would be constants of the program.
                 init = jax.jit(
-                    lambda: initial_state(network, optimizer, config), out_shardings=shardings
+                    lambda taken: initial_state(network, optimizer, config, taken),
+                    out_shardings=shardings,
                 )
-                state = init()
+                state = init(taken)
             state, results = run_steps(run, step, state, start)
         try:
             with run.stop.interrupting():
@@ -174,12 +182,25 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             return STOPPED
 
 
+def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
+    """The run's tokenizer; one that was trained for it is the workdir's from then on."""
+    text, saved = config.model.text, workdir / TOKENIZER
+    if text.tokenizer == "wordpiece" and saved.is_file():
+        return Tokenizer.from_json(saved.read_text(encoding="utf-8"))
+    return load_tokenizer(
+        text.tokenizer,
+        cleaning=text.cleaning,
+        vocab_size=text.vocab_size,
+        captions=source.captions,
+    )
+
+
 def _check_evaluation(config: ConfigDict) -> None:
     """Finds now what would otherwise end the run at its first evaluation."""
     find_templates(config.evaluation.templates)
     named = {*config.evaluation.retrieval, *config.evaluation.zero_shot} - {"validation"}
     for spec in sorted(named):
-        open_evaluation(spec, cache_dir=config.data.cache_dir)
+        open_evaluation(spec, cache_dir=config.data.cache_dir, cleaning=config.model.text.cleaning)
 
 
 def compile_step(
@@ -188,12 +209,13 @@ def compile_step(
     """Compiles the step before any data is read; the state is donated."""
     batch, model = run.config.batch_size, run.config.model
     size, rows = model.image.image_size, parallel.batch_sharding(run.mesh)
-    abstract_batch = {
-        "image": jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8, sharding=rows),
-        "token_ids": jax.ShapeDtypeStruct(
-            (batch, model.text.context_length), np.int32, sharding=rows
-        ),
-    }
+    image = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8, sharding=rows)
+    token_ids = jax.ShapeDtypeStruct((batch, model.text.context_length), np.int32, sharding=rows)
+    abstract_batch = {"image": image, "token_ids": token_ids}
+    if run.config.perspectives.augmented_image.weight > 0:
+        abstract_batch["image_2"] = image
+    if run.config.perspectives.other_caption.weight > 0:
+        abstract_batch["token_ids_2"] = token_ids
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     compiled = jax.jit(
         train_step,
@@ -275,7 +297,7 @@ def finish(run: Run, state: TrainState, results: Results | None) -> int:
     if jax.process_index():
         return 0
     path = write_results(run.folder, results)
-    model = run.model.with_params(state.evaluated)
+    model = run.model.with_variables(state.evaluated)
     report = write_report(run.folder, model, run.validation or run.source)
     run.console.print(table(results))
     run.console.print(f"results: {path}\nreport:  {report}")
@@ -283,7 +305,7 @@ def finish(run: Run, state: TrainState, results: Results | None) -> int:
 
 
 def _evaluate(run: Run, state: TrainState) -> Results:
-    model = run.model.with_params(state.evaluated)
+    model = run.model.with_variables(state.evaluated)
     return evaluate(model, run.config, validation=run.validation, progress=False)
 
 
@@ -299,7 +321,8 @@ def _evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
 def _score(best: str, figures: Mapping[str, float]) -> float:
     """What checkpoints are compared by: the figure `best`, or the mean of all recall@1.
 
-    Without captions to retrieve by it is the mean of all zero-shot top-1.
+    Without captions to retrieve by it is the mean of all zero-shot top-1; for a model that scores
+    pairs, its accuracy.
     """
     if best:
         if best not in figures:
@@ -308,7 +331,7 @@ def _score(best: str, figures: Mapping[str, float]) -> float:
                 f"{', '.join(figures)}{schema.suggestion(best, figures)}"
             )
         return figures[best]
-    for figure in ("_recall@1", "/top1"):
+    for figure in ("_recall@1", "/top1", "/accuracy"):
         values = [value for key, value in figures.items() if key.endswith(figure)]
         if values:
             return float(np.mean(values))

@@ -1,8 +1,9 @@
-"""The optimizer: AdamW or Muon with a decay mask, warm-up and cosine; clipped logit scales."""
+"""The optimizer: AdamW, Muon or SGD with a decay mask, warm-up and cosine; clipped logit scales."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,20 +55,38 @@ def matrices(params: Any) -> Any:
 
 
 def make(config: ConfigDict) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW or Muon.
+    """Clipping by global norm, then AdamW, Muon or SGD, at each tower's rate; perhaps Lookahead.
 
     Muon (Jordan et al. 2024) moves kernels by about the nearest orthogonal matrix to their
     momentum, scaled to the RMS of AdamW's updates (arXiv 2502.16982), so that both take the same
-    learning rate. All that is no kernel goes by AdamW with Nesterov momentum.
+    learning rate. All that is no kernel goes by AdamW with Nesterov momentum. SGD adds the weight
+    decay to the gradient, as PyTorch does.
+
+    With Lookahead (arXiv 1907.08610) the transformation takes and moves `optax.LookaheadParams`.
     """
     settings = config.optimizer
-    rate = learning_rate(config)
+    norm, lookahead = settings.clip_norm, settings.lookahead
+    steps = [optax.clip_by_global_norm(norm)] if norm > 0 else []
+    steps.append(_updates(settings, learning_rate(config)))
+    if any(share != 1.0 for share in settings.rates.values()):
+        steps.append(optax.stateless(_scaled(settings.rates.to_dict())))
+    chain = optax.chain(*steps)
+    if lookahead.period > 0:
+        return optax.lookahead(chain, lookahead.period, lookahead.alpha)
+    return chain
 
+
+def _updates(settings: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
     def mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(decays, params)
 
+    if settings.name == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(settings.weight_decay, mask),
+            optax.sgd(rate, settings.momentum),
+        )
     if settings.name == "muon":
-        update = muon(
+        return muon(
             rate,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
@@ -78,17 +97,32 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=matrices,
             consistent_rms=_ADAMW_RMS,
         )
-    else:
-        update = optax.adamw(
-            rate,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            mask=mask,
+    return optax.adamw(
+        rate,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=mask,
+    )
+
+
+def tower(path: tuple[Any, ...]) -> str:
+    """ "image" or "text" for the parameters of an encoder, "heads" for all others."""
+    root = path_name(path).split("/", 1)[0]
+    return {"image_encoder": "image", "text_encoder": "text"}.get(root, "heads")
+
+
+def _scaled(rates: Mapping[str, float]) -> Callable[[Any, Any], Any]:
+    """Multiplies each tower's updates by its share of the learning rate."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update: update * rates[tower(path)], updates
         )
-    norm = settings.clip_norm
-    return optax.chain(optax.clip_by_global_norm(norm) if norm > 0 else optax.identity(), update)
+
+    return scale
 
 
 def clip_scales(params: dict[str, Any], max_scale: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -11,41 +12,68 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
+from optax import LookaheadParams
 
 from mlip_jax import parallel
+from mlip_jax.models import two_tower
 from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.storage.checkpoint import served
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Step count, parameters, optimizer state and, when it is on, the averaged parameters."""
+    """Step count, parameters, optimizer state, and what else training keeps; {} where it does not.
+
+    Attributes:
+      step: steps done.
+      params: the parameters that gradients are taken of.
+      batch_stats: running means and variances of batch norm.
+      optimizer: the optimizer's state.
+      ema: the moving average of the parameters.
+      slow: Lookahead's slow parameters.
+    """
 
     step: Int[Array, ""]
     params: Any
+    batch_stats: Any
     optimizer: optax.OptState
-    ema: Any  # {} without averaging
+    ema: Any
+    slow: Any
 
     @property
-    def evaluated(self) -> Any:
-        """The parameters to evaluate and to serve: the average when there is one."""
-        return self.ema or self.params
+    def evaluated(self) -> dict[str, Any]:
+        """The variables to evaluate and to serve."""
+        return served(vars(self))
 
 
 def initial_state(
-    model: TwoTower, optimizer: optax.GradientTransformation, config: ConfigDict
+    model: TwoTower,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    pretrained: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """A fresh state; a pure function of the config, seed included. Call it under jit."""
-    size = config.model.image.image_size
-    # Two examples: shapes only, parameters do not depend on the values.
-    images = jnp.zeros((2, size, size, 3), jnp.float32)
-    token_ids = jnp.zeros((2, config.model.text.context_length), jnp.int32)
-    params = model.init(jax.random.key(config.seed), images, token_ids)["params"]
+    """A fresh state; a pure function of its arguments, the config's seed included.
+
+    Call it under jit. `pretrained` holds subtrees of the variables to take in place of fresh ones,
+    such as {"params": {"text_encoder": ...}}.
+    """
+    variables = two_tower.initialise(model, config, jax.random.key(config.seed))
+    for collection, towers in (pretrained or {}).items():
+        variables[collection] = {**variables[collection], **towers}
+    params = variables["params"]
+    lookahead = config.optimizer.lookahead.period > 0
+
+    # Copies: the donated state may not hold one buffer twice.
+    def copied() -> Any:
+        return jax.tree.map(jnp.copy, params)
+
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=optimizer.init(params),
-        # A copy: the donated state may not hold one buffer twice.
-        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {},
+        batch_stats=variables.get("batch_stats", {}),
+        optimizer=optimizer.init(LookaheadParams(params, params) if lookahead else params),
+        ema=copied() if config.optimizer.ema else {},
+        slow=copied() if lookahead else {},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -25,47 +26,76 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     preprocessing: Preprocessing,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
     """The step: forward, every perspective's loss, gradient, update, average.
 
     The step takes the state and {"image": uint8 [batch, size, size, 3], "token_ids": int32
-    [batch, context]}, both for the global batch, and returns the next state and scalars. A step
-    whose loss or gradient is not finite leaves parameters, optimizer and average as they were, so
-    that the last good state survives until the host hears of it.
+    [batch, context]}, with "image_2" and "token_ids_2" where a perspective compares two views of a
+    modality, all for the global batch, and returns the next state and scalars. A step whose loss or
+    gradient is not finite changes nothing but the step's number, so that the last good state
+    survives until the host hears of it.
+
+    Args:
+      model: the network.
+      optimizer: from `optimizer.make`.
+      config: the run's.
+      preprocessing: the run's.
+      mesh: the devices that the batch's rows lie on; None: one.
     """
     terms = perspectives.terms(config)
     schedule = learning_rate(config)
     key = jax.random.key(config.seed + 1)  # + 1: not the key of the initial parameters
     decay = config.optimizer.ema
 
-    def loss_fn(params: Any, batch: dict[str, Array], step: Array) -> tuple[Array, Metrics]:
-        images = preprocessing.normalize(batch["image"])
-        embeddings, scales, biases = model.apply(
-            {"params": params},
-            images,
+    frozen = [f"{tower}_encoder" for tower in model.frozen]
+    lookahead = config.optimizer.lookahead.period > 0
+
+    def loss_fn(
+        params: Any, state: TrainState, batch: dict[str, Array]
+    ) -> tuple[Array, tuple[Metrics, Any]]:
+        # No gradient, so no backward pass either.
+        params = params | {name: jax.lax.stop_gradient(params[name]) for name in frozen}
+        second = batch.get("image_2")
+        (embeddings, scales, biases), updated = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            preprocessing.normalize(batch["image"]),
             batch["token_ids"],
+            None if second is None else preprocessing.normalize(second),
+            batch.get("token_ids_2"),
             deterministic=False,
-            rngs={"dropout": jax.random.fold_in(key, step)},
+            rngs={"dropout": jax.random.fold_in(key, state.step)},
+            mutable=["batch_stats"],
         )
+
+        def critic(view: str, one: Array, other: Array) -> Array:
+            return model.apply({"params": params}, view, one, other, method="score_pairs")
+
         loss, losses = perspectives.total_loss(
             terms,
             embeddings,
             scales,
             biases,
-            step.astype(jnp.float32) * config.batch_size,
-            config.token_chunk,
+            state.step.astype(jnp.float32) * config.batch_size,
+            prior_weight=config.model.prior_weight,
+            chunk=config.token_chunk,
+            mesh=mesh,
+            critic=critic if model.critic == "concat" else None,
         )
         metrics = {f"loss/{view}": value for view, value in losses.items()}
         metrics |= {f"scale/{view}": scale for view, scale in scales.items()}
-        return loss, metrics
+        return loss, (metrics, updated.get("batch_stats", {}))
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch, state.step
+        (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state, batch
         )
         norm = optax.tree.norm(gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = clip_scales(optax.apply_updates(state.params, updates), config.optimizer.max_scale)
+        before = optax.LookaheadParams(state.params, state.slow) if lookahead else state.params
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
+        after = optax.apply_updates(before, updates)
+        params, slow = after if lookahead else (after, state.slow)
+        params = clip_scales(params, config.optimizer.max_scale)
         ema = state.ema
         if decay:
             # Early on the average follows closely; without this it would remember the start.
@@ -73,7 +103,7 @@ def make_train_step(
             rate = jnp.minimum(decay, (1.0 + seen) / (10.0 + seen))
             ema = jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, ema, params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        good = TrainState(state.step, params, optimizer_state, ema)
+        good = TrainState(state.step, params, batch_stats, optimizer_state, ema, slow)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), good, state)
         metrics |= {
             "loss": loss,

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mlip_jax import parallel
 from mlip_jax.data.records import Source
-from mlip_jax.models.two_tower import TwoTower, compute_dtype, merge_counts
+from mlip_jax.models.two_tower import TwoTower, compute_dtype, grid, merge_counts
 
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
 
@@ -41,7 +41,7 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
-def forward_flops(network: TwoTower, params: Any, config: ConfigDict) -> dict[str, float]:
+def forward_flops(network: TwoTower, variables: Any, config: ConfigDict) -> dict[str, float]:
     """Floating-point operations of one forward pass, by tower: of one image, of one text.
 
     Counted by XLA on the program before optimisation, so neither fused nor recomputed; the
@@ -50,11 +50,11 @@ def forward_flops(network: TwoTower, params: Any, config: ConfigDict) -> dict[st
     size = config.model.image.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     text = jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32)
-    local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
 
     def count(example: jax.ShapeDtypeStruct, method: str) -> float:
-        def embed(params: Any, rows: jax.Array) -> Any:
-            return network.apply({"params": params}, rows, method=method)
+        def embed(variables: Any, rows: jax.Array) -> Any:
+            return network.apply(variables, rows, method=method)
 
         cost = jax.jit(embed).lower(local, example).cost_analysis() or {}
         return float(cost.get("flops", math.nan))
@@ -68,13 +68,14 @@ def forward_flops(network: TwoTower, params: Any, config: ConfigDict) -> dict[st
 def print_compiled(
     console: Console,
     network: TwoTower,
-    params: Any,
+    variables: Any,
     step: jax.stages.Compiled,
     config: ConfigDict,
     mesh: Mesh,
 ) -> None:
     """Parameters and FLOPs by tower, memory a device, and how parameters are sharded."""
-    flops = forward_flops(network, params, config)
+    params = variables["params"]
+    flops = forward_flops(network, variables, config)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Model")
     table.add_column("Parameters", justify="right")
@@ -83,12 +84,11 @@ def print_compiled(
         table.add_row(part, f"{count:,}", f"{flops[part]:,.0f}" if part in flops else "")
     console.print(table)
 
-    grid = config.model.image.image_size // config.model.image.patch_size
-    merged = sum(merge_counts(config))
-    console.print(
-        f"tokens an image: {grid * grid} patches, {grid * grid - merged} after merging; "
-        f"compute in {compute_dtype(config).name}"
-    )
+    tokens = grid(config) ** 2
+    words = f"{tokens} in the last grid"
+    if config.model.image.architecture == "vit":
+        words = f"{tokens} patches, {tokens - sum(merge_counts(config))} after merging"
+    console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
     sharding = Table(box=box.SIMPLE_HEAD)
     sharding.add_column("Parameters whose path matches")
     sharding.add_column("Sharded over")
@@ -112,7 +112,7 @@ def headline(figures: Mapping[str, float]) -> str:
     """The figures that one looks at first, in one line."""
     parts = []
     for key, value in figures.items():
-        if key.endswith(("_recall@1", "/top1")):
+        if key.endswith(("_recall@1", "/top1", "/accuracy")):
             family, name, figure = key.split("/", 2)
             words = figure.replace("_recall@1", " R@1").replace("_", " ").replace("top1", "top-1")
             words = words if family == "retrieval" else f"{family.replace('_', '-')} {words}"

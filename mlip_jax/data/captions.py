@@ -1,0 +1,139 @@
+"""Captions: how they are cleaned, composed at a visit, and mirrored with their image."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mlip_jax.config import choose
+
+CLEANINGS = ("none", "clip_lite")
+
+_MAX_WORDS = 30
+_DELETED_OR_SPACED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def clean_caption(text: str) -> str:
+    """A caption as CLIP-Lite (Shrivastava et al. 2021) gives it to its text encoder.
+
+    In lower case; without the characters , . ' ! ? " ( ) * # : ; ~ and with spaces for - and /;
+    "<person>" is "person"; single spaces; the first 30 words; without accents (NFKD).
+
+    Decomposition may bring back what went before it ("…" is three full stops), so that all is done
+    until nothing changes: a caption that is cleaned twice is the same. That is our choice.
+    """
+    before = None
+    while text != before:
+        before = text
+        text = text.lower().translate(_DELETED_OR_SPACED).replace("<person>", "person")
+        text = " ".join(text.split()[:_MAX_WORDS])
+        if text.isascii() and "<person>" not in text:  # nothing is left to change
+            break
+        letters = unicodedata.normalize("NFKD", text)
+        text = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return text
+
+
+def check_cleaning(cleaning: str) -> None:
+    """Raises UserError unless `cleaning` is one of CLEANINGS, naming the nearest."""
+    choose("model.text.cleaning", cleaning, CLEANINGS)
+
+
+def usable(texts: Iterable[str] | None, cleaning: str = "none") -> tuple[str, ...]:
+    """Texts, cleaned, without runs of white space, repetitions and those that are empty.
+
+    Args:
+      texts: captions or tags; None is none.
+      cleaning: one of CLEANINGS.
+    """
+    clean = clean_caption if cleaning == "clip_lite" else _single_spaces
+    return tuple(dict.fromkeys(filter(None, map(clean, texts or ()))))
+
+
+def _single_spaces(text: str) -> str:
+    return " ".join(text.split())
+
+
+def compose(
+    captions: Sequence[str],
+    tags: Sequence[str],
+    caption_config: ConfigDict | Mapping[str, float],
+    rng: np.random.Generator,
+) -> str:
+    """The caption of one visit to a record.
+
+    Args:
+      captions: at least one; the first is the main one.
+      tags: words that may be added after a comma.
+      caption_config: `config.data.caption`: the chances `first` (the first caption is taken; else
+        any of them, all alike), `tags`, `shuffle` (the parts change places) and `word_dropout`.
+      rng: where chance comes from.
+    """
+    return _phrase(_choose(captions, caption_config, rng), tags, caption_config, rng)
+
+
+def compose_two(
+    captions: Sequence[str],
+    tags: Sequence[str],
+    caption_config: ConfigDict | Mapping[str, float],
+    rng: np.random.Generator,
+) -> tuple[str, str]:
+    """Two captions of one visit to a record: the one of `compose`, and another.
+
+    The second is any of the other captions, all alike, or the same where there is no other; tags,
+    shuffle and word dropout are drawn anew for it. Arguments are those of `compose`.
+    """
+    first = _choose(captions, caption_config, rng)
+    one = _phrase(first, tags, caption_config, rng)
+    others = [caption for caption in captions if caption != first] or [first]
+    second = others[rng.integers(len(others))]
+    return one, _phrase(second, tags, caption_config, rng)
+
+
+def _choose(
+    captions: Sequence[str],
+    caption_config: ConfigDict | Mapping[str, float],
+    rng: np.random.Generator,
+) -> str:
+    if len(captions) > 1 and rng.random() >= caption_config["first"]:
+        return captions[rng.integers(len(captions))]
+    return captions[0]
+
+
+def _phrase(
+    caption: str,
+    tags: Sequence[str],
+    caption_config: ConfigDict | Mapping[str, float],
+    rng: np.random.Generator,
+) -> str:
+    """The caption with perhaps its tags, perhaps some words left out."""
+    parts = [caption]
+    if tags and rng.random() < caption_config["tags"]:
+        parts += tags
+    if len(parts) > 1 and rng.random() < caption_config["shuffle"]:
+        parts = [parts[index] for index in rng.permutation(len(parts))]
+    text = ", ".join(parts)
+    words = text.split()
+    if caption_config["word_dropout"] and words:
+        kept = rng.random(len(words)) >= caption_config["word_dropout"]
+        kept[rng.integers(len(words))] = True
+        text = " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
+    return text
+
+
+def swap_sides(text: str) -> str:
+    """The caption of the mirrored image: "left" and "right" change places, as whole words."""
+    return _SIDES.sub(_other_side, text)
+
+
+def _other_side(match: re.Match[str]) -> str:
+    word = match[0]
+    other = "right" if word.lower() == "left" else "left"
+    if word.isupper():
+        return other.upper()
+    return other.capitalize() if word[0].isupper() else other

@@ -1,0 +1,60 @@
+"""How well a critic that scores pairs tells them from mismatches: all it can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from mlip_jax.config import RunError, UserError
+from mlip_jax.data.pipeline import evaluation_batches
+from mlip_jax.data.records import Source
+
+
+class PairScorer(Protocol):
+    """A model that scores image i with text i."""
+
+    preprocess: Any
+
+    def score_pairs(self, images: Sequence[Any], texts: Sequence[str]) -> Float[np.ndarray, "n"]:
+        """Scores, the higher the likelier a pair."""
+
+
+def accuracy(model: PairScorer, source: Source, batch_size: int) -> tuple[float, int]:
+    """The share of images whose first caption scores above that of the next image.
+
+    The next is the next readable one with another caption in the batch, the first after the last;
+    ties count against the model.
+
+    Returns:
+      The share and the number of images it rests on.
+
+    Raises:
+      UserError: when no batch has two images with different captions.
+      RunError: for NaN among the scores.
+    """
+    right = total = 0
+    for batch in evaluation_batches(source, model.preprocess, batch_size):
+        rows = [row for row in np.flatnonzero(batch.readable) if any(batch.captions[row])]
+        texts = [batch.captions[row][0] for row in rows]
+        others = [_next_other(texts, place) for place in range(len(texts))]
+        kept = [place for place, other in enumerate(others) if other is not None]
+        if not kept:
+            continue
+        images = [batch.images[rows[place]] for place in kept]
+        own = model.score_pairs(images, [texts[place] for place in kept])
+        mismatched = model.score_pairs(images, [others[place] for place in kept])
+        if not (np.isfinite(own).all() and np.isfinite(mismatched).all()):
+            raise RunError(f"the set {source.name!r}: NaN or infinity among the scores of pairs")
+        right += int(np.sum(own > mismatched))
+        total += len(kept)
+    if not total:
+        raise UserError(f"the set {source.name!r} has no two images with different captions")
+    return right / total, total
+
+
+def _next_other(texts: Sequence[str], place: int) -> str | None:
+    after = (texts[(place + step) % len(texts)] for step in range(1, len(texts)))
+    return next((text for text in after if text != texts[place]), None)

@@ -1,0 +1,131 @@
+"""What every reader of foreign weights shares: the files' tensors, and parameters made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mlip_jax.config import UserError
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Recipe(NamedTuple):
+    """How a parameter is made of a file's tensors."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]  # of each of them
+    build: Callable[..., np.ndarray]
+
+
+def read(path: str | Path, skip: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file or folder by name, as float32; no name that `skip` holds.
+
+    A folder has model.safetensors, or shards that model.safetensors.index.json lists.
+
+    Raises:
+      UserError: for a missing or damaged file, or a tensor that is not of floats.
+    """
+    tensors = {}
+    for file in _files(Path(path)):
+        try:
+            with safe_open(file, framework="np") as opened:
+                for name in opened.keys():  # noqa: SIM118 -- no Mapping
+                    if skip(name):
+                        continue
+                    kind = opened.get_slice(name).get_dtype()
+                    if kind not in _FLOATS:
+                        raise UserError(
+                            f"{file}: tensor {name} is of type {kind}; use a file of "
+                            f"{', '.join(_FLOATS[:-1])} or {_FLOATS[-1]}"
+                        )
+                    tensors[name] = opened.get_tensor(name).astype(np.float32)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
+    return tensors
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if not index.is_file():
+        raise UserError(
+            f"{path}: the folder has no model.safetensors; pickled weights are not read"
+        )
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [path / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: damaged: {error!r}; get it again") from None
+
+
+def build(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    recipes: Mapping[str, Recipe],
+    hint: Callable[[str, tuple[int, ...] | None, tuple[int, ...] | None], str],
+) -> dict[str, np.ndarray]:
+    """Makes parameters of a file's tensors, all of them.
+
+    Args:
+      path: where the tensors come from, for messages.
+      tensors: by the file's names.
+      recipes: by the parameters' names.
+      hint: (a tensor's name, its shape, the wanted one) -> what to change; a shape is None where
+        the file lacks the tensor, or nothing asks for it.
+
+    Raises:
+      UserError: for a tensor that is missing, of another shape, or asked for by no recipe.
+    """
+    shapes = {name: recipe.shape for recipe in recipes.values() for name in recipe.names}
+    for what, names in (
+        ("lacks", shapes.keys() - tensors.keys()),
+        ("also has", tensors.keys() - shapes.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            first = min(names)
+            raise UserError(
+                f"{path}: unlike the configured model the file {what} tensor {first}{more}: "
+                f"{hint(first, None, None)}"
+            )
+    for name, shape in sorted(shapes.items()):
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {tensors[name].shape}, the configured model "
+                f"wants {shape}: {hint(name, tensors[name].shape, shape)}"
+            )
+    return {
+        key: np.ascontiguousarray(recipe.build(*(tensors[name] for name in recipe.names)))
+        for key, recipe in recipes.items()
+    }
+
+
+def same(tensor: np.ndarray) -> np.ndarray:
+    """For a `Recipe` that takes a tensor as it is."""
+    return tensor
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+      UserError: when it is missing or damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: damaged: no JSON object; get it again")
+    return values

@@ -1,0 +1,122 @@
+"""The Jensen-Shannon bound across the devices of a mesh, without a gather.
+
+A shift pairs each image with a text a few rows further on. The rows of a batch lie on the devices
+in order, so all that a device lacks are the first rows of its neighbour's texts: they come by one
+exchange, and go back by one in the gradient. Values and gradients equal the one-device loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from mlip_jax.objectives import contrastive, tokenwise
+from mlip_jax.objectives.contrastive import Scalar, check_shifts, jsd_of_scores, shifted_scores
+from mlip_jax.objectives.tokenwise import ImageTokens, Mask, TextTokens, Weights
+from mlip_jax.parallel import BATCH
+
+_EVERYWHERE = PartitionSpec()
+_AXES = BATCH[0]  # the mesh axes that a batch's rows lie on
+
+
+def shards(mesh: Mesh | None) -> int:
+    """Over how many devices a batch's rows lie; 1 without a mesh."""
+    return math.prod(mesh.shape[axis] for axis in _AXES) if mesh else 1
+
+
+def jsd(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    shifts: int = 1,
+    *,
+    mesh: Mesh,
+) -> Scalar:
+    """`contrastive.jsd` of a batch whose rows lie on the mesh's data and fsdp axes.
+
+    Raises:
+      ValueError: unless 1 <= shifts < batch.
+    """
+    check_shifts(shifts, image.shape[0])
+
+    def local(image: Array, text: Array, scale: Array) -> Array:
+        scores = shifted_scores(image, _followed(text, shifts, mesh), scale, shifts)
+        return jax.lax.pmean(jsd_of_scores(scores[0], scores[1:]), _AXES)
+
+    return _over(mesh, local, (BATCH, BATCH, _EVERYWHERE))(image, text, jnp.asarray(scale))
+
+
+def tokenwise_jsd(
+    image_tokens: ImageTokens,
+    text_tokens: TextTokens,
+    image_weights: Weights,
+    text_mask: Mask,
+    scale: Float[Array, ""] | float,
+    shifts: int = 1,
+    *,
+    mesh: Mesh,
+) -> Scalar:
+    """`tokenwise.tokenwise_jsd` of a batch whose rows lie on the mesh's data and fsdp axes.
+
+    Raises:
+      ValueError: unless 1 <= shifts < batch.
+    """
+    check_shifts(shifts, image_tokens.shape[0])
+
+    def local(image: Array, text: Array, weights: Array, mask: Array, scale: Array) -> Array:
+        # The mask travels as one more column, so that one exchange brings both.
+        packed = jnp.concatenate([text, mask[..., None].astype(text.dtype)], axis=-1)
+        packed = _followed(packed, shifts, mesh)
+        scores = tokenwise.shifted_scores(
+            image, packed[..., :-1], weights, packed[..., -1] > 0, shifts
+        )
+        return jax.lax.pmean(tokenwise.directed_jsd(scale * scores), _AXES)
+
+    specs = (BATCH, BATCH, BATCH, BATCH, _EVERYWHERE)
+    return _over(mesh, local, specs)(
+        image_tokens, text_tokens, image_weights, text_mask, jnp.asarray(scale)
+    )
+
+
+def shifted(
+    rows: Float[Array, "batch width"], shifts: int, mesh: Mesh | None
+) -> Float[Array, "shifts1 batch width"]:
+    """The rows, and the rows rolled by 1 to `shifts`: what pairwise critics score images with."""
+
+    def local(rows: Array) -> Array:
+        count = rows.shape[0]
+        following = _followed(rows, shifts, mesh)
+        return jnp.stack([following[shift : shift + count] for shift in range(shifts + 1)])
+
+    check_shifts(shifts, rows.shape[0])
+    if shards(mesh) == 1:
+        return local(rows)
+    return _over(mesh, local, (BATCH,), PartitionSpec(None, _AXES))(rows)
+
+
+def _over(
+    mesh: Mesh,
+    local: Callable[..., Array],
+    in_specs: tuple[PartitionSpec, ...],
+    out_specs: PartitionSpec = _EVERYWHERE,
+) -> Callable[..., Array]:
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _followed(rows: Array, count: int, mesh: Mesh | None) -> Array:
+    """A device's rows and the `count` rows after them, which begin on the next device."""
+    devices = shards(mesh)
+    if devices == 1:
+        return contrastive.followed(rows, count)
+    here = rows.shape[0]
+    parts = [rows]
+    for hop in range(1, -(-count // here) + 1):  # one, unless there are more shifts than rows here
+        needed = min(count - (hop - 1) * here, here)
+        to_the_one_before = [(device, (device - hop) % devices) for device in range(devices)]
+        parts.append(jax.lax.ppermute(rows[:needed], _AXES, to_the_one_before))
+    return jnp.concatenate(parts)
