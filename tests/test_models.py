@@ -390,3 +390,30 @@ def test_every_named_size_is_a_valid_model(size):
 def test_an_unknown_size_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'B/16'"):
         presets.apply(schema.default(), "B16")
+
+
+@pytest.mark.parametrize("loss", schema.LOSSES)
+@pytest.mark.parametrize("text", ["clip", "bert"])
+@pytest.mark.parametrize("image", ["vit", "resnet"])
+def test_any_encoders_go_together_under_any_loss(image, text, loss):
+    config = schema.default()
+    config.model.image.architecture, config.model.text.architecture = image, text
+    config.model.image.image_size, config.model.text.context_length = 16, CONTEXT
+    if image == "resnet":
+        config.model.image.depth, config.model.image.width, config.model.image.stem = 18, 4, "small"
+    for view in ("spatial_global", "spatial_tokens"):
+        config.perspectives[view].weight, config.perspectives[view].loss = 1.0, loss
+    validate(config)
+    model, terms = build(config), perspectives.terms(config)
+
+    def total(variables):
+        results, _ = model.apply(
+            variables, images(), token_ids(), deterministic=False, mutable=["batch_stats"]
+        )
+        return perspectives.total_loss(terms, *results, jnp.float32(0))
+
+    variables = jax.eval_shape(lambda: two_tower.initialise(model, config, jax.random.key(0)))
+    loss, losses = jax.eval_shape(total, variables)
+    assert loss.shape == () and losses.keys() == {"spatial_global", "spatial_tokens"}
+    gradients = jax.eval_shape(jax.grad(lambda *a: total(*a)[0]), variables)
+    assert jax.tree.structure(gradients) == jax.tree.structure(variables)

@@ -41,11 +41,21 @@ def open_source(
 
     Raises:
       MissingSplit: when the set has no such split.
-      UserError: for an unknown spec or cleaning, a missing file or package, or a malformed row.
+      UserError: for an unknown spec or cleaning, a missing file or package, a malformed row, or a
+        split without a single image.
     """
     check_cleaning(cleaning)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: train or validation{suggestion(split, SPLITS)}")
+    source = _open(spec, split, cache_dir, max_skipped_share, cleaning)
+    if not len(source):
+        raise UserError(f"the {split} split of the set {spec!r} is empty")
+    return source
+
+
+def _open(
+    spec: str, split: str, cache_dir: str, max_skipped_share: float, cleaning: str
+) -> Source:
     kind, colon, where = spec.partition(":")
     if spec == "emoji":
         from mlip_jax.data import tfds_sources  # here: its library takes a second to import

@@ -55,13 +55,11 @@ class TwoTower(nn.Module):
     def setup(self) -> None:
         self.image_encoder = self._encoder(_IMAGE_ENCODERS, self.image)
         self.text_encoder = self._encoder(_TEXT_ENCODERS, self.text)
-        views = {*self.critics, *(PERSPECTIVES[view] for view in self.critics)}
-        self.image_heads = {
-            view: self._head(view)
-            for view in views
-            if view in IMAGE_VIEWS or view.startswith("augmented_image")
-        }
-        self.text_heads = {view: self._head(view) for view in views - self.image_heads.keys()}
+        # A set's order would differ between processes, and so would their programs.
+        views = dict.fromkeys([*self.critics, *(PERSPECTIVES[view] for view in self.critics)])
+        heads = {view: self._head(view) for view in views}
+        self.image_heads = {view: head for view, head in heads.items() if _is_of_images(view)}
+        self.text_heads = {view: head for view, head in heads.items() if not _is_of_images(view)}
         pairwise = self.critic == "concat"
         self.pair_critics = {
             view: ConcatCritic(self.dtype)
@@ -197,6 +195,10 @@ class TwoTower(nn.Module):
     def inspect_images(self, images: Array) -> ImageViews:
         """The image encoder's views before the heads, with the sources of merged tokens."""
         return self.image_encoder(images, True, inspect=True)
+
+
+def _is_of_images(view: str) -> bool:
+    return view in IMAGE_VIEWS or view.startswith("augmented_image")
 
 
 def _features(

@@ -252,6 +252,16 @@ class Checkpoints:
                 )
 
 
+def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
+    """Whether a run has saved anything in a workdir, which need not exist."""
+    return bool(_saved_steps(workdir))
+
+
+def _saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    folder = Path(workdir).absolute() / FOLDER
+    return sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
+
+
 def restore_fields(
     workdir: str | os.PathLike[str], fields: Sequence[str] = ("params",), step: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -270,7 +280,7 @@ def restore_fields(
       RunError: if every candidate is damaged.
     """
     folder = Path(workdir).absolute() / FOLDER
-    steps = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
+    steps = _saved_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, or check the path")
     if step is not None and step not in steps:

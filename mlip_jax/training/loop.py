@@ -29,7 +29,7 @@ from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import two_tower
 from mlip_jax.reports import write_report
-from mlip_jax.storage.checkpoint import Checkpoints
+from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training import summary
@@ -123,7 +123,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     model = Model(config, None, tokenizer, preprocessing, mesh)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
-    taken = pretrained.read(config, network)
+    # A run that goes on has its weights, and its files may be gone by then.
+    taken = {} if has_checkpoints(workdir) else pretrained.read(config, network)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_workdir(workdir, config))
         run = Run(
@@ -183,10 +184,13 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
 
 
 def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
-    """The run's tokenizer; one that was trained for it is the workdir's from then on."""
+    """The run's tokenizer; a vocabulary, trained or read, is the workdir's from then on."""
     text, saved = config.model.text, workdir / TOKENIZER
-    if text.tokenizer == "wordpiece" and saved.is_file():
-        return Tokenizer.from_json(saved.read_text(encoding="utf-8"))
+    if text.tokenizer.startswith("wordpiece") and saved.is_file():
+        try:
+            return Tokenizer.from_json(saved.read_text(encoding="utf-8"))
+        except Exception as error:  # whatever the library raises
+            raise UserError(f"{saved} is damaged ({error}): remove it or mend it") from error
     return load_tokenizer(
         text.tokenizer,
         cleaning=text.cleaning,

@@ -1,0 +1,120 @@
+"""Encoders that a config takes from files of other programs, as a run starts from them."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+from mlip_jax.interop import pretrained
+from mlip_jax.models import two_tower
+from mlip_jax.training import optimizer as optimizers
+from mlip_jax.training.state import initial_state
+from mlip_jax.validation import validate
+
+DATA = Path(__file__).parent / "data"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(56))]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face BERT folder: two layers, 32 wide, 60 words."""
+    path = tmp_path / "bert"
+    path.mkdir()
+    shutil.copy(DATA / "bert_tiny.safetensors", path / "model.safetensors")
+    shutil.copy(DATA / "bert_tiny_config.json", path / "config.json")
+    (path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return path
+
+
+def config_with(folder, **changes):
+    config = schema.default()
+    image = config.model.image
+    image.image_size, image.patch_size, image.width, image.depth, image.heads = 8, 4, 8, 1, 2
+    pretrained.adopt_bert(config, str(folder))
+    config.update_from_flattened_dict(changes)
+    validate(config)
+    return config
+
+
+def build(config):
+    return two_tower.build(config, vocab_size=len(WORDS), start_id=2, end_id=3)
+
+
+def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
+    config = config_with(folder, **{"optimizer.rates.text": 0.0})
+    text = config.model.text
+    assert (text.width, text.depth, text.heads, text.context_length) == (32, 2, 4, 24)
+    assert text.tokenizer == f"wordpiece:{folder}"
+    network, optimizer = build(config), optimizers.make(config)
+    taken = pretrained.read(config, network)
+    state = jax.jit(lambda taken: initial_state(network, optimizer, config, taken))(taken)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(state.params["text_encoder"]),
+        taken["params"]["text_encoder"],
+    )
+    # The image encoder is what it is without.
+    fresh = jax.jit(lambda: initial_state(network, optimizer, config))()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(state.params["image_encoder"]),
+        jax.device_get(fresh.params["image_encoder"]),
+    )
+
+
+def test_a_resnet_brings_its_statistics():
+    config = schema.default()
+    config.update_from_flattened_dict(
+        {
+            "model.image.architecture": "resnet",
+            "model.image.pretrained": str(DATA / "resnet18_tiny.safetensors"),
+            "model.image.stem": "imagenet",
+            "model.image.depth": 18,
+            "model.image.width": 3,
+            "model.image.image_size": 32,
+            "model.text.context_length": 8,
+        }
+    )
+    taken = pretrained.read(config, build(config))
+    stats = taken["batch_stats"]["image_encoder"]["stem_norm"]
+    assert np.abs(stats["mean"]).max() > 0 and taken["params"].keys() == {"image_encoder"}
+    config.model.image.width = 4
+    with pytest.raises(UserError, match=r"tensor bn1.bias has shape \(3,\).*wants \(4,\)"):
+        pretrained.read(config, build(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # No tensor's shape tells the number of heads.
+        ({"model.text.heads": 8}, "heads=8, but the model in .* has 4: set it so"),
+        ({"model.text.activation": "quick_gelu"}, "activation=quick_gelu, but .* has gelu"),
+        ({"model.text.width": 16}, "width=16, but the model in .* has 32"),
+        ({"model.text.context_length": 30}, "position_embeddings.*context_length to 24 or less"),
+    ],
+)
+def test_another_encoder_than_the_folders_is_refused(folder, changes, message):
+    config = config_with(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        pretrained.read(config, build(config))
+
+
+def test_another_vocabulary_is_refused_with_both_shapes(folder):
+    config = config_with(folder)
+    network = two_tower.build(config, vocab_size=61, start_id=2, end_id=3)
+    message = re.escape("word_embeddings.weight has shape (60, 32), the configured model wants (61")
+    with pytest.raises(UserError, match=message):
+        pretrained.read(config, network)
+
+
+def test_nothing_is_read_where_nothing_is_named():
+    config = schema.default()
+    assert pretrained.read(config, build(config)) == {}
+    config.model.text.pretrained = "somewhere"
+    with pytest.raises(UserError, match="pretrained is for .*architecture='bert'"):
+        validate(config)
