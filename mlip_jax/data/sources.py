@@ -53,9 +53,7 @@ def open_source(
     return source
 
 
-def _open(
-    spec: str, split: str, cache_dir: str, max_skipped_share: float, cleaning: str
-) -> Source:
+def _open(spec: str, split: str, cache_dir: str, max_skipped_share: float, cleaning: str) -> Source:
     kind, colon, where = spec.partition(":")
     if spec == "emoji":
         from mlip_jax.data import tfds_sources  # here: its library takes a second to import
