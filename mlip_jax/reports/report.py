@@ -198,10 +198,12 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
     """The config in a dozen lines."""
     image, text = config.model.image, config.model.text
     seen = max([line["samples"] for line in history.training], default=0)
-    encoder = (
-        f"depth {image.depth}, {image.width} wide, {image.heads} heads; {image.image_size} px in "
-        f"patches of {image.patch_size}"
-    )
+    if image.architecture == "resnet":
+        encoder = f"ResNet-{image.depth}, {image.width} channels in the first stage; "
+        encoder += f"{image.image_size} px"
+    else:
+        encoder = f"ViT, depth {image.depth}, {image.width} wide, {image.heads} heads; "
+        encoder += f"{image.image_size} px in patches of {image.patch_size}"
     frequency = (
         f"first {image.frequency.depth} of {image.depth} blocks"
         if image.frequency.depth
@@ -212,11 +214,14 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         merging = f"{100 * image.merging.rate:.0f} % of the patch tokens, guidance "
         merging += f"{image.merging.guidance!r}"
     perspectives = [
-        f"{name.replace('_', ' ')} ({perspective.loss}, weight {perspective.weight:g})"
+        f"{name.replace('_', ' ')} ({_loss(perspective)}, weight {perspective.weight:g})"
         for name, perspective in config.perspectives.items()
         if perspective.weight > 0
     ]
-    causal = "causal" if text.causal else "bidirectional"
+    if text.architecture == "bert":
+        words = "BERT"
+    else:
+        words = "causal transformer" if text.causal else "bidirectional transformer"
     facts = [
         ("Training set", config.data.train),
         ("Samples seen", f"{seen:,.0f} of {config.samples:,}" if seen else "not recorded"),
@@ -224,8 +229,8 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         ("Image encoder", encoder),
         ("Frequency Stage", frequency),
         ("Token merging", merging),
-        ("Text encoder", f"depth {text.depth}, {text.width} wide, {text.heads} heads; {causal}"),
-        ("Embedding", f"{config.model.embed_dim} wide"),
+        ("Text encoder", f"{words}, depth {text.depth}, {text.width} wide, {text.heads} heads"),
+        ("Embedding", f"{config.model.embed_dim} wide, {config.model.head.replace('_', ' ')}"),
         ("Perspectives", "; ".join(perspectives)),
         ("Optimizer", config.optimizer.name),
         ("Learning rate", f"{config.optimizer.learning_rate:g}"),
@@ -236,6 +241,12 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
     if rates:
         facts.append(("Throughput", f"{np.median(rates):,.0f} images a second (median)"))
     return facts
+
+
+def _loss(perspective: ConfigDict) -> str:
+    if perspective.loss != "jsd":
+        return perspective.loss
+    return f"jsd with {perspective.shifts} negative{'s' if perspective.shifts > 1 else ''}"
 
 
 def _environment(workdir: Path) -> list[tuple[str, str]]:
