@@ -202,6 +202,14 @@ def test_all_damaged_is_an_error_and_no_fresh_start(workdir, saved):
         checkpoints.restore(abstract(saved[1]))
 
 
+def test_the_state_of_an_older_version_is_named_as_such(saved):
+    folder, state = saved
+    newer = {**vars(abstract(state)), "slow": {}}
+    message = "keeps no slow: an older mlip_jax wrote it"
+    with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match=message):
+        checkpoints.restore(newer)
+
+
 def test_another_model_names_the_tensor_and_both_shapes(saved):
     folder, state = saved
     with Checkpoints(folder) as checkpoints:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mlip_jax.config import RunError, UserError
+from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
-_SEAL = "files.json"
-# Orbax writes these after the seal: when it commits.
-_UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt", _SEAL}
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
 
 
@@ -217,10 +213,10 @@ class Checkpoints:
         ]
         if len(drafts) != 1:
             raise RunError(f"cannot find the draft of checkpoint {self._saving}: {drafts}")
-        (drafts[0] / _SEAL).write_text(json.dumps(_files(drafts[0])), encoding="utf-8")
+        seal.write(drafts[0])
 
     def _is_damaged(self, step: int) -> bool:
-        damaged = not jax.process_index() and bool(_damage(self._folder / str(step)))
+        damaged = not jax.process_index() and bool(seal.damage(self._folder / str(step)))
         if jax.process_count() > 1:  # one process reads; all must agree
             return bool(multihost_utils.broadcast_one_to_all(np.asarray(damaged)))
         return damaged
@@ -228,7 +224,9 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         path = self._folder / str(step)
         if not jax.process_index():
-            _warn(f"checkpoint {path} is damaged ({_damage(path)}): going on from the one before")
+            _warn(
+                f"checkpoint {path} is damaged ({seal.damage(path)}): going on from the one before"
+            )
             aside = path.with_name(f"damaged-{step}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -238,7 +236,14 @@ class Checkpoints:
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
         """Compares names, shapes and types: Orbax's own errors name no tensor."""
-        saved = _tensors(self._manager.item_metadata(step)["state"].tree)
+        tree = self._manager.item_metadata(step)["state"].tree
+        fields = getattr(abstract_state, "__dataclass_fields__", abstract_state)
+        if lacking := sorted(set(fields) - set(tree)):
+            raise UserError(
+                f"checkpoint {self._folder / str(step)} keeps no {', '.join(lacking)}: an older "
+                "mlip_jax wrote it; train it on with that version, or evaluate it with this one"
+            )
+        saved = _tensors(tree)
         wanted = _tensors(abstract_state)
         other = f"checkpoint {self._folder / str(step)} is of another model"
         for name in sorted(saved.keys() | wanted.keys()):
@@ -287,7 +292,7 @@ def restore_fields(
         raise UserError(f"{folder} holds no checkpoint of step {step}, only {sorted(steps)}")
     for candidate in steps if step is None else [step]:
         path = folder / str(candidate)
-        damage = _damage(path)
+        damage = seal.damage(path)
         if damage:
             _warn(f"checkpoint {path} is damaged ({damage})")
             continue
@@ -315,36 +320,6 @@ def served(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Of a state's fields the variables to serve: averaged or slow parameters where there are."""
     params = fields["ema"] or fields["slow"] or fields["params"]
     return {"params": params, "batch_stats": fields["batch_stats"]}
-
-
-def _files(folder: Path) -> dict[str, list[int]]:
-    """Relative path -> [size, CRC-32] of the files that the seal covers."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in _UNSEALED:
-            continue
-        size, checksum = 0, 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                size, checksum = size + len(block), zlib.crc32(block, checksum)
-        found[name] = [size, checksum]
-    return found
-
-
-def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, or nothing."""
-    try:
-        sealed = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
-        found = _files(folder)
-    except (OSError, ValueError) as error:
-        return str(error)
-    for name, expected in sealed.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != expected:
-            return f"{name} has changed since it was written"
-    return ""
 
 
 def _tensors(tree: Any) -> dict[str, str]:

@@ -1,0 +1,46 @@
+"""Size and CRC-32 of a folder's files, by which damage is found later."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+NAME = "files.json"
+# Orbax writes these after the seal: when it commits.
+_UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt", NAME}
+
+
+def write(folder: Path) -> None:
+    """Records the files that are in the folder now."""
+    (folder / NAME).write_text(json.dumps(_files(folder)), encoding="utf-8")
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Relative path -> [size, CRC-32] of the files that the seal covers."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in _UNSEALED:
+            continue
+        size, checksum = 0, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+        found[name] = [size, checksum]
+    return found
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        sealed = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        found = _files(folder)
+    except (OSError, ValueError) as error:
+        return str(error)
+    for name, expected in sealed.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected:
+            return f"{name} has changed since it was written"
+    return ""
