@@ -222,6 +222,18 @@ def arguments(arg: str | None, **defaults: str) -> dict[str, str]:
     return values
 
 
+def whole_number(name: str, text: str) -> int:
+    """The value of a config argument that must be a whole number.
+
+    Raises:
+      UserError: when it is not.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"config argument {name}={text!r}: expected a whole number") from None
+
+
 def suggestion(word: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
     near = difflib.get_close_matches(str(word), list(valid), n=1, cutoff=0.5)

@@ -49,6 +49,7 @@ def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
     config = config_with(folder, **{"optimizer.rates.text": 0.0})
     text = config.model.text
     assert (text.width, text.depth, text.heads, text.context_length) == (32, 2, 4, 24)
+    assert config.model.embed_dim == 256
     assert text.tokenizer == f"wordpiece:{folder}"
     network, optimizer = build(config), optimizers.make(config)
     taken = pretrained.read(config, network)

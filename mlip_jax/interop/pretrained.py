@@ -43,6 +43,8 @@ def read(config: ConfigDict, network: TwoTower) -> dict[str, dict[str, Any]]:
 def adopt_bert(config: ConfigDict, path: str) -> None:
     """Makes the config's text encoder the one in a Hugging Face BERT folder, vocabulary included.
 
+    The joint space becomes at least as wide as the encoder, as a projection block needs it.
+
     Raises:
       UserError: for a folder that `bert.describe` refuses.
     """
@@ -51,6 +53,7 @@ def adopt_bert(config: ConfigDict, path: str) -> None:
     text.architecture, text.pretrained, text.tokenizer = "bert", path, f"wordpiece:{path}"
     for key in _ADOPTED:
         text[key] = sizes[key]
+    config.model.embed_dim = max(config.model.embed_dim, sizes["width"])
     text.context_length = min(text.context_length, sizes["positions"])
 
 
