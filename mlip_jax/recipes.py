@@ -47,7 +47,10 @@ def clip_lite(size: str, data: str) -> ConfigDict:
     if size == presets.QUICK:
         _clip_lite_quick(config)
     else:
-        _clip_lite_coco(config)
+        config.model.embed_dim = 2048
+        config.batch_size = 1024
+        if config.model.image.architecture == "resnet":
+            _clip_lite_coco(config)
     return config
 
 
@@ -64,10 +67,7 @@ def _clip_lite_quick(config: ConfigDict) -> None:
 
 def _clip_lite_coco(config: ConfigDict) -> None:
     """CLIP-Lite's recipe on COCO's captions (arXiv 2112.07133)."""
-    config.model.embed_dim = 2048
-    config.model.text.context_length = 30
     config.model.text.vocab_size = 30_522
-    config.batch_size = 1024
     config.samples = 250_000 * 1024
     optimizer = config.optimizer
     optimizer.name = "sgd"

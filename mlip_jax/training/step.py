@@ -94,8 +94,10 @@ def make_train_step(
         before = optax.LookaheadParams(state.params, state.slow) if lookahead else state.params
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
         after = optax.apply_updates(before, updates)
-        params, slow = after if lookahead else (after, state.slow)
-        params = clip_scales(params, config.optimizer.max_scale)
+        params, slow = (
+            clip_scales(weights, config.optimizer.max_scale)
+            for weights in (after if lookahead else (after, state.slow))
+        )
         ema = state.ema
         if decay:
             # Early on the average follows closely; without this it would remember the start.
