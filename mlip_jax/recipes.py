@@ -55,7 +55,7 @@ def clip_lite(size: str, data: str) -> ConfigDict:
 
 
 def _clip_lite_quick(config: ConfigDict) -> None:
-    """A small ResNet and a BERT of two layers, and batches of 32."""
+    """A small ResNet and a BERT of two layers, batches of 32, four negatives a pair."""
     presets.resnet_and_bert(config, image_size=32, layers=18, stem="small", width=16)
     text = config.model.text
     text.width, text.depth, text.heads, text.vocab_size = 128, 2, 2, 4096
@@ -63,6 +63,7 @@ def _clip_lite_quick(config: ConfigDict) -> None:
     config.batch_size = 32
     config.samples = 160_000
     config.optimizer.ema = 0.0
+    config.perspectives.spatial_global.shifts = 4
 
 
 def _clip_lite_coco(config: ConfigDict) -> None:

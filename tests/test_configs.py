@@ -105,7 +105,8 @@ def test_mlip_takes_every_objective(objective):
 
 
 def test_clip_lite_takes_negatives_and_has_the_papers_recipe():
-    assert parse("clip_lite.py").perspectives.spatial_global.shifts == 1
+    assert parse("clip_lite.py").perspectives.spatial_global.shifts == 4
+    assert parse("clip_lite.py:size=RN50,data=coco").perspectives.spatial_global.shifts == 1
     assert parse("clip_lite.py:negatives=31").perspectives.spatial_global.shifts == 31
     recipe = parse("clip_lite.py:size=RN50,data=coco")
     assert (recipe.batch_size, recipe.samples // recipe.batch_size) == (1024, 250_000)

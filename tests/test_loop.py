@@ -250,6 +250,15 @@ def test_a_signal_during_the_last_evaluation_asks_to_be_started_again(train, wor
     assert (workdir / "results.json").stat().st_mtime_ns == before
 
 
+@pytest.fixture
+def heard_interrupt():
+    """A Ctrl-C is heard, also where the tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupt")
 def test_signals():
     former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Stop().listening() as stop:
