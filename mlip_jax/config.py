@@ -27,6 +27,7 @@ PERSPECTIVES = {
 IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
 LOSSES = ("softmax", "sigmoid", "jsd")
 OPTIMIZERS = ("adamw", "muon", "sgd")
+CLEANINGS = ("none", "clip_lite")
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 GUIDANCES = ("none", "spatial", "frequency", "both")
 

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mlip_jax.config import (
+    CLEANINGS,
     GUIDANCES,
     IMAGE_VIEWS,
     LOSSES,
@@ -143,7 +144,7 @@ def _check_text(config: ConfigDict) -> None:
     text = config.model.text
     choose("model.text.architecture", text.architecture, ("clip", "bert"))
     choose("model.text.activation", text.activation, ("gelu", "quick_gelu"))
-    choose("model.text.cleaning", text.cleaning, ("none", "clip_lite"))
+    choose("model.text.cleaning", text.cleaning, CLEANINGS)
     if not text.tokenizer.startswith("wordpiece:"):
         tokenizers = ("clip", "clip_8k", "wordpiece", "wordpiece:PATH")
         choose("model.text.tokenizer", text.tokenizer, tokenizers)

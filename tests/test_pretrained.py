@@ -45,6 +45,11 @@ def build(config):
     return two_tower.build(config, vocab_size=len(WORDS), start_id=2, end_id=3)
 
 
+def shapes(config, network=None):
+    network = network or build(config)
+    return jax.eval_shape(lambda: two_tower.initialise(network, config, jax.random.key(0)))
+
+
 def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
     config = config_with(folder, **{"optimizer.rates.text": 0.0})
     text = config.model.text
@@ -52,7 +57,7 @@ def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
     assert config.model.embed_dim == 256
     assert text.tokenizer == f"wordpiece:{folder}"
     network, optimizer = build(config), optimizers.make(config)
-    taken = pretrained.read(config, network)
+    taken = pretrained.read(config, shapes(config))
     state = jax.jit(lambda taken: initial_state(network, optimizer, config, taken))(taken)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -81,12 +86,12 @@ def test_a_resnet_brings_its_statistics():
             "model.text.context_length": 8,
         }
     )
-    taken = pretrained.read(config, build(config))
+    taken = pretrained.read(config, shapes(config))
     stats = taken["batch_stats"]["image_encoder"]["stem_norm"]
     assert np.abs(stats["mean"]).max() > 0 and taken["params"].keys() == {"image_encoder"}
     config.model.image.width = 4
     with pytest.raises(UserError, match=r"tensor bn1.bias has shape \(3,\).*wants \(4,\)"):
-        pretrained.read(config, build(config))
+        pretrained.read(config, shapes(config))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_a_resnet_brings_its_statistics():
 def test_another_encoder_than_the_folders_is_refused(folder, changes, message):
     config = config_with(folder, **changes)
     with pytest.raises(UserError, match=message):
-        pretrained.read(config, build(config))
+        pretrained.read(config, shapes(config))
 
 
 def test_another_vocabulary_is_refused_with_both_shapes(folder):
@@ -110,12 +115,12 @@ def test_another_vocabulary_is_refused_with_both_shapes(folder):
     network = two_tower.build(config, vocab_size=61, start_id=2, end_id=3)
     message = re.escape("word_embeddings.weight has shape (60, 32), the configured model wants (61")
     with pytest.raises(UserError, match=message):
-        pretrained.read(config, network)
+        pretrained.read(config, shapes(config, network))
 
 
 def test_nothing_is_read_where_nothing_is_named():
     config = schema.default()
-    assert pretrained.read(config, build(config)) == {}
+    assert pretrained.read(config, shapes(config)) == {}
     config.model.text.pretrained = "somewhere"
     with pytest.raises(UserError, match="pretrained is for .*architecture='bert'"):
         validate(config)

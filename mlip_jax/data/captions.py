@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlip_jax.config import choose
-
-CLEANINGS = ("none", "clip_lite")
+from mlip_jax.config import CLEANINGS, choose
 
 _MAX_WORDS = 30
 _DELETED_OR_SPACED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})

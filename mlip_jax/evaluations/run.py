@@ -86,10 +86,16 @@ def evaluate(
     return results
 
 
+def _validation_set(config: ConfigDict, opened: Source | None) -> Source | None:
+    if opened is not None:
+        return opened
+    return open_validation(config.data, config.model.text.cleaning)
+
+
 def _score_pairs(
     model: PairScorer, config: ConfigDict, validation: Source | None, results: Results
 ) -> None:
-    source = validation or open_validation(config.data, config.model.text.cleaning)
+    source = _validation_set(config, validation)
     if source is None:
         return
     share, total = accuracy(model, source, config.evaluation.batch_size)
@@ -155,9 +161,7 @@ def _embed(
     progress: bool,
 ) -> EmbeddedSet | None:
     if spec == "validation":
-        source = validation
-        if source is None:
-            source = open_validation(config.data, config.model.text.cleaning)
+        source = _validation_set(config, validation)
         if source is None:
             return None
         name = short_name(source.name)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError
 from mlip_jax.interop import bert, resnet
-from mlip_jax.models import two_tower
-from mlip_jax.models.two_tower import TwoTower
 
 
-def read(config: ConfigDict, network: TwoTower) -> dict[str, dict[str, Any]]:
+def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The encoders that `config.model.*.pretrained` names; {} where it names none.
+
+    Args:
+      config: the run's.
+      wanted: the model's variables, or anything with their structure and shapes.
 
     Returns:
       Variables of float32 numpy arrays: collection -> encoder -> its tree.
@@ -26,7 +28,6 @@ def read(config: ConfigDict, network: TwoTower) -> dict[str, dict[str, Any]]:
     image, text = config.model.image.pretrained, config.model.text.pretrained
     if not (image or text):
         return {}
-    wanted = jax.eval_shape(lambda: two_tower.initialise(network, config, jax.random.key(0)))
     taken: dict[str, dict[str, Any]] = {"params": {}}
     if text:
         _check_sizes(config, text)

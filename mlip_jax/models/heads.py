@@ -79,22 +79,25 @@ class ProjectionHead(nn.Module):
         return normalize(ProjectionBlock(self.dim, self.dtype, name="block")(x, deterministic))
 
 
+def _score(x: Array, widths: tuple[int, ...], name: str, dtype: jnp.dtype) -> Array:
+    """An MLP with one output, float32; call it in a compact method."""
+    x = x.astype(dtype)
+    for index, width in enumerate(widths):
+        x = dense(x, width, f"hidden_{index}", dtype, kernel_init=_TORCH_INIT)
+        x = jax.nn.relu(x)
+    return dense(x, 1, name, dtype, kernel_init=_TORCH_INIT)[..., 0].astype(jnp.float32)
+
+
 class ConcatCritic(nn.Module):
     """Scores pairs by an MLP on both features, one after the other (arXiv 1808.06670)."""
 
     dtype: jnp.dtype
-    hidden: int = 512
 
     @nn.compact
     def __call__(
         self, one: Float[Array, "*batch width"], other: Float[Array, "*batch other_width"]
     ) -> Float[Array, "*batch"]:
-        x = jnp.concatenate([one, other], axis=-1).astype(self.dtype)
-        for index in range(2):
-            x = dense(x, self.hidden, f"hidden_{index}", self.dtype, kernel_init=_TORCH_INIT)
-            x = jax.nn.relu(x)
-        x = dense(x, 1, "score", self.dtype, kernel_init=_TORCH_INIT)
-        return x[..., 0].astype(jnp.float32)
+        return _score(jnp.concatenate([one, other], axis=-1), (512, 512), "score", self.dtype)
 
 
 class PriorDiscriminator(nn.Module):
@@ -104,9 +107,4 @@ class PriorDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
-        x = x.astype(self.dtype)
-        for index, width in enumerate((1000, 200)):
-            x = dense(x, width, f"hidden_{index}", self.dtype, kernel_init=_TORCH_INIT)
-            x = jax.nn.relu(x)
-        x = dense(x, 1, "logit", self.dtype, kernel_init=_TORCH_INIT)
-        return x[..., 0].astype(jnp.float32)
+        return _score(x, (1000, 200), "logit", self.dtype)

@@ -131,13 +131,8 @@ class TwoTower(nn.Module):
 
         The views of "augmented_image" are there when `images_2` is given.
         """
-        views, second = self._encode("image", images, images_2, deterministic)
-        embeddings = {"sizes": views.sizes}
-        for view, head in self.image_heads.items():
-            features = _features(view, views, second)
-            if features is not None:
-                embeddings[view] = _project(head, features, deterministic)
-        return embeddings | self._prior("image", views.spatial_global, deterministic)
+        views, embeddings = self._embed("image", images, images_2, deterministic)
+        return embeddings | {"sizes": views.sizes}
 
     def embed_texts(
         self, token_ids: Array, deterministic: bool = True, token_ids_2: Array | None = None
@@ -146,13 +141,21 @@ class TwoTower(nn.Module):
 
         The views of "other_caption" are there when `token_ids_2` is given.
         """
-        views, second = self._encode("text", token_ids, token_ids_2, deterministic)
-        embeddings = {"text_mask": views.mask}
-        for view, head in self.text_heads.items():
+        views, embeddings = self._embed("text", token_ids, token_ids_2, deterministic)
+        return embeddings | {"text_mask": views.mask}
+
+    def _embed(
+        self, tower: str, inputs: Array, second_inputs: Array | None, deterministic: bool
+    ) -> tuple[Any, Embeddings]:
+        """A tower's views of the inputs, and the embeddings of those in use."""
+        heads = self.image_heads if tower == "image" else self.text_heads
+        views, second = self._encode(tower, inputs, second_inputs, deterministic)
+        embeddings = {}
+        for view, head in heads.items():
             features = _features(view, views, second)
             if features is not None:
                 embeddings[view] = _project(head, features, deterministic)
-        return embeddings | self._prior("text", views.text_global, deterministic)
+        return views, embeddings | self._prior(tower, _global(views), deterministic)
 
     def _encode(
         self, tower: str, inputs: Array, second: Array | None, deterministic: bool
@@ -209,8 +212,11 @@ def _features(
         return getattr(views, view)
     if second is None:
         return None
-    one_side = second if view.endswith("_2") else views
-    return one_side.spatial_global if isinstance(views, ImageViews) else one_side.text_global
+    return _global(second if view.endswith("_2") else views)
+
+
+def _global(views: ImageViews | TextViews) -> Array:
+    return views.spatial_global if isinstance(views, ImageViews) else views.text_global
 
 
 def _project(head: nn.Module | None, features: Array, deterministic: bool) -> Array:

@@ -66,7 +66,6 @@ def jsd(
     Raises:
       ValueError: unless 1 <= shifts < batch; past it, a pair would be its own negative.
     """
-
     check_shifts(shifts, image.shape[0])
     scores = shifted_scores(image, followed(text, shifts), scale, shifts)
     return jsd_of_scores(scores[0], scores[1:])

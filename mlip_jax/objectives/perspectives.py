@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlip_jax.config import PERSPECTIVES
-from mlip_jax.objectives import contrastive, sharded, tokenwise
+from mlip_jax.objectives import sharded, tokenwise
 from mlip_jax.objectives.contrastive import (
     jsd_of_scores,
     sigmoid_contrastive,
@@ -66,7 +66,6 @@ def term_loss(
       critic: scores pairs of global features in place of the scaled cosine; jsd only.
     """
     one, other = embeddings[term.view], embeddings[PERSPECTIVES[term.view]]
-    spread = sharded.shards(mesh) > 1
     if one.ndim == 3:
         if term.view == "spatial_tokens":
             sizes = embeddings["sizes"]
@@ -74,9 +73,9 @@ def term_loss(
         else:
             weights = jnp.full(one.shape[:2], 1.0 / one.shape[1], jnp.float32)
         tokens = (one, other, weights, embeddings["text_mask"], scale)
-        if term.loss == "jsd" and spread:
+        if term.loss == "jsd":
             return sharded.tokenwise_jsd(*tokens, term.shifts, mesh=mesh)
-        return tokenwise.tokenwise_loss(term.loss, *tokens, bias, shifts=term.shifts, chunk=chunk)
+        return tokenwise.tokenwise_loss(term.loss, *tokens, bias, chunk=chunk)
     if critic:
         scores = critic(term.view, one, sharded.shifted(other, term.shifts, mesh))
         return jsd_of_scores(scores[0], scores[1:])
@@ -84,9 +83,7 @@ def term_loss(
         return softmax_contrastive(one, other, scale)
     if term.loss == "sigmoid":
         return sigmoid_contrastive(one, other, scale, bias)
-    if spread:
-        return sharded.jsd(one, other, scale, term.shifts, mesh=mesh)
-    return contrastive.jsd(one, other, scale, term.shifts)
+    return sharded.jsd(one, other, scale, term.shifts, mesh=mesh)
 
 
 def total_loss(

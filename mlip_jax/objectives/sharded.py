@@ -35,13 +35,15 @@ def jsd(
     scale: Float[Array, ""] | float,
     shifts: int = 1,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
 ) -> Scalar:
-    """`contrastive.jsd` of a batch whose rows lie on the mesh's data and fsdp axes.
+    """`contrastive.jsd` of a batch whose rows lie on the mesh's data and fsdp axes, if it has one.
 
     Raises:
       ValueError: unless 1 <= shifts < batch.
     """
+    if shards(mesh) == 1:
+        return contrastive.jsd(image, text, scale, shifts)
     check_shifts(shifts, image.shape[0])
 
     def local(image: Array, text: Array, scale: Array) -> Array:
@@ -59,13 +61,17 @@ def tokenwise_jsd(
     scale: Float[Array, ""] | float,
     shifts: int = 1,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
 ) -> Scalar:
-    """`tokenwise.tokenwise_jsd` of a batch whose rows lie on the mesh's data and fsdp axes.
+    """`tokenwise.tokenwise_jsd` of a batch whose rows lie on the mesh's axes, as in `jsd`.
 
     Raises:
       ValueError: unless 1 <= shifts < batch.
     """
+    if shards(mesh) == 1:
+        return tokenwise.tokenwise_jsd(
+            image_tokens, text_tokens, image_weights, text_mask, scale, shifts
+        )
     check_shifts(shifts, image_tokens.shape[0])
 
     def local(image: Array, text: Array, weights: Array, mask: Array, scale: Array) -> Array:

@@ -124,7 +124,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     # A run that goes on has its weights, and its files may be gone by then.
-    taken = {} if has_checkpoints(workdir) else pretrained.read(config, network)
+    taken = {} if has_checkpoints(workdir) else pretrained.read(config, abstract.evaluated)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_workdir(workdir, config))
         run = Run(
