@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import flax
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlip_jax import config as schema
 from mlip_jax.config import RunError, UserError
+from mlip_jax.storage import checkpoint
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.storage.workdir import open_workdir
 
@@ -371,3 +373,17 @@ def test_saving_does_not_wait_for_the_disk(tmp_path):
         assert steps_of(tmp_path) == []
         checkpoints.wait()
         assert steps_of(tmp_path) == [1]
+
+
+def test_a_write_that_outlasts_its_failed_save_says_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    checkpoint._leave_late_writes_alone()
+    late = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    other = SimpleNamespace(exc_value=RuntimeError("anything else"))
+    for unraisable in (late, other):
+        sys.unraisablehook(unraisable)
+    assert said == [other]
+    hook = sys.unraisablehook
+    checkpoint._leave_late_writes_alone()
+    assert sys.unraisablehook is hook  # once a process

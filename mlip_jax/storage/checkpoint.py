@@ -62,6 +62,7 @@ class Checkpoints:
         self._folder = Path(workdir).absolute() / FOLDER
         self._best = best
         self._saving = 0
+        _leave_late_writes_alone()
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
@@ -328,6 +329,25 @@ def _tensors(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _leave_late_writes_alone() -> None:
+    """Keeps quiet about writes that end after the save they belong to has failed.
+
+    When one write of a save fails, Orbax closes the event loop that waits for all of them; the
+    others then find it closed and complain from threads of their own, past the line that says why.
+    """
+    former = sys.unraisablehook
+    if getattr(former, "leaves_late_writes_alone", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            former(unraisable)
+
+    hook.leaves_late_writes_alone = True
+    sys.unraisablehook = hook
 
 
 def _cannot_write(error: BaseException | None) -> str:
