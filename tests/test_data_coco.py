@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mlip_jax.config import UserError
+from mlip_jax.data.records import MissingSplit
 from mlip_jax.data.sources import open_evaluation, open_source
 
 
@@ -38,7 +39,7 @@ def test_a_record_an_image(tmp_path, monkeypatch):
     spec = write(tmp_path / "coco", images=images, annotations=annotations)
     write(tmp_path / "coco", "val2017")
     source = open_source(spec, "train")
-    assert (source.name, source.split, len(source), source.notes) == ("coco", "train", 2, ())
+    assert (source.name, source.split, len(source), source.notes) == ("coco-train2017", "train", 2, ())
     assert [source[index].captions for index in (0, 1)] == [
         ("One dog", "Two dogs"),
         ("A cat.", "a cat"),
@@ -54,6 +55,22 @@ def test_a_record_an_image(tmp_path, monkeypatch):
     assert len(open_source("coco", "train", cache_dir=str(tmp_path))) == 2
     monkeypatch.setenv("MLIP_JAX_CACHE", str(tmp_path))
     assert len(open_source("coco", "validation")) == 1
+
+
+def test_a_split_by_name(tmp_path):
+    spec = write(tmp_path, "train2017", images=[{"id": 9, "file_name": "train.jpg"}])
+    write(tmp_path, "val2017", images=[{"id": 9, "file_name": "val.jpg"}])
+    for name, split, files in (
+        ("val2017", "validation", ["val2017/val.jpg"]),
+        ("val", "validation", ["val2017/val.jpg"]),
+        ("train", "train", ["train2017/train.jpg"]),
+        ("all", "all", ["train2017/train.jpg", "val2017/val.jpg"]),
+    ):
+        source = open_evaluation(f"{spec}#{name}")
+        assert source.split == split
+        assert [source[i].name for i in range(len(source))] == [str(tmp_path / f) for f in files]
+    with pytest.raises(MissingSplit, match="no split 'test', only train, validation, all"):
+        open_evaluation(f"{spec}#test")
 
 
 def test_the_files_of_2014(tmp_path):

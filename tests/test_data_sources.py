@@ -1,12 +1,10 @@
-"""What users bring: JSONL, CSV, class folders, TFDS folders, and their mistakes."""
+"""What users bring: JSONL, CSV, class folders, and their mistakes."""
 
-import io
 import json
 import pickle
 from pathlib import Path
 
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from mlip_jax import config as config_lib
@@ -272,60 +270,3 @@ def test_validation_by_config(tmp_path):
         open_source(without, "validation")
     with pytest.raises(UserError, match="did you mean 'emoji'"):
         open_evaluation("emojy")
-
-
-class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
-    """A set as somebody else's TFDS builder makes it."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "picture": tfds.features.Image(encoding_format="png"),
-                    "captions": tfds.features.Sequence(tfds.features.Text()),
-                    "label": tfds.features.ClassLabel(names=["a_square", "disc"]),
-                }
-            ),
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(4), "test": self._generate_examples(2)}
-
-    def _generate_examples(self, count):
-        for index in range(count):
-            png = io.BytesIO()
-            Image.new("RGB", (8, 8)).save(png, "PNG")
-            captions = [f"shape {index}", "a shape"] if index else []
-            yield index, {"picture": png.getvalue(), "captions": captions, "label": index % 2}
-
-
-def test_tfds_folder(tmp_path):
-    builder = CaptionedShapes(data_dir=tmp_path, file_format="array_record")
-    builder.download_and_prepare()
-    train = open_source(f"tfds:{builder.data_path}", "train")
-    assert len(train) == 4 and train.class_names == ("a square", "disc")
-    records = [pickle.loads(pickle.dumps(train))[index] for index in range(4)]
-    found = {record.captions for record in records}
-    # Without a caption, the name of the class is one.
-    assert found == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}
-    assert {record.label for record in records} == {0, 1}
-    assert records[0].image.startswith(b"\x89PNG")
-    assert list(train.captions()) == [text for record in records for text in record.captions]
-    assert len(open_source(f"tfds:{builder.data_path}", "validation")) == 2
-
-
-def test_cleaned_tfds(tmp_path):
-    class Shouted(CaptionedShapes):
-        def _generate_examples(self, count):
-            for index, example in super()._generate_examples(count):
-                texts = [text.upper() + "!" for text in example["captions"]] or ["?"]
-                yield index, {**example, "captions": [*texts, *example["captions"]]}
-
-    builder = Shouted(data_dir=tmp_path, file_format="array_record")
-    builder.download_and_prepare()
-    train = open_source(f"tfds:{builder.data_path}", "train", cleaning="clip_lite")
-    found = {train[index].captions for index in range(4)}
-    assert found == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}

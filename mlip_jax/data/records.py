@@ -43,6 +43,12 @@ class Skipped:
         if len(self.first) < _PLACES_SHOWN:
             self.first.append(place)
 
+    def merge(self, other: Skipped) -> None:
+        """Counts what another has counted too."""
+        self.first = (self.first + other.first)[:_PLACES_SHOWN]
+        self.count += other.count
+        self.emptied += other.emptied
+
     def notes(self, kept: int, max_share: float) -> tuple[str, ...]:
         """A sentence for `Source.notes`, or none.
 
@@ -68,10 +74,17 @@ class Skipped:
 
 
 class Source(Protocol):
-    """What every kind of set offers."""
+    """What every kind of set offers.
+
+    A set whose images may show several classes each has a method more, by which it is told from
+    others: `targets() -> Int8[np.ndarray, "images classes"]`, 1 where an image shows a class, -1
+    where not, and 0 where it shows it only so that it is too difficult to count. It reads no image.
+    The label of its records is -1, and their captions are the classes that they show, or "".
+    """
 
     name: str
-    split: str  # "train" or "validation"
+    split: str  # "train", "validation", or the split's own name where that was asked for
+    parts: tuple[str, ...]  # the set's own splits that this is made of
     class_names: tuple[str, ...]
     attribution: str  # to be shown wherever the set is used; "": none known
     notes: tuple[str, ...]  # what was left out on opening, a line each

@@ -11,14 +11,27 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data import coco, file_sources
+from mlip_jax.data import archives, coco, folders, idx, jsonl, karpathy, objects, tables, voc
 from mlip_jax.data.cache import cache_folder
 from mlip_jax.data.captions import check_cleaning
 from mlip_jax.data.records import MissingSplit, Source
+from mlip_jax.data.splits import Wanted, canonical
 
 SPLITS = ("train", "validation")
 NAMED = ("emoji", "coco")
-KINDS = ("jsonl", "csv", "folder", "coco", "tfds")
+FILE_KINDS = {
+    "jsonl": jsonl.open_jsonl,
+    "csv": tables.open_csv,
+    "folder": folders.open_folder,
+    "zip": archives.open_zip,
+    "idx": idx.open_idx,
+    "coco": coco.open_coco,
+    "karpathy": karpathy.open_karpathy,
+    "voc": voc.open_voc,
+    "objects": objects.open_objects,
+}
+KINDS = (*FILE_KINDS, "tfds")
+_MAX_SKIPPED_SHARE = 0.01
 
 
 def open_source(
@@ -26,14 +39,14 @@ def open_source(
     split: str,
     *,
     cache_dir: str = "",
-    max_skipped_share: float = 0.01,
+    max_skipped_share: float = _MAX_SKIPPED_SHARE,
     cleaning: str = "none",
 ) -> Source:
     """Opens a split of a set.
 
     Args:
-      spec: "emoji", "coco", or KIND:PATH with KIND one of jsonl, csv, folder, coco, tfds
-        (docs/data.md).
+      spec: "emoji", "coco", or KIND:PATH with KIND one of KINDS (docs/data.md). With #SPLIT after
+        it, that split is opened, whatever `split` says; #all is every split together.
       split: "train" or "validation". Sets that name no splits are all "train".
       cache_dir: where sets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
       max_skipped_share: more rows without a usable caption than this are an error.
@@ -44,75 +57,96 @@ def open_source(
       UserError: for an unknown spec or cleaning, a missing file or package, a malformed row, or a
         split without a single image.
     """
-    check_cleaning(cleaning)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: train or validation{suggestion(split, SPLITS)}")
-    source = _open(spec, split, cache_dir, max_skipped_share, cleaning)
-    if not len(source):
-        raise UserError(f"the {split} split of the set {spec!r} is empty")
-    return source
-
-
-def _open(spec: str, split: str, cache_dir: str, max_skipped_share: float, cleaning: str) -> Source:
-    kind, colon, where = spec.partition(":")
-    if spec == "emoji":
-        from mlip_jax.data import tfds_sources  # here: its library takes a second to import
-
-        return tfds_sources.open_emoji(split, cache_dir, cleaning)
-    if spec == "coco":
-        where = str(cache_folder(cache_dir) / "coco")
-    elif not colon or kind not in KINDS or not where:
-        valid = (*NAMED, *(f"{kind}:" for kind in KINDS))
-        near = suggestion(spec if not colon else f"{kind}:", valid)
-        raise UserError(
-            f"unknown data set {spec!r}: expected emoji, jsonl:PATH, csv:PATH, folder:PATH, coco, "
-            f"coco:PATH or tfds:NAME{near}"
-        )
-    if kind == "tfds":
-        from mlip_jax.data import tfds_sources
-
-        return tfds_sources.open_tfds(where, split, cleaning)
-    read = {
-        "jsonl": file_sources.open_jsonl,
-        "csv": file_sources.open_csv,
-        "folder": file_sources.open_folder,
-        "coco": coco.open_coco,
-    }[kind]
-    return read(Path(where).expanduser(), split, max_skipped_share, cleaning)
+    return _open(spec, split, cache_dir, max_skipped_share, cleaning)
 
 
 def open_evaluation(spec: str, *, cache_dir: str = "", cleaning: str = "none") -> Source:
-    """A set to evaluate on: its validation split, or all of it where it names no splits.
+    """A set to evaluate on.
+
+    That is its validation split, or its test split where it has none, or all of it where it names
+    no splits. Of sets whose literature has a standard it is that: `test` of Karpathy's splits and
+    of PASCAL VOC. #SPLIT after the spec names another.
 
     Captions are cleaned as by `open_source`.
 
     Raises:
       UserError: as `open_source`.
     """
-    try:
-        return open_source(spec, "validation", cache_dir=cache_dir, cleaning=cleaning)
-    except MissingSplit:
-        return open_source(spec, "train", cache_dir=cache_dir, cleaning=cleaning)
+    return _open(spec, "evaluation", cache_dir, _MAX_SKIPPED_SHARE, cleaning)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """A spec without the split that is pinned, and that split, "" for none.
+
+    "coco#val" -> ("coco", "val"). A path that exists is taken as it is, whatever it holds.
+    """
+    base, mark, split = spec.rpartition("#")
+    if not mark or Path(spec.partition(":")[2] or spec).expanduser().exists():
+        return spec, ""
+    return base, split
+
+
+def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str) -> Source:
+    check_cleaning(cleaning)
+    base, name = split_spec(spec)
+    wanted = Wanted(role, name)
+    kind, colon, where = base.partition(":")
+    if base != spec and not name:
+        raise UserError(f"data set {spec!r}: expected a split after #, such as {base}#test")
+    if base == "emoji" or (kind == "tfds" and where):
+        from mlip_jax.data import tfds_sources  # here: its library takes a second to import
+
+        if base == "emoji":
+            source = tfds_sources.open_emoji(wanted, cache_dir, cleaning)
+        else:
+            source = tfds_sources.open_tfds(where, wanted, cleaning)
+    else:
+        if base == "coco":
+            where = str(cache_folder(cache_dir) / "coco")
+        elif not colon or kind not in FILE_KINDS or not where:
+            raise _unknown(spec, kind, colon)
+        path = Path(where).expanduser()
+        source = FILE_KINDS[kind](path, wanted, max_skipped_share, cleaning)
+    if not len(source):
+        raise UserError(f"the {source.split} split of the set {spec!r} is empty")
+    return source
+
+
+def _unknown(spec: str, kind: str, colon: str) -> UserError:
+    prefixes = [f"{kind}:" for kind in KINDS]
+    near = suggestion(f"{kind}:" if colon else spec, (*NAMED, *prefixes))
+    return UserError(
+        f"unknown data set {spec!r}: expected emoji, {'PATH, '.join(prefixes[:-1])}PATH, coco or "
+        f"tfds:NAME{near}"
+    )
 
 
 def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source | None:
     """The set that `config.data.validation` names, or None.
 
-    "auto" is the training set's own validation split, None when it has none; "" is None; anything
-    else is opened by `open_evaluation`. Captions are cleaned as by `open_source`.
+    "auto" is the training set's own validation split, None when it has none or when training is
+    pinned to another split than its training split; "" is None; of any other set it is the
+    validation split, or what `open_evaluation` opens where it has none. Captions are cleaned as by
+    `open_source`.
 
     Raises:
       UserError: as `open_source`.
     """
+    how = {"cache_dir": config_data.cache_dir, "cleaning": cleaning}
     if not config_data.validation:
         return None
     if config_data.validation != "auto":
-        return open_evaluation(
-            config_data.validation, cache_dir=config_data.cache_dir, cleaning=cleaning
-        )
+        # Where there are both, the split for validation: the test is not for choosing a checkpoint.
+        try:
+            return open_source(config_data.validation, "validation", **how)
+        except MissingSplit:
+            return open_evaluation(config_data.validation, **how)
+    base, pinned = split_spec(config_data.train)
+    if pinned and canonical(pinned) != "train":
+        return None
     try:
-        return open_source(
-            config_data.train, "validation", cache_dir=config_data.cache_dir, cleaning=cleaning
-        )
+        return open_source(base, "validation", **how)
     except MissingSplit:
         return None

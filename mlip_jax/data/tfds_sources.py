@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int8
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.config import UserError
 from mlip_jax.data import emoji
 from mlip_jax.data.captions import usable
-from mlip_jax.data.records import MissingSplit, Record
+from mlip_jax.data.file_sources import present_names
+from mlip_jax.data.records import Record
+from mlip_jax.data.splits import STANDARD, Choice, Wanted
 
 _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "sentence")
 
@@ -20,29 +24,28 @@ _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "senten
 class TfdsSource:
     """A prepared TFDS data set. Examples are (image, captions or a class label).
 
-    The feature that holds the image is the first Image; the caption is the first Text (or sequence
-    of Text) that is called like one, else the class name.
+    The feature that holds the image is the Image called "image", the label the ClassLabel called
+    "label", else the first of its type by name. The caption is the first Text (or sequence of
+    Text) that is called like one, else the class name.
     """
 
     attribution = ""
     notes: tuple[str, ...] = ()
 
-    def __init__(
-        self, folder: str, split: str, *, name: str, tfds_split: str, cleaning: str = "none"
-    ) -> None:
+    def __init__(self, folder: str, choice: Choice, *, name: str, cleaning: str = "none") -> None:
         """Opens what was prepared in `folder`, a TFDS version folder."""
         self.name = name
-        self.split = split
+        self.split, self.parts = choice
         self._folder = folder
-        self._tfds_split = tfds_split
+        self._tfds_split = "+".join(self.parts)
         self._cleaning = cleaning
         self._lock = threading.Lock()
         self._examples = None
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
-        self._length = builder.info.splits[tfds_split].num_examples
+        self._length = builder.info.splits[self._tfds_split].num_examples
         self._image, self._text, self._label = _roles(features, name)
-        label = features[self._label] if self._label else None
+        label = _class_label(features[self._label]) if self._label else None
         self.class_names = tuple(_words(word) for word in label.names) if label else ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,16 +72,6 @@ class TfdsSource:
             record = self[index]
             yield from filter(None, (*record.captions, *record.tags))
 
-    def _example(self, index: int) -> Mapping[str, Any]:
-        if self._examples is None:
-            with self._lock:
-                if self._examples is None:
-                    builder = tfds.builder_from_directory(self._folder)
-                    self._examples = builder.as_data_source(
-                        self._tfds_split, decoders={self._image: tfds.decode.SkipDecoding()}
-                    )
-        return self._examples[index]
-
     def _record(self, example: Mapping[str, Any], index: int) -> Record:
         label = int(example[self._label]) if self._label else -1
         captions = self._texts(example[self._text]) if self._text else ()
@@ -92,6 +85,16 @@ class TfdsSource:
             name=self._name(example, index),
         )
 
+    def _example(self, index: int) -> Mapping[str, Any]:
+        if self._examples is None:
+            with self._lock:
+                if self._examples is None:
+                    builder = tfds.builder_from_directory(self._folder)
+                    self._examples = builder.as_data_source(
+                        self._tfds_split, decoders={self._image: tfds.decode.SkipDecoding()}
+                    )
+        return self._examples[index]
+
     def _texts(self, value: Any) -> tuple[str, ...]:
         values = [value] if isinstance(value, bytes) else list(value)
         return usable((text.decode("utf-8", "replace") for text in values), self._cleaning)
@@ -101,6 +104,45 @@ class TfdsSource:
             if isinstance(example.get(key), bytes):
                 return example[key].decode()
         return f"{self.name}/{self._tfds_split}[{index}]"
+
+
+class MultiLabelTfdsSource(TfdsSource):
+    """A set with a sequence of ClassLabel, such as the "labels" of voc/2007.
+
+    A class that is among these but not in "labels_no_difficult", where there is such a feature, is
+    too difficult to count.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As `TfdsSource`."""
+        super().__init__(*args, **kwargs)
+        features = tfds.builder_from_directory(self._folder).info.features
+        sure = f"{self._label}_no_difficult"
+        self._sure = sure if sure in features else self._label
+        self._all: Int8[np.ndarray, "images classes"] | None = None
+
+    def targets(self) -> Int8[np.ndarray, "images classes"]:
+        """1 where an image shows a class, -1 where not, 0 where too difficult to count."""
+        if self._all is None:  # once: it reads the whole set
+            self._all = np.stack([self._row(self._example(index)) for index in range(len(self))])
+        return self._all
+
+    def _row(self, example: Mapping[str, Any]) -> Int8[np.ndarray, " classes"]:
+        targets = np.full(len(self.class_names), -1, np.int8)
+        targets[np.asarray(example[self._label], np.int64)] = 0
+        targets[np.asarray(example[self._sure], np.int64)] = 1
+        return targets
+
+    def _record(self, example: Mapping[str, Any], index: int) -> Record:
+        captions = self._texts(example[self._text]) if self._text else ()
+        return Record(
+            image=example[self._image],
+            captions=captions
+            or present_names(self._row(example), self.class_names, self._cleaning),
+            tags=(),
+            label=-1,
+            name=self._name(example, index),
+        )
 
 
 class EmojiSource(TfdsSource):
@@ -122,17 +164,19 @@ class EmojiSource(TfdsSource):
         )
 
 
-def open_emoji(split: str, cache_dir: str, cleaning: str = "none") -> EmojiSource:
+def open_emoji(wanted: Wanted, cache_dir: str, cleaning: str = "none") -> EmojiSource:
     """The embedded set, built on first use. Captions and tags are cleaned.
 
     Raises:
+      MissingSplit: when it has no such split.
       UserError: when it cannot be built.
     """
+    choice = STANDARD.choose("'emoji'", wanted, ("train", "validation"))
     folder = emoji.directory(cache_dir)
-    return EmojiSource(str(folder), split, name="emoji", tfds_split=split, cleaning=cleaning)
+    return EmojiSource(str(folder), choice, name="emoji", cleaning=cleaning)
 
 
-def open_tfds(name: str, split: str, cleaning: str = "none") -> TfdsSource:
+def open_tfds(name: str, wanted: Wanted, cleaning: str = "none") -> TfdsSource:
     """A TFDS set by name ("oxford_iiit_pet", "ns/name:1.0.0") or by its prepared folder.
 
     Sets by name are downloaded and prepared by TFDS where they are not yet; some need TensorFlow
@@ -158,27 +202,21 @@ def open_tfds(name: str, split: str, cleaning: str = "none") -> TfdsSource:
             f"'tfds:{name}' is stored as {builder.info.file_format.value}: prepare it anew with "
             "file_format='array_record'"
         )
-    splits = tuple(builder.info.splits)
-    wanted = ("train",) if split == "train" else ("validation", "test")
-    present = [candidate for candidate in wanted if candidate in splits]
-    if not present:
-        raise MissingSplit(
-            f"'tfds:{name}' has no split {split!r}, only {', '.join(splits)}"
-            f"{suggestion(split, splits)}"
-        )
-    return TfdsSource(
-        str(builder.data_path),
-        split,
-        name=builder.info.name,
-        tfds_split=present[0],
-        cleaning=cleaning,
-    )
+    choice = STANDARD.choose(f"'tfds:{name}'", wanted, builder.info.splits)
+    features = builder.info.features
+    _, _, label = _roles(features, name)
+    single = not label or isinstance(features[label], tfds.features.ClassLabel)
+    kind = TfdsSource if single else MultiLabelTfdsSource
+    return kind(str(builder.data_path), choice, name=builder.info.name, cleaning=cleaning)
 
 
 def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
-    """The keys of the image, the caption ("": none) and the class label ("": none)."""
-    images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
-    labels = [key for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)]
+    """The keys of the image, the caption ("": none) and the label or labels ("": none)."""
+    # The order of a prepared set's features differs from process to process.
+    names = sorted(features, key=lambda key: (key not in ("image", "label", "labels"), key))
+    images = [key for key in names if isinstance(features[key], tfds.features.Image)]
+    labels = [key for key in names if _class_label(features[key]) is not None]
+    labels.sort(key=lambda key: not isinstance(features[key], tfds.features.ClassLabel))
     texts = [key for key in _CAPTION_NAMES if key in features and _is_text(features[key])]
     if not images or not (texts or labels):
         raise UserError(
@@ -186,6 +224,12 @@ def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
             f"{', '.join(features)}"
         )
     return images[0], texts[0] if texts else "", labels[0] if labels else ""
+
+
+def _class_label(feature: Any) -> tfds.features.ClassLabel | None:
+    """What a label is, or each of a sequence of labels; None for any other feature."""
+    inner = getattr(feature, "feature", feature)
+    return inner if isinstance(inner, tfds.features.ClassLabel) else None
 
 
 def _is_text(feature: Any) -> bool:

@@ -1,0 +1,121 @@
+"""The JSON files of COCO (Lin et al. 2014): images, and annotations that refer to them by id.
+
+The files have up to half a GB: of each object only what is needed is kept, as soon as it is parsed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlip_jax.config import UserError
+
+
+class CocoImage(NamedTuple):
+    """An entry of "images"."""
+
+    id: Any
+    file_name: Any
+    split: Any
+    objects: Any
+
+
+class CocoAnnotation(NamedTuple):
+    """An entry of "annotations": a caption, or an object."""
+
+    image_id: Any
+    caption: Any
+    category_id: Any
+
+
+class CocoCategory(NamedTuple):
+    """An entry of "categories"."""
+
+    id: Any
+    name: Any
+
+
+def read_json(file: Path, slim: Callable[[dict[str, Any]], Any]) -> Any:
+    """A JSON file's content, each object of it replaced by what `slim` makes of it.
+
+    Raises:
+      UserError: when it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"), object_hook=slim)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not JSON: {error.msg}, line {error.lineno}") from None
+
+
+def slim(entry: dict[str, Any]) -> Any:
+    """What is needed of an object of a COCO file; None for segmentations, licences and the like."""
+    if "images" in entry or "annotations" in entry:
+        return entry
+    if "image_id" in entry or "caption" in entry or "category_id" in entry:
+        return CocoAnnotation(entry.get("image_id"), entry.get("caption"), entry.get("category_id"))
+    if "file_name" in entry:
+        return CocoImage(
+            entry.get("id"), entry["file_name"], entry.get("split"), entry.get("objects")
+        )
+    return CocoCategory(entry.get("id"), entry["name"]) if "name" in entry else None
+
+
+def entries(file: Path, content: Any, *keys: str) -> list[list[Any]]:
+    """The lists that a file must hold.
+
+    Raises:
+      UserError: when it lacks one.
+    """
+    lists = [content.get(key) if isinstance(content, dict) else None for key in keys]
+    if not all(isinstance(each, list) for each in lists):
+        names = " and ".join(f'"{key}"' for key in keys)
+        many = ("a list", "two lists", "three lists")[len(keys) - 1]
+        raise UserError(f"{file}: expected an object with {names}, {many}")
+    return lists
+
+
+def numbered(file: Path, images: Sequence[Any]) -> dict[int | str, int]:
+    """The place of each image by its id.
+
+    Raises:
+      UserError: "FILE: images[INDEX] ..." for an entry without id or file, or an id given twice.
+    """
+    places: dict[int | str, int] = {}
+    for index, image in enumerate(images):
+        if not (isinstance(image, CocoImage) and is_id(image.id) and is_text(image.file_name)):
+            raise UserError(f'{file}: images[{index}] needs "id" and "file_name", a text')
+        if places.setdefault(image.id, index) != index:
+            raise UserError(f"{file}: images[{index}] has the id {image.id!r} of another image")
+    return places
+
+
+def place_of(
+    file: Path, index: int, what: str, key: Any, places: Mapping[int | str, int], among: str
+) -> int:
+    """The place of what annotation `index` refers to.
+
+    Raises:
+      UserError: "FILE: annotations[INDEX] ..." when it refers to nothing in the file.
+    """
+    place = places.get(key)
+    if place is None:
+        raise UserError(
+            f'{file}: annotations[{index}] is of the {what} {key!r}, which is not among "{among}"'
+        )
+    return place
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value may be an id."""
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that is not empty."""
+    return isinstance(value, str) and bool(value)
