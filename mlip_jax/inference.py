@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -22,6 +22,7 @@ from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.models import two_tower
+from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize
 from mlip_jax.models.vit import ImageViews
 from mlip_jax.storage.checkpoint import restore_fields, served
@@ -38,6 +39,7 @@ class Model:
       preprocess: `Preprocessing`: an image of any kind to uint8 [size, size, 3].
       logit_scale: what training multiplied cosines by.
       pairwise: whether it scores pairs only, having no joint space (`config.model.critic`).
+      step: of the checkpoint that it was loaded from; None when it was not.
     """
 
     def __init__(
@@ -114,10 +116,28 @@ class Model:
             pixels = preprocessing.normalize(images)
             return network.apply(variables, pixels, method="inspect_images")
 
+        def image_features(variables: Any, images: jax.Array) -> jax.Array:
+            return inspect(variables, images).spatial_global.astype(jnp.float32)
+
+        layers, side = two_tower.evidence_layers(config), two_tower.grid(config)
+
+        def saliency(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+            texts = None if pairwise else embed_texts(variables, token_ids)
+
+            def score() -> jax.Array:
+                if pairwise:
+                    return score_pairs(variables, images, token_ids)
+                return jnp.sum(embed_pixels(variables, images) * texts, axis=-1)
+
+            source = inspect(variables, images).last_source
+            return _on_grid(grad_cam(score, layers), source, side)
+
         self.pairwise = pairwise
+        self.step: int | None = None
         self._embed_array, self._embed_pixels = jax.jit(embed_array), jax.jit(embed_pixels)
         self._embed_texts, self._inspect = jax.jit(embed_texts), jax.jit(inspect)
         self._score_pairs = jax.jit(score_pairs)
+        self._image_features, self._saliency = jax.jit(image_features), jax.jit(saliency)
 
     def with_variables(self, variables: Any) -> Model:
         """The model with other variables, placed as the former; nothing is compiled again."""
@@ -140,9 +160,7 @@ class Model:
         Raises:
           OSError: for a file that cannot be read or holds no image.
         """
-        pixels = [self.preprocess(image) for image in _listed(images)]
-        size = self.preprocess.image_size
-        return self.encode_image_pixels(np.array(pixels, np.uint8).reshape(-1, size, size, 3))
+        return self.encode_image_pixels(self._pixels(_listed(images)))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
         """Embeds texts."""
@@ -170,6 +188,16 @@ class Model:
         """Embeds texts that are tokenised."""
         return self._embedded(self._embed_texts, np.asarray(token_ids, np.int32))
 
+    def image_features(
+        self, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> Float[np.ndarray, "images feature_width"]:
+        """The image encoder's global view before any projection, not normalised.
+
+        Models that score pairs have it too. A ViT's is its class token, a ResNet's the mean of its
+        last grid.
+        """
+        return self._batched(self._image_features, np.asarray(images, np.uint8))
+
     def score_pairs(
         self, images: Sequence[ImageLike], texts: Sequence[str]
     ) -> Float[np.ndarray, "pairs"]:
@@ -182,12 +210,32 @@ class Model:
           ValueError: when there are not as many texts as images.
         """
         images, texts = _listed(images), _listed(texts)
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
-        if not images:
-            return np.zeros(0, np.float32)
-        pixels = np.stack([self.preprocess(image) for image in images])
-        return self._batched(self._score_pairs, pixels, self.tokenize(texts))
+        _check_pairs(images, texts)
+        return self._batched(self._score_pairs, self._pixels(images), self.tokenize(texts))
+
+    def saliency(
+        self, images: UInt8[np.ndarray, "images size size 3"], texts: Sequence[str]
+    ) -> Float[np.ndarray, "images rows columns"]:
+        """Where image i speaks for text i: Grad-CAM of their score (arXiv 1610.02391).
+
+        The score is the cosine that `encode_image` and `encode_text` give, or what the critic says.
+        `two_tower.evidence_layers` tells which layers it is of; the maps of several are added, and
+        each patch has its token's value.
+
+        Args:
+          images: as `preprocess` brings them to size.
+          texts: as many.
+
+        Returns:
+          A value at least 0 for each cell of the grid of patches (of a ResNet: of its last
+          features); not normalised.
+
+        Raises:
+          ValueError: when there are not as many texts as images.
+        """
+        images, texts = np.asarray(images, np.uint8), _listed(texts)
+        _check_pairs(images, texts)
+        return self._batched(self._saliency, images, self.tokenize(texts))
 
     def inspect(self, images: UInt8[np.ndarray, "images size size 3"]) -> dict[str, Any]:
         """Where the image encoder's tokens come from.
@@ -219,19 +267,25 @@ class Model:
         ]
         return [kernel[..., 0] + 1j * kernel[..., 1] for kernel in kernels]
 
+    def _pixels(self, images: list[ImageLike]) -> UInt8[np.ndarray, "images size size 3"]:
+        size = self.preprocess.image_size
+        pixels = [self.preprocess(image) for image in images]
+        return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
+
     def _embedded(self, embed: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
         if self.pairwise:
             raise UserError(
                 "this model scores pairs and has no joint space (config.model.critic='concat'): "
                 "use score_pairs(images, texts)"
             )
-        if not len(rows):
-            return np.zeros((0, self.config.model.embed_dim), np.float32)
         return self._batched(embed, rows)
 
     def _batched(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         """Calls `function` on batches of few sizes, as each is compiled; the last is filled up."""
         total = len(arrays[0])
+        if not total:
+            result = jax.eval_shape(function, self._variables, *map(jnp.asarray, arrays))
+            return np.zeros(result.shape, result.dtype)
         size = self._batch_size
         if not self._mesh:  # a single text costs no whole batch
             size = min(size, 1 << max(total - 1, 0).bit_length())
@@ -250,6 +304,25 @@ class Model:
                 # One batch ahead of the device, not all of them.
                 results[-2] = (jax.device_get(results[-2][0]), results[-2][1])
         return np.concatenate([jax.device_get(rows)[:count] for rows, count in results])
+
+
+def _on_grid(
+    maps: Mapping[Any, Float[Array, "batch _"]],
+    source: Float[Array, "batch tokens patches"] | None,
+    side: int,
+) -> Float[Array, "batch side side"]:
+    """The sum of maps over tokens, merged by `source` where they are fewer, as one over patches."""
+    total = 0.0
+    for tokens in maps.values():
+        if tokens.shape[1] != side * side:
+            tokens = jnp.einsum("bt,btp->bp", tokens, source)
+        total = total + tokens
+    return jax.nn.relu(total).reshape(-1, side, side)
+
+
+def _check_pairs(images: Sequence[Any], texts: Sequence[str]) -> None:
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
 
 
 def _filled(rows: np.ndarray, size: int) -> np.ndarray:
@@ -293,7 +366,7 @@ def load(
         raise UserError(f"{path} is not a folder: give the workdir of a run")
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json: it is not the workdir of a run")
-    fields, extras = restore_fields(folder, ("params", "batch_stats", "ema", "slow"), step)
+    fields, extras = restore_fields(folder, ("step", "params", "batch_stats", "ema", "slow"), step)
     variables, tokenizer = served(fields), Tokenizer.from_json(extras["tokenizer"])
     asked = schema.from_json(extras["config"] if config is None else schema.to_json(config))
     for key, value in (overrides or {}).items():
@@ -301,7 +374,9 @@ def load(
     if config is not None or overrides:
         validate(asked)
         _check_parameters(asked, variables["params"], tokenizer, folder)
-    return Model(asked, variables, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
+    model = Model(asked, variables, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
+    model.step = int(fields["step"])
+    return model
 
 
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +16,11 @@ from mlip_jax import config as schema
 from mlip_jax import inference
 from mlip_jax import main as door
 from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.text import load_tokenizer
 from mlip_jax.evaluations.workdir import changes, results_name
+from mlip_jax.models import resnet, two_tower
+from mlip_jax.models.grad_cam import grad_cam
 
 
 @pytest.fixture(scope="module")
@@ -232,4 +238,184 @@ def test_bytes_in_memory(model, paths, embeddings):
     Image.open(paths[4]).save(out, "BMP")
     np.testing.assert_array_equal(
         model.encode_image([out.getvalue()])[0], model.encode_image([paths[4]])[0]
+    )
+
+
+def network_of(config) -> two_tower.TwoTower:
+    tokenizer = load_tokenizer("clip_8k")
+    return two_tower.build(
+        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
+    )
+
+
+def untrained(**changes) -> inference.Model:
+    """The model of the default config made tiny, at its start."""
+    config = schema.default()
+    config.update_from_flattened_dict(
+        {
+            "model.embed_dim": 16,
+            "model.image.image_size": 16,
+            "model.image.patch_size": 4,
+            "model.image.width": 16,
+            "model.image.depth": 2,
+            "model.image.heads": 2,
+            "model.text.context_length": 8,
+            "model.text.width": 16,
+            "model.text.depth": 1,
+            "model.text.heads": 2,
+            "evaluation.batch_size": 4,
+        }
+        | changes
+    )
+    tokenizer, network = load_tokenizer("clip_8k"), network_of(config)
+    variables = jax.jit(lambda: two_tower.initialise(network, config, jax.random.key(0)))()
+    return inference.Model(config, variables, tokenizer, Preprocessing.of(config))
+
+
+KINDS = {
+    "vit": {},
+    "resnet": {
+        "model.image.architecture": "resnet",
+        "model.image.depth": 18,
+        "model.image.width": 4,
+        "model.image.stem": "small",
+    },
+    "critic": {"model.critic": "concat", "perspectives.spatial_global.loss": "jsd"},
+}
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    with pytest.MonkeyPatch.context() as patch:
+        # One block a stage: a ResNet-18 takes three times as long to compile.
+        patch.setattr(resnet, "_STAGES", {18: (1, 1, 1, 1)})
+        yield {kind: untrained(**changes) for kind, changes in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_lie_before_the_projection(kinds, kind, pixels):
+    model = kinds[kind]
+    features = model.image_features(pixels)
+    width = 32 if kind == "resnet" else 16
+    assert features.shape == (5, width) and features.dtype == np.float32
+    assert np.abs(np.linalg.norm(features, axis=1) - 1).max() > 0.1
+    assert model.image_features(pixels[:0]).shape == (0, width)
+    assert_close(model.image_features(pixels[4:]), features[4:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saliency_is_a_map_of_image_and_text(kinds, kind, pixels):
+    model, side = kinds[kind], 2 if kind == "resnet" else 4
+    texts = ["a dog", "a cat", "two", "a dog", "a much longer text"]
+    maps = model.saliency(pixels, texts)
+    assert maps.shape == (5, side, side) and maps.dtype == np.float32
+    assert maps.min() == 0 < maps.max()
+    other = model.saliency(pixels, texts[::-1])
+    assert np.abs(other - maps).max() > 1e-3 * maps.max()
+    np.testing.assert_allclose(other[2], maps[2], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(model.saliency(pixels[3:4], texts[3:4]), maps[3:4], atol=1e-6)
+    assert model.saliency(pixels[:0], []).shape == (0, side, side)
+    with pytest.raises(ValueError, match="5 images and 1 texts are no pairs"):
+        model.saliency(pixels, ["a dog"])
+    with pytest.raises(TypeError, match="pass a list"):
+        model.saliency(pixels, "a dog")
+
+
+def head_gradient(model, view, tokens, text):
+    """d cosine / d tokens for an embedding that projects their mean."""
+    kernel = model._variables["params"][f"image_heads_{view}"]["projection"]["kernel"]
+
+    def cosine(tokens):
+        embedding = tokens.mean(0) @ kernel
+        return embedding @ text / jax.numpy.linalg.norm(embedding)
+
+    return jax.jit(jax.grad(cosine))(tokens)
+
+
+def views_of(model, pixels):
+    network = network_of(model.config)
+    inspect = jax.jit(
+        lambda images: network.apply(model._variables, images, method="inspect_images")
+    )
+    return inspect(model.preprocess.normalize(pixels))
+
+
+def test_saliency_of_a_resnet_is_grad_cam_on_its_last_grid(kinds, pixels):
+    model, texts = kinds["resnet"], [f"text {index}" for index in range(5)]
+    found = model.saliency(pixels, texts)
+    tokens = views_of(model, pixels).spatial_tokens
+    for row, text in enumerate(model.encode_text(texts)):
+        weights = head_gradient(model, "spatial_global", tokens[row], text).mean(0)
+        expected = np.maximum(tokens[row] @ weights, 0).reshape(2, 2)
+        np.testing.assert_allclose(found[row], expected, atol=1e-6)
+
+
+def test_saliency_of_the_frequency_view_is_grad_cam_on_its_tokens(pixels):
+    model = untrained(
+        **{
+            "model.image.frequency.depth": 1,
+            "perspectives.spatial_global.weight": 0.0,
+            "perspectives.frequency_global.weight": 1.0,
+        }
+    )
+    found = model.saliency(pixels, ["a dog"] * 5)
+    (text,) = model.encode_text(["a dog"])
+    tokens = views_of(model, pixels).frequency_tokens
+    for row in range(5):
+        weights = head_gradient(model, "frequency_global", tokens[row], text).mean(0)
+        expected = np.maximum(tokens[row] @ weights, 0).reshape(4, 4)
+        np.testing.assert_allclose(found[row], expected, atol=1e-6)
+
+
+def test_patches_have_the_value_of_the_token_that_enters_the_last_block(pixels):
+    guided = {
+        "model.image.depth": 3,
+        "model.image.frequency.depth": 1,
+        "model.image.merging.rate": 0.5,
+        "perspectives.frequency_global.weight": 1.0,
+    }
+    plain, mixed = (untrained(**guided, **{"evaluation.frequency_mix": mix}) for mix in (0.0, 1.0))
+    maps, both = (model.saliency(pixels, ["a dog"] * 5).reshape(5, 16) for model in (plain, mixed))
+    sources = np.argmax(views_of(plain, pixels).last_source, axis=1)
+    for values, source in zip(maps, sources, strict=True):
+        assert 1 < len(np.unique(values)) <= len(np.unique(source)) == 12
+        for token in np.unique(source):
+            assert len(np.unique(values[source == token])) == 1
+    # The frequency view, where the score has it, tells patches of one token apart.
+    assert any(
+        len(np.unique(values[source == token])) > 1
+        for values, source in zip(both, sources, strict=True)
+        for token in np.unique(source)
+    )
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3, name="first")(x)
+        return jax.numpy.square(nn.Dense(2, name="second")(x).sum(1))
+
+
+def test_grad_cam_weighs_activations_by_mean_gradients():
+    x = jax.random.normal(jax.random.key(0), (4, 5, 6))
+    module = Layers()
+    variables = module.init(jax.random.key(1), x)
+    assert list(variables) == ["params"]
+    weights = jax.numpy.array([1.0, -2.0])
+    paths = {("first",): lambda tokens: tokens, ("second",): lambda tokens: tokens[:, 1:]}
+    maps = grad_cam(lambda: module.apply(variables, x) @ weights, paths)
+    first, second = (variables["params"][name]["kernel"] for name in ("first", "second"))
+    activations = x @ first
+    outputs = activations @ second
+    gradients = 2 * outputs.sum(1) * weights  # the same for every token
+    np.testing.assert_allclose(
+        maps["first",], np.einsum("btc,bc->bt", activations, gradients @ second.T), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        maps["second",], np.einsum("btc,bc->bt", outputs[:, 1:], gradients), rtol=1e-4
     )

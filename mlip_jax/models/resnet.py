@@ -27,6 +27,16 @@ def reduction(stem: str) -> int:
     return {"imagenet": 32, "small": 8}[stem]
 
 
+def last_block(depth: int) -> str:
+    """The name of the module whose output is the last grid."""
+    stages = _STAGES[depth]
+    return _block_name(len(stages) - 1, stages[-1] - 1)
+
+
+def _block_name(stage: int, block: int) -> str:
+    return f"stage_{stage}_block_{block}"
+
+
 def _is_bottleneck(depth: int) -> bool:
     return depth >= 50
 
@@ -136,7 +146,7 @@ class ResNet(nn.Module):
                     *layout,
                     stride=2 if stage and not block else 1,
                     dtype=self.dtype,
-                    name=f"stage_{stage}_block_{block}",
+                    name=_block_name(stage, block),
                 )(x, deterministic)
         x = rearrange(x, "b r c d -> b (r c) d")
         return ImageViews(
@@ -147,4 +157,5 @@ class ResNet(nn.Module):
             frequency_tokens=None,
             source=None,
             importance=None,
+            last_source=None,
         )

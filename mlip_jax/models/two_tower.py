@@ -8,12 +8,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES
 from mlip_jax.models import merging, resnet
 from mlip_jax.models.bert import BertEncoder
+from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.heads import (
     ConcatCritic,
     LinearHead,
@@ -242,6 +244,30 @@ def grid(config: ConfigDict) -> int:
     if image.architecture == "resnet":
         return -(-image.image_size // resnet.reduction(image.stem))
     return image.image_size // image.patch_size
+
+
+def evidence_layers(config: ConfigDict) -> dict[Path, Tokens]:
+    """The layers that Grad-CAM takes: the last ones whose tokens have a place in the image.
+
+    Of a ResNet this is its last grid. Of a ViT it is the normalised patch tokens that the last
+    block attends to: its class token reads nothing else, and its own patch tokens reach no global
+    embedding. The frequency view is a mean over the tokens of the Frequency Stage, which come in
+    addition. The layers of a ViT are our choice.
+
+    Returns:
+      By the module's path, how to bring its output to [batch, tokens, width].
+    """
+    image = config.model.image
+    if image.architecture == "resnet":
+        path = ("image_encoder", resnet.last_block(image.depth))
+        return {path: lambda cells: rearrange(cells, "b r c d -> b (r c) d")}
+    last = image.depth - image.frequency.depth - 1
+    layers: dict[Path, Tokens] = {
+        ("image_encoder", f"spatial_{last}", "norm_attention"): lambda tokens: tokens[:, 1:]
+    }
+    if image.frequency.depth:
+        layers["image_encoder", "norm_frequency"] = lambda tokens: tokens
+    return layers
 
 
 def merge_counts(config: ConfigDict) -> tuple[int, ...]:

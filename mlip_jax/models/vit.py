@@ -29,6 +29,8 @@ class ImageViews(NamedTuple):
     # On request only:
     source: Float[Array, "batch merged patches"] | None  # which patches each token stands for
     importance: Float[Array, "batch patches"] | None  # guidance in the first merging block
+    # As `source`, of the tokens that enter the last block:
+    last_source: Float[Array, "batch tokens patches"] | None
 
 
 class SpatialBlock(nn.Module):
@@ -186,9 +188,10 @@ class ImageEncoder(nn.Module):
         class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
         x = jnp.concatenate([class_token, x], axis=1)
         size = jnp.ones(x.shape[:2], jnp.float32)
-        origin = first_guidance = None
+        origin = last_origin = first_guidance = None
         for index, r in enumerate(self.merge_counts):
             block = self.frequency_depth + index
+            last_origin = origin
             x, size, features, plan, guidance = SpatialBlock(
                 **common,
                 r=r,
@@ -214,4 +217,5 @@ class ImageEncoder(nn.Module):
             frequency_tokens=frequency_tokens,
             source=None if origin is None else origin[:, 1:, 1:],
             importance=first_guidance,
+            last_source=None if last_origin is None else last_origin[:, 1:, 1:],
         )
