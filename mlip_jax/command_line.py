@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mlip_jax import config as schema
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.validation import validate
 
-_FLAGS = ("config", "workdir", "help")
+_FLAGS = ("config", "workdir", "suite", "compare", "help")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
 
@@ -25,12 +25,16 @@ class Command:
     """What the command line asks for."""
 
     verb: str
-    config: ConfigDict  # validated and locked
-    workdir: Path
+    config: ConfigDict | None  # validated and locked; None when runs are compared
+    workdir: Path | None  # None: not named, when runs are compared
+    suite: str = ""  # evaluate: which evaluations; "": those of the config
+    compare: tuple[str, ...] = ()  # evaluate: workdirs, or patterns of them, to lay side by side
 
 
 def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     """Reads [VERB] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...].
+
+    evaluate also takes --suite=NAME and --compare=DIR,DIR.
 
     Touches no global flags, so one process may parse as often as it likes.
 
@@ -55,6 +59,8 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_string("suite", "", "", flag_values=values)
+    flags.DEFINE_list("compare", [], "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", flag_values=values)
     rest = _read(values, arguments, known_only=True)
     if values.help:
@@ -64,10 +70,26 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
         if flag and not _OVERRIDE.match(argument):
             name = flag["name"]
             raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
+    for name in ("suite", "compare"):
+        if values[name].value and verb != "evaluate":
+            raise UserError(f"--{name} goes with the verb evaluate, not with {verb}")
+    if values.compare:
+        return _comparison(verb, values, rest)
     config = _find_config(verb, verbs[0], values.config, values.workdir)
     _override(config, rest)
     validate(config)
-    return Command(verb, config, Path(values.workdir or Path("runs") / config.name))
+    workdir = Path(values.workdir or Path("runs") / config.name)
+    return Command(verb, config, workdir, suite=values.suite)
+
+
+def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command:
+    for name in ("config", "suite"):
+        if values[name].value:
+            raise UserError(f"--compare lays results side by side and takes no --{name}")
+    if rest:
+        raise UserError(f"--compare takes no {rest[0]!r}: separate the workdirs by commas")
+    workdir = Path(values.workdir) if values.workdir else None
+    return Command(verb, None, workdir, compare=tuple(values.compare))
 
 
 def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> list[str]:
@@ -139,6 +161,7 @@ def _reason(error: Exception) -> str:
 def _override(config: ConfigDict, arguments: list[str]) -> None:
     """Applies --config.KEY=VALUE in place; the config's own values give the types."""
     known = schema.flatten(config.to_dict())
+    arguments = [_as_tuple(argument, known) for argument in arguments]
     keys = [flag["key"] for flag in map(_OVERRIDE.match, arguments) if flag]
     for key in keys:
         if key not in known:
@@ -162,6 +185,17 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
             kinds = (int, float) if kind is float else (kind,)
             if not all(type(element) in kinds for element in value):
                 raise UserError(_wrong_type(key, str(value), known))
+
+
+def _as_tuple(argument: str, known: Mapping[str, object]) -> str:
+    """Lets a tuple of texts be written as "a,b": a shell takes badly to ("a", "b")."""
+    flag, equals, value = argument.partition("=")
+    match = _OVERRIDE.fullmatch(flag)
+    default = known.get(match["key"]) if match else None
+    texts = isinstance(default, tuple) and all(isinstance(item, str) for item in default)
+    if not (equals and texts) or value.lstrip().startswith(("(", "[")):
+        return argument
+    return f"{flag}={tuple(filter(None, value.split(',')))!r}"
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

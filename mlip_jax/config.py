@@ -30,6 +30,17 @@ OPTIMIZERS = ("adamw", "muon", "sgd")
 CLEANINGS = ("none", "clip_lite")
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 GUIDANCES = ("none", "spatial", "frequency", "both")
+PROBES = ("lbfgs", "ridge", "sgd")
+# Families of evaluations; config.evaluation names the sets of each.
+EVALUATIONS = (
+    "retrieval",
+    "zero_shot",
+    "linear_probe",
+    "few_shot",
+    "svm",
+    "grounding",
+    "concepts",
+)
 
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
 _FREE_AT_RESUME = (
@@ -190,12 +201,25 @@ def default() -> ConfigDict:
     )
     config.evaluation = ConfigDict(
         {
-            "every_samples": 50_000,  # 0: only at the end
+            "every_samples": 50_000,  # retrieval and zero_shot; 0: only at the end
             "batch_size": 256,
+            # Sets by the grammar of data.train; "validation" is the run's own.
             "retrieval": ("validation",),
-            "zero_shot": ("validation",),  # a set with labels; folder:PATH for class folders
-            "templates": "plain",
+            "zero_shot": ("validation",),  # sets with labels
+            "linear_probe": (),
+            "few_shot": (),
+            "svm": (),
+            "grounding": (),  # "compositions", or sets of regions
+            "concepts": (),  # "gender", or the path of a JSON file
+            "templates": "plain",  # prompts.json; "auto": those of a well-known set
+            "class_names": "",  # "": the set's; names in prompts.json, or a JSON file
             "frequency_mix": 0.0,  # image embedding: spatial + this * frequency, normalised
+            "probe": {
+                "method": "lbfgs",  # logistic regression; "ridge": closed form; "sgd": the papers'
+                "shots": (1, 2, 4, 8, 16),  # images a class in few_shot
+                "draws": 5,
+            },
+            "box_threshold": 0.5,  # of the saliency map's maximum; what is above makes the box
         }
     )
     return config

@@ -18,6 +18,8 @@ HELP = """\
 Trains and evaluates language-image models.
 
   python -m mlip_jax.main [VERB] --config=FILE[:name=value,...] [--workdir=DIR] [--config.KEY=VALUE]
+  python -m mlip_jax.main evaluate --workdir=DIR [--suite=NAME]
+  python -m mlip_jax.main evaluate --compare=DIR,DIR
 
 Verbs
   train     train, evaluate, write a report; the same command resumes (default)
@@ -29,12 +31,19 @@ Flags
                       it. evaluate and report read the workdir's own config when it is left out
   --config.KEY=VALUE  another value for one key, such as --config.batch_size=64
   --workdir=DIR       what the run keeps; runs/<config.name> when it is left out
+  --suite=NAME        evaluate: mlip, clip_lite (the evaluations of those papers), all, or some of
+                      retrieval, zero_shot, linear_probe, few_shot, svm, grounding, concepts, with
+                      commas between; the sets that config.evaluation names, or the run's own
+  --compare=DIR,DIR   evaluate: the results of several workdirs side by side; DIR may be a pattern
   --help              this page
 
 Examples
   python -m mlip_jax.main --config=configs/mlip.py
   python -m mlip_jax.main --config=configs/mlip.py --workdir=runs/half --config.samples=100000
-  python -m mlip_jax.main evaluate --workdir=runs/mlip
+  python -m mlip_jax.main evaluate --workdir=runs/mlip --suite=all
+  python -m mlip_jax.main evaluate --workdir=runs/mlip --suite=linear_probe,svm \\
+    --config.evaluation.linear_probe=folder:flowers --config.evaluation.svm=voc:VOC2007
+  python -m mlip_jax.main evaluate --compare='runs/mlip*,runs/clip*'
 """
 VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "train": ("mlip_jax.training.loop", "train"),
@@ -54,9 +63,13 @@ def main(argv: Sequence[str]) -> int:
         if command is None:
             print(HELP, end="")
             return 0
+        if command.compare:
+            compare = importlib.import_module("mlip_jax.evaluations.compare")
+            return compare.compare_workdirs(command.compare, command.workdir)
         module, function = VERBS[command.verb]
         act = getattr(importlib.import_module(module), function)
-        return act(command.config, command.workdir)
+        options = {"suite": command.suite} if command.suite else {}
+        return act(command.config, command.workdir, **options)
     except UserError as error:
         return _fail(2, str(error))
     except RunError as error:

@@ -15,6 +15,7 @@ from mlip_jax.config import (
     IMAGE_VIEWS,
     LOSSES,
     OPTIMIZERS,
+    PROBES,
     RESNET_DEPTHS,
     UserError,
     choose,
@@ -40,6 +41,8 @@ _RULES = (
     (r"batch_size", "at least 2 (a contrastive loss compares pairs)"),
     (r"model\.text\.context_length", "at least 3 (a text has a start, a word and an end)"),
     (r"samples|log_every|token_chunk|evaluation\.batch_size|checkpoint\.keep_last", "at least 1"),
+    (r"evaluation\.probe\.draws", "at least 1"),
+    (r"evaluation\.box_threshold", "in [0, 1)"),
     (r"model\.text\.vocab_size", "at least 64 (letters alone need as many)"),
     (r"model\..*(width|heads|_size|_dim)|model\.image\.depth", "at least 1"),
     (r"optimizer\.max_scale|.*\.init_scale", "at least 1"),
@@ -76,6 +79,12 @@ def validate(config: ConfigDict) -> None:
         )
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
     choose("model.head", config.model.head, ("linear", "projection_block"))
+    choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)
+    if not config.evaluation.probe.shots or min(config.evaluation.probe.shots) < 1:
+        raise UserError(
+            f"config.evaluation.probe.shots={config.evaluation.probe.shots} must be numbers of "
+            "images a class, each at least 1"
+        )
     _check_image(config)
     _check_text(config)
     _check_joint_space(config)

@@ -12,6 +12,7 @@ from mlip_jax.config import default
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.records import Record
 from mlip_jax.evaluations import Results, write_results
+from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.reports import write_report
 from mlip_jax.reports.filters import gain, radial_profile
 from mlip_jax.reports.history import read_history, series
@@ -20,7 +21,7 @@ from mlip_jax.reports.retrieval_sheet import evenly_by_rank
 
 SIZE, PATCH = 24, 6
 GRID = SIZE // PATCH
-SECTIONS = ("run", "results", "curves", "retrieval", "merging", "filters")
+SECTIONS = ("run", "results", "curves", "retrieval", "merging", "grounding", "filters")
 
 
 class Drawings:
@@ -129,7 +130,10 @@ def test_report_has_every_section_and_picture(tmp_path):
     )
     results = Results()
     figure = "text_to_image_recall@1"
-    results.add("retrieval/emoji", {figure: 0.25}, {figure: 0.001}, {figure: 952}, "A note.")
+    results.add(
+        "retrieval",
+        Outcome("emoji", {figure: 0.25}, {figure: 0.001}, {figure: 952}, {figure: "x"}, "A note."),
+    )
     write_results(tmp_path, results)
     path = write_report(tmp_path, Model(), Drawings())
     assert path == tmp_path / "report.html"

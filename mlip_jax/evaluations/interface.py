@@ -1,8 +1,9 @@
-"""The little that evaluations see of a model."""
+"""The little that evaluations see of a model, and what each of them gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float, UInt8
 
 
 class Encoder(Protocol):
-    """A model as two functions into one space; both give L2-normalised rows."""
+    """A model as functions of images and of texts; embeddings are L2-normalised rows."""
 
     preprocess: Callable[[Any], UInt8[np.ndarray, "size size 3"]]
 
@@ -21,3 +22,20 @@ class Encoder(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
         """Embeds texts."""
+
+    def image_features(
+        self, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> Float[np.ndarray, "images feature_width"]:
+        """The image encoder's output before any projection, not normalised."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one evaluation found on one set; the mappings share their keys."""
+
+    name: str  # of the set, as the figures' keys carry it
+    figures: Mapping[str, float]  # shares in [0, 1]; "..._rank": from 1; "..._cosine": [-1, 1]
+    chance: Mapping[str, float]  # the same figure for a guess that has not seen the images
+    examples: Mapping[str, int]  # queries or images behind the figure
+    protocols: Mapping[str, str]  # a few words that tell this way of counting from others
+    note: str  # sentences: the protocol in full, and what was left out

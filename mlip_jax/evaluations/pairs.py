@@ -11,6 +11,8 @@ from jaxtyping import Float
 from mlip_jax.config import RunError, UserError
 from mlip_jax.data.pipeline import evaluation_batches
 from mlip_jax.data.records import Source
+from mlip_jax.evaluations.interface import Outcome
+from mlip_jax.evaluations.sets import short_name
 
 
 class PairScorer(Protocol):
@@ -53,6 +55,19 @@ def accuracy(model: PairScorer, source: Source, batch_size: int) -> tuple[float,
     if not total:
         raise UserError(f"the set {source.name!r} has no two images with different captions")
     return right / total, total
+
+
+def score(model: PairScorer, source: Source, batch_size: int) -> Outcome:
+    """`accuracy` as an evaluation's outcome."""
+    share, total = accuracy(model, source, batch_size)
+    return Outcome(
+        short_name(source.name),
+        {"accuracy": share},
+        {"accuracy": 0.5},
+        {"accuracy": total},
+        {"accuracy": "own caption against another"},
+        "an image's own caption against that of the next image; ties count against the model.",
+    )
 
 
 def _next_other(texts: Sequence[str], place: int) -> str | None:

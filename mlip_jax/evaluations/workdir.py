@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax import config as schema
-from mlip_jax.config import UserError
-from mlip_jax.evaluations.results import FILE_NAME, table, write_results
-from mlip_jax.evaluations.run import evaluate
+from mlip_jax.config import EVALUATIONS, UserError
+from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
+from mlip_jax.evaluations.run import apply_suite, check, evaluate
+from mlip_jax.evaluations.tables import html, markdown, sheet, table
 from mlip_jax.inference import load
+from mlip_jax.storage.workdir import write_atomically
 
 _MOVE_A_FIGURE = (
     "compute_dtype",
@@ -23,18 +26,23 @@ _MOVE_A_FIGURE = (
     "model.",
     "perspectives.",  # the first global one in use gives the embeddings
 )
+# They name sets, and figures carry the sets' names.
+_MOVE_NONE = ("evaluation.batch_size", *(f"evaluation.{family}" for family in EVALUATIONS))
 _LONGEST_NAME = 160  # bytes; file systems take 255 of a whole name
 
 
-def evaluate_workdir(config: ConfigDict, workdir: str | Path) -> int:
+def evaluate_workdir(config: ConfigDict, workdir: str | Path, suite: str = "") -> int:
     """Evaluates a workdir's newest checkpoint, prints the table and writes the results.
 
     What the config changes about the model or the evaluation goes into the file's name, so that
-    results.json stays that of the run as trained.
+    results.json stays that of the run as trained; figures of other sets or families join those
+    that the file has of the same checkpoint. Beside it lies the table in Markdown and HTML. What is
+    found is kept set by set: an evaluation that was cut short goes on at the set that it was at.
 
     Args:
       config: the workdir's config with the overrides of the command line.
       workdir: of a run.
+      suite: see `apply_suite`; "" for what the config names.
 
     Returns:
       0.
@@ -42,20 +50,58 @@ def evaluate_workdir(config: ConfigDict, workdir: str | Path) -> int:
     Raises:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
     """
+    workdir = Path(workdir)
+    if suite:
+        apply_suite(config, suite)
+    check(config)
     model = load(workdir, config=config)
-    trained = schema.from_json((Path(workdir) / "config.json").read_text(encoding="utf-8"))
-    changed = changes(trained, config)
-    results = evaluate(model, config)
-    if not results.figures:
+    trained = schema.from_json((workdir / "config.json").read_text(encoding="utf-8"))
+    name = results_name(changes(trained, config))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+
+    draft = workdir / f".{name}.partial"
+    found = _kept(draft, model.step)
+    if found.done:
+        console.print(f"going on after {', '.join(found.done)}, kept from an evaluation cut short")
+    found = evaluate(model, config, done=found, keep=lambda results: _keep(draft, results))
+    if not found.figures:
         raise UserError(
             f"{workdir} names no set to evaluate on: add --config.data.validation=jsonl:PATH or "
             "--config.evaluation.retrieval"
         )
-    path = write_results(workdir, results, results_name(changed))
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(table(results))
-    console.print(f"results: {path}")
+    path = file_results(workdir, found, name)
+    draft.unlink(missing_ok=True)
+    console.print(table(found))
+    console.print(f"results: {path} (also .md, .html)")
     return 0
+
+
+def file_results(workdir: str | Path, found: Results, file_name: str = FILE_NAME) -> Path:
+    """Puts results among those that the file has of the same checkpoint; tables lie beside it."""
+    whole = read_results(workdir, file_name)
+    # Files of older versions do not say which checkpoint they are of: the last one.
+    if whole.step not in (None, found.step):
+        whole = Results()
+    whole.step = found.step
+    whole.update(found)
+    path = write_results(workdir, whole, file_name)
+    found = sheet(whole, f"Results of {path.parent.resolve().name}")
+    write_atomically(path.with_suffix(".md"), markdown(found))
+    write_atomically(path.with_suffix(".html"), html(found))
+    return path
+
+
+def _keep(draft: Path, results: Results) -> None:
+    write_atomically(draft, json.dumps(vars(results)))
+
+
+def _kept(draft: Path, step: int | None) -> Results:
+    """What an evaluation of the same checkpoint has kept; nothing where there is none."""
+    try:
+        found = Results(**json.loads(draft.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return Results(step=step)
+    return found if found.step == step else Results(step=step)
 
 
 def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
@@ -64,9 +110,7 @@ def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
     return [
         f"{key}={now[key]}"
         for key in sorted(now)
-        if key.startswith(_MOVE_A_FIGURE)
-        and key != "evaluation.batch_size"
-        and now[key] != before[key]
+        if key.startswith(_MOVE_A_FIGURE) and key not in _MOVE_NONE and now[key] != before[key]
     ]
 
 

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
-from importlib import resources
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.config import UserError, suggestion
-from mlip_jax.evaluations.interface import Encoder
+from mlip_jax.config import UserError
+from mlip_jax.evaluations.interface import Encoder, Outcome
+from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.scores import on_grid
+from mlip_jax.evaluations.sets import EmbeddedSet, Sets
 
-
-@functools.cache
-def _named_templates() -> dict[str, list[str]]:
-    file = resources.files(__package__) / "templates.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def find_templates(name: str) -> tuple[str, ...]:
-    """The prompt templates of a named set ("plain", "simple", "clip_7", "clip_80") or one template.
-
-    clip_80 and clip_7 are the ImageNet prompts published with CLIP's code (MIT licence).
-
-    Args:
-      name: a set's name, or a template itself such as "a drawing of {}".
-
-    Raises:
-      UserError: for a template that has no {} and is no set's name.
-    """
-    named = _named_templates()
-    templates = tuple(named[name]) if name in named else (name,)
-    if not all("{}" in template for template in templates):
-        raise UserError(
-            f"config.evaluation.templates={name!r} is neither a set ({', '.join(named)}) nor a "
-            f"template with {{}} where the class goes{suggestion(name, named)}"
-        )
-    return templates
+_PROMPTS_A_CALL = 4096
 
 
 def embed_classes(
     model: Encoder, class_names: Sequence[str], templates: Sequence[str]
 ) -> Float[np.ndarray, "classes width"]:
     """Each class as the normalised mean of its normalised prompt embeddings."""
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    embeddings = np.asarray(model.encode_text(prompts), np.float32)
-    means = embeddings.reshape(len(class_names), len(templates), -1).mean(axis=1)
-    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    means = []
+    at_once = max(1, _PROMPTS_A_CALL // len(templates))
+    for first in range(0, len(class_names), at_once):
+        names = class_names[first : first + at_once]
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        embeddings = np.asarray(model.encode_text(prompts), np.float32)
+        means.append(embeddings.reshape(len(names), len(templates), -1).mean(axis=1))
+    classes = np.concatenate(means)
+    return classes / np.maximum(np.linalg.norm(classes, axis=1, keepdims=True), 1e-12)
 
 
 def classify(
@@ -65,21 +44,35 @@ def classify(
     fewer, where it says nothing.
 
     Raises:
+      UserError: for labels that are no class's index.
       RunError: for NaN or infinity among the embeddings.
     """
     images = on_grid(image_embeddings, "image embeddings")
     classes = on_grid(class_embeddings, "class embeddings")
     labels = np.asarray(labels)
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if wrong.size:
+        raise UserError(
+            f"the label {labels[wrong[0]]} of image {wrong[0]} is out of range: there are "
+            f"{len(classes)} classes"
+        )
     ranks = np.empty(len(images), np.int64)
     for top in range(0, len(images), chunk):
         scores = images[top : top + chunk] @ classes.T
         right = np.take_along_axis(scores, labels[top : top + chunk, None], axis=1)
         ranks[top : top + chunk] = (scores >= right).sum(axis=1)
+    return accuracies(ranks, labels, len(classes))
+
+
+def accuracies(
+    ranks: Int[np.ndarray, " images"], labels: Int[np.ndarray, " images"], classes: int
+) -> dict[str, float]:
+    """The figures of `classify`, from the rank of each image's own class, from 1."""
     correct = ranks == 1
-    present = np.bincount(labels, minlength=len(classes))
-    per_class = np.bincount(labels, weights=correct, minlength=len(classes))[present > 0]
+    present = np.bincount(labels, minlength=classes)
+    per_class = np.bincount(labels, weights=correct, minlength=classes)[present > 0]
     values = {"top1": float(correct.mean())}
-    if len(classes) > 5:
+    if classes > 5:
         values["top5"] = float(np.mean(ranks <= 5))
     values["mean_per_class"] = float(np.mean(per_class / present[present > 0]))
     return values
@@ -91,3 +84,97 @@ def chance(classes: int) -> dict[str, float]:
     if classes <= 5:
         del values["top5"]
     return values
+
+
+def check(sets: Sets, spec: str) -> None:
+    """Raises UserError for a set that cannot be opened or has no classes."""
+    source = sets.source(spec)
+    if not source.class_names:
+        raise UserError(f"config.evaluation.zero_shot: the set {spec!r} has no class labels")
+
+
+def score(sets: Sets, spec: str) -> Outcome | None:
+    """Zero-shot classification of a set by config.evaluation.templates and class_names.
+
+    A set whose images show several classes each is scored by mean average precision.
+
+    Returns:
+      None for "validation" without labels.
+
+    Raises:
+      UserError: for a set without labels, or a class folder without images.
+      RunError: for NaN or infinity among the embeddings.
+    """
+    embedded = sets.evaluation(spec)
+    own = () if embedded is None else embedded.source.class_names
+    if embedded is None or not own or not (embedded.targets == 1).any():
+        if spec == "validation":
+            return None
+        raise UserError(f"config.evaluation.zero_shot: the set {spec!r} has no class labels")
+    if spec.startswith(("folder:", "zip:")):
+        _check_classes(embedded, spec)
+    config = sets.config.evaluation
+    templates = find_templates(config.templates, embedded.name)
+    names = find_class_names(config.class_names, own, embedded.name)
+    classes = embed_classes(sets.model, names, templates)
+    prompts = f"{len(templates)} prompts a class" if len(templates) > 1 else repr(templates[0])
+    if embedded.multi_label:
+        return _average_precision(embedded, classes, prompts)
+    return _accuracy(embedded, classes, prompts)
+
+
+def _check_classes(embedded: EmbeddedSet, spec: str) -> None:
+    """Raises UserError for a class folder without images: more often than not, a mistake."""
+    shown = (embedded.targets == 1).any(axis=0)
+    for name, present in zip(embedded.source.class_names, shown, strict=True):
+        if not present:
+            raise UserError(
+                f"config.evaluation.zero_shot: the class {name!r} has no readable image in "
+                f"{spec.partition(':')[2]}"
+            )
+
+
+def _accuracy(
+    embedded: EmbeddedSet, classes: Float[np.ndarray, "classes width"], prompts: str
+) -> Outcome:
+    labelled = embedded.labels >= 0
+    labels = embedded.labels[labelled]
+    names = embedded.source.class_names
+    empty = int(np.sum(np.bincount(labels, minlength=len(names)) == 0))
+    figures = classify(embedded.embeddings[labelled], classes, labels)
+    note = f"{len(names):,} classes, {prompts}; ties count against the model."
+    if empty:
+        note += f" {empty:,} classes have no image here and are candidates only."
+    if not labelled.all():
+        note += f" {int((~labelled).sum()):,} images without a class are left out."
+    return Outcome(
+        embedded.name,
+        figures,
+        chance(len(names)),
+        dict.fromkeys(figures, len(labels)),
+        dict.fromkeys(figures, f"zero-shot, {prompts}"),
+        note + embedded.omissions(),
+    )
+
+
+def _average_precision(
+    embedded: EmbeddedSet, classes: Float[np.ndarray, "classes width"], prompts: str
+) -> Outcome:
+    from mlip_jax.evaluations import average_precision  # here: its library takes a second to import
+
+    images = on_grid(embedded.embeddings, "image embeddings")
+    scores = images @ on_grid(classes, "class embeddings").T
+    found = average_precision.mean_over_classes(embedded.targets, scores)
+    key = "mean_average_precision"
+    note = (
+        f"{len(found.classes):,} of {len(classes):,} classes have images here and count, "
+        f"{prompts}; images in which a class is marked difficult are left out for it."
+    )
+    return Outcome(
+        embedded.name,
+        {key: found.step_sum},
+        {key: found.chance},
+        {key: len(embedded)},
+        {key: f"zero-shot, {prompts}, step-sum AP"},
+        note + embedded.omissions(),
+    )

@@ -18,14 +18,17 @@ from ml_collections import ConfigDict
 
 from mlip_jax.data.records import Source
 from mlip_jax.data.sources import open_source, open_validation
+from mlip_jax.evaluations import grounding
 from mlip_jax.evaluations.interface import Encoder
-from mlip_jax.evaluations.results import read_results, rows
-from mlip_jax.evaluations.run import EmbeddedSet, embed_source, short_name
+from mlip_jax.evaluations.results import read_results
+from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
+from mlip_jax.evaluations.tables import sheet
 from mlip_jax.inference import load
 from mlip_jax.models import two_tower
 from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
+from mlip_jax.reports.grounding import draw_grounding
 from mlip_jax.reports.history import History, read_history
 from mlip_jax.reports.merging import draw_merging, is_merged
 from mlip_jax.reports.retrieval_sheet import make_sheet
@@ -34,6 +37,7 @@ FILE_NAME = "report.html"
 PICTURE_FOLDER = "report"
 IMAGES_AT_MOST = 5000  # candidates of the retrieval sheet; more would not change what it shows
 MERGED_IMAGES = 12
+GROUNDED_QUERIES = 18
 _PACKAGES = ("mlip_jax", "jax", "flax", "optax", "numpy")
 
 
@@ -98,6 +102,7 @@ def write_report(
         curves = _curves(history, pictures)
         merging = None if embedded is None else _merging(model, embedded, pictures)
         filters = _filters(model, pictures)
+        grounded = _grounding(model, source, pictures)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -112,12 +117,12 @@ def write_report(
         facts=_facts(config, history),
         environment=_environment(workdir),
         config_json=json.dumps(config.to_dict(), indent=2),
-        results=rows(results),
-        notes=results.notes,
+        results=sheet(results, "Results"),
         curves=curves,
-        sheet=None if embedded is None else make_sheet(model, embedded),
+        retrieval=None if embedded is None else make_sheet(model, embedded),
         merging=merging,
         filters=filters,
+        grounding=grounded,
         set_name="" if embedded is None else embedded.name,
         attribution="" if source is None else source.attribution,
     )
@@ -175,6 +180,22 @@ def _filters(model: Inspectable, folder: Path) -> Picture | None:
     return Picture(
         style.save(figure, folder / "filters.png"),
         "Gain of the learned filters over spatial frequency",
+    )
+
+
+def _grounding(model: Inspectable, source: Source | None, folder: Path) -> Picture | None:
+    """Queries of the first set with boxes that the config names, of the emoji's by default."""
+    config = model.config
+    named = config.evaluation.grounding
+    if not named and source is not None and source.name == "emoji":
+        named = ("compositions",)
+    if not named:
+        return None
+    regions = grounding.open_set(named[0], config)
+    figure = draw_grounding(grounding.examples(model, regions, config, GROUNDED_QUERIES))
+    return Picture(
+        style.save(figure, folder / "grounding.png"),
+        "Images under their saliency maps, with true and predicted boxes",
     )
 
 

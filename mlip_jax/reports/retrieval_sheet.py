@@ -9,8 +9,8 @@ from jaxtyping import Int
 
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.retrieval import pair_captions, ranks
-from mlip_jax.evaluations.run import EmbeddedSet
 from mlip_jax.evaluations.scores import on_grid
+from mlip_jax.evaluations.sets import EmbeddedSet
 from mlip_jax.reports.style import thumbnail
 
 TEXT_QUERIES = 12
@@ -55,7 +55,7 @@ def make_sheet(model: Encoder, embedded: EmbeddedSet) -> RetrievalSheet | None:
     if not texts:
         return None
     text_embeddings = np.asarray(model.encode_text(texts))
-    found = ranks(embedded.embeddings, text_embeddings, pairs)
+    found = ranks(embedded.embeddings, text_embeddings, pairs, depth=1)
     image_grid = on_grid(embedded.embeddings, "image embeddings")
     text_grid = on_grid(text_embeddings, "text embeddings")
 

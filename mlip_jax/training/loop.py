@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from rich.console import Console
 
 from mlip_jax import config as schema
 from mlip_jax import parallel
-from mlip_jax.config import UserError
+from mlip_jax.config import EVALUATIONS, UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.pipeline import SkipCounter, train_batches
 from mlip_jax.data.records import Source
-from mlip_jax.data.sources import open_evaluation, open_source, open_validation
+from mlip_jax.data.sources import open_source, open_validation
 from mlip_jax.data.text import Tokenizer, load_tokenizer
-from mlip_jax.evaluations import Results, evaluate, table, write_results
-from mlip_jax.evaluations.zero_shot import find_templates
+from mlip_jax.evaluations import Results, evaluate, table
+from mlip_jax.evaluations import run as evaluations
+from mlip_jax.evaluations.workdir import file_results
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import two_tower
@@ -114,7 +115,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         cleaning=cleaning,
     )
     validation = open_validation(config.data, cleaning)
-    _check_evaluation(config)
+    evaluations.check(config)
     tokenizer = _tokenizer(config, source, Path(workdir))
     network = two_tower.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
@@ -197,14 +198,6 @@ def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
         vocab_size=text.vocab_size,
         captions=source.captions,
     )
-
-
-def _check_evaluation(config: ConfigDict) -> None:
-    """Finds now what would otherwise end the run at its first evaluation."""
-    find_templates(config.evaluation.templates)
-    named = {*config.evaluation.retrieval, *config.evaluation.zero_shot} - {"validation"}
-    for spec in sorted(named):
-        open_evaluation(spec, cache_dir=config.data.cache_dir, cleaning=config.model.text.cleaning)
 
 
 def compile_step(
@@ -296,11 +289,18 @@ def run_steps(
 
 
 def finish(run: Run, state: TrainState, results: Results | None) -> int:
-    """Evaluates the finished model unless `results` are given, writes them and the report."""
-    results = results or _evaluate(run, state)
+    """Evaluates the finished model, writes the results and the report.
+
+    `results` are what the last step has already given by the fast families.
+    """
+    if results is None:
+        results = _evaluate(run, state)
+    slow = [family for family in EVALUATIONS if family not in evaluations.AT_INTERVALS]
+    results.update(_evaluate(run, state, slow, progress=jax.process_index() == 0))
     if jax.process_index():
         return 0
-    path = write_results(run.folder, results)
+    results.step = int(state.step)
+    path = file_results(run.folder, results)
     model = run.model.with_variables(state.evaluated)
     report = write_report(run.folder, model, run.validation or run.source)
     run.console.print(table(results))
@@ -308,9 +308,16 @@ def finish(run: Run, state: TrainState, results: Results | None) -> int:
     return 0
 
 
-def _evaluate(run: Run, state: TrainState) -> Results:
+def _evaluate(
+    run: Run,
+    state: TrainState,
+    families: Sequence[str] = evaluations.AT_INTERVALS,
+    progress: bool = False,
+) -> Results:
     model = run.model.with_variables(state.evaluated)
-    return evaluate(model, run.config, validation=run.validation, progress=False)
+    return evaluate(
+        model, run.config, validation=run.validation, progress=progress, families=families
+    )
 
 
 def _evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:

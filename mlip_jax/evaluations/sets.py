@@ -1,0 +1,318 @@
+"""Image sets as a model sees them: opened and embedded once, whoever asks for them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int, Int8
+from ml_collections import ConfigDict
+
+from mlip_jax.config import UserError
+from mlip_jax.data.pipeline import evaluation_batches
+from mlip_jax.data.records import MissingSplit, Source
+from mlip_jax.data.sources import open_evaluation, open_source, open_validation, split_spec
+from mlip_jax.evaluations.interface import Encoder
+from mlip_jax.evaluations.progress import track
+
+# Sets whose captions after the first are aliases of the concept, not descriptions of the image.
+_FIRST_CAPTION_ONLY = frozenset({"emoji"})
+# Their files are called alike everywhere; the first two carry the split in their own name.
+_NAMED_BY_THEMSELVES = ("coco", "karpathy", "voc")
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """A set's readable images as the model sees them, with what is known of each."""
+
+    source: Source
+    name: str  # as the figures' keys carry it
+    embeddings: Float[np.ndarray, "images width"] | None  # in the joint space; None: not asked for
+    features: Float[np.ndarray, "images feature_width"] | None  # before it; None: not asked for
+    indices: Int[np.ndarray, " images"]  # place in the source
+    captions: tuple[tuple[str, ...], ...]  # those that count for retrieval
+    labels: Int[np.ndarray, " images"]  # -1: none
+    unreadable: tuple[str, ...]  # names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def targets(self) -> Int8[np.ndarray, "images classes"]:
+        """1 where an image shows a class, -1 where not, 0 where it is too difficult to count.
+
+        Of a set with one class an image, a single 1 a row; rows of -1 have no class at all.
+        """
+        classes = len(self.source.class_names)
+        if hasattr(self.source, "targets"):
+            return self.source.targets()[self.indices]
+        return np.where(self.labels[:, None] == np.arange(classes), 1, -1).astype(np.int8)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes, so that `labels` are all -1."""
+        return hasattr(self.source, "targets")
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> EmbeddedSet:
+        """The set with some of its images alone."""
+        return replace(
+            self,
+            embeddings=None if self.embeddings is None else self.embeddings[rows],
+            features=None if self.features is None else self.features[rows],
+            indices=self.indices[rows],
+            captions=tuple(self.captions[row] for row in rows),
+            labels=self.labels[rows],
+        )
+
+    def omissions(self) -> str:
+        """Sentences on what was left out, each after a space; "" when nothing was."""
+        sentences = [f" {note.rstrip('.')}." for note in self.source.notes]
+        if self.unreadable:
+            sentences.append(
+                f" {len(self.unreadable):,} unreadable images are left out, the first: "
+                f"{self.unreadable[0]}."
+            )
+        return "".join(sentences)
+
+
+class Sets:
+    """The sets of an evaluation by their spec, each embedded once.
+
+    "validation" stands for the run's own validation set, and its training set for that one's
+    training split.
+    """
+
+    def __init__(
+        self,
+        model: Encoder,
+        config: ConfigDict,
+        validation: Source | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Takes the run's validation set if it is open already."""
+        self.model = model
+        self.config = config
+        self.progress = progress
+        self._validation = validation
+        self._opened: dict[tuple[str, str], Source | None] = {}
+        self._embedded: dict[tuple[str, str], EmbeddedSet] = {}
+        self._names: dict[str, str] = {}
+
+    def source(self, spec: str) -> Source | None:
+        """The set to evaluate on; None for "validation" where the run has none.
+
+        Raises:
+          UserError: when it cannot be opened.
+        """
+        if (spec, "evaluation") not in self._opened:
+            if spec != "validation":
+                opened = open_evaluation(spec, **self._how)
+            elif self._validation is not None:
+                opened = self._validation
+            else:
+                opened = open_validation(self.config.data, self.config.model.text.cleaning)
+            self._opened[spec, "evaluation"] = opened
+        return self._opened[spec, "evaluation"]
+
+    def training_source(self, spec: str) -> Source | None:
+        """The training split that goes with the set; None where all of it is for evaluation.
+
+        Raises:
+          UserError: when it cannot be opened.
+        """
+        if (spec, "training") not in self._opened:
+            opened = None
+            own = spec == "validation"
+            if not own or self.config.data.validation == "auto":
+                named = self.config.data.train if own else split_spec(spec)[0]
+                try:
+                    opened = open_source(named, "train", **self._how)
+                except MissingSplit:
+                    opened = None
+            evaluation = self.source(spec)
+            if opened is not None and set(opened.parts) & set(
+                evaluation.parts if evaluation else ()
+            ):
+                opened = None  # what is evaluated on is not for training
+            self._opened[spec, "training"] = opened
+        return self._opened[spec, "training"]
+
+    def name(self, spec: str) -> str:
+        """What figures call the set: the spec's last word, with a number where two share it."""
+        if spec not in self._names:
+            source = self.source(spec)
+            if spec == "validation":
+                name = "validation" if source is None else short_name(source.name)
+            else:
+                name = short_name(spec, source.name)
+            taken = self._names.values()
+            numbers = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+            self._names[spec] = next(word for word in (name, *numbers) if word not in taken)
+        return self._names[spec]
+
+    def evaluation(self, spec: str, *, features: bool = False) -> EmbeddedSet | None:
+        """The set, embedded in the joint space, or with the features before it instead.
+
+        None for "validation" where the run has no validation set.
+
+        Raises:
+          UserError: when it cannot be opened, is empty, or too much of it cannot be read.
+        """
+        source = self.source(spec)
+        return None if source is None else self._embed(spec, source, "evaluation", features)
+
+    def train_and_test(self, spec: str) -> tuple[EmbeddedSet, EmbeddedSet, str] | None:
+        """Features of what a classifier is trained on and of what it is tested on.
+
+        A set with a single split is cut in halves by a hash of the images' names.
+
+        Returns:
+          Both, and a sentence on where they come from; None for "validation" where the run has no
+          validation set.
+
+        Raises:
+          UserError: as `evaluation`.
+        """
+        test = self.evaluation(spec, features=True)
+        if test is None:
+            return None
+        source = self.training_source(spec)
+        if source is not None:
+            train = self._embed(spec, source, "training", True)
+            return train, test, f"trained on {len(train):,} images of the split {source.split!r}"
+        half = np.array([_is_for_training(test.source.name_of(int(i))) for i in test.indices])
+        train, test = test.take(np.flatnonzero(half)), test.take(np.flatnonzero(~half))
+        return (
+            train,
+            test,
+            (
+                f"the set has one split: {len(train):,} images, chosen by a hash of their names, "
+                "are for training"
+            ),
+        )
+
+    @property
+    def _how(self) -> dict[str, str]:
+        """How sets are opened."""
+        return {
+            "cache_dir": self.config.data.cache_dir,
+            "cleaning": self.config.model.text.cleaning,
+        }
+
+    def _embed(self, spec: str, source: Source, role: str, features: bool) -> EmbeddedSet:
+        before = self._embedded.get((spec, role))
+        if before is not None and (before.features if features else before.embeddings) is not None:
+            return before
+        embedded = embed_source(
+            self.model,
+            source,
+            self.name(spec),
+            self.config.evaluation.batch_size,
+            features=features,
+            max_skipped_share=self.config.data.max_skipped_share,
+            progress=self.progress,
+        )
+        if before is not None:
+            # The readable images are the same, in the same order.
+            other = {"embeddings": before.embeddings} if features else {"features": before.features}
+            embedded = replace(embedded, **other)
+        self._embedded[spec, role] = embedded
+        return embedded
+
+
+def embed_source(
+    model: Encoder,
+    source: Source,
+    name: str,
+    batch_size: int,
+    limit: int | None = None,
+    *,
+    features: bool = False,
+    max_skipped_share: float = 1.0,
+    progress: bool = True,
+) -> EmbeddedSet:
+    """Embeds a source's images, the first `limit` of them if given; leaves unreadable ones out.
+
+    Args:
+      model: what embeds them.
+      source: a set.
+      name: what figures and errors call it.
+      batch_size: images a call.
+      limit: how many images, from the first.
+      features: the features before the projection in place of embeddings in the joint space.
+      max_skipped_share: more unreadable images than this are an error.
+      progress: whether to draw a bar.
+
+    Raises:
+      UserError: for an empty set, or when too many images or all of them cannot be read.
+    """
+    size = len(source) if limit is None else min(limit, len(source))
+    if not size:
+        raise UserError(f"the set {name!r} is empty: there is nothing to evaluate on")
+    batches = evaluation_batches(source, model.preprocess, batch_size)
+    count = track(range(-(-size // batch_size)), f"Embedding {name}", shown=progress)
+    embed = model.image_features if features else model.encode_image_pixels
+    parts, indices, captions, labels, unreadable = [], [], [], [], []
+    for _, batch in zip(count, batches, strict=False):
+        rows = np.flatnonzero(batch.readable & (batch.indices < size))
+        # The whole batch, so that every call has one shape and the model compiles once.
+        parts.append(np.asarray(embed(batch.images), np.float32)[rows])
+        indices.extend(batch.indices[rows].tolist())
+        captions.extend(batch.captions[row] for row in rows)
+        labels.extend(batch.labels[rows].tolist())
+        unreadable.extend(batch.unreadable)
+    if not indices:
+        raise UserError(f"none of the {size:,} images of the set {name!r} can be read")
+    if len(unreadable) > max_skipped_share * size:
+        raise UserError(
+            f"{len(unreadable):,} of {size:,} images of the set {name!r} cannot be read, the "
+            f"first: {unreadable[0]}; more than "
+            f"config.data.max_skipped_share={max_skipped_share:g} allows"
+        )
+    classes = len(source.class_names)
+    wrong = next((row for row, label in enumerate(labels) if label >= classes), None)
+    if classes and wrong is not None:
+        raise UserError(
+            f"the set {name!r}: the label {labels[wrong]} of {source.name_of(indices[wrong])} is "
+            f"out of range: there are {classes} classes"
+        )
+    if source.name in _FIRST_CAPTION_ONLY:
+        captions = [own[:1] for own in captions]
+    rows = np.concatenate(parts)
+    return EmbeddedSet(
+        source=source,
+        name=name,
+        embeddings=None if features else rows,
+        features=rows if features else None,
+        indices=np.array(indices),
+        captions=tuple(captions),
+        labels=np.array(labels),
+        unreadable=tuple(unreadable),
+    )
+
+
+def short_name(spec: str, own: str = "") -> str:
+    """The name of a set in a figure's key, a split that the spec pins included.
+
+    "jsonl:/data/birds.jsonl" -> "birds"; "coco:/data/coco#test" -> "coco-test".
+
+    Args:
+      spec: the set.
+      own: what it calls itself; of kinds whose files are called alike everywhere, that is its name.
+    """
+    where, split = split_spec(spec)
+    kind, colon, path = where.partition(":")
+    name = Path(path if colon else kind).stem or kind
+    if kind == "objects" and name == "objects":
+        name = Path(path).absolute().parent.name or name
+    if own and kind in _NAMED_BY_THEMSELVES:
+        name = own
+        split = split if kind == "voc" else ""
+    return f"{name}-{split}" if split else name
+
+
+def _is_for_training(name: str) -> bool:
+    # The folders above the last would make the halves depend on where the set lies.
+    return bool(hashlib.sha256("/".join(Path(name).parts[-2:]).encode()).digest()[0] & 1)

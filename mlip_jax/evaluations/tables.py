@@ -1,0 +1,114 @@
+"""Results for people: one sheet of rows, in the terminal, in Markdown and in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from mlip_jax.evaluations.results import Results
+
+_HEADINGS = ("Set", "Figure", "Value", "Chance", "Examples", "Protocol")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table. The first two columns are words; rows of one set stand together."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    notes: Sequence[str]
+
+
+def sheet(results: Results, title: str) -> Sheet:
+    """The results, a row a figure."""
+    rows = []
+    for key, value in results.figures.items():
+        expected, examples = results.chance.get(key), results.examples.get(key)
+        rows.append(
+            (
+                *names(key),
+                formatted(key, value),
+                "" if expected is None else formatted(key, expected),
+                "" if examples is None else f"{examples:,}",
+                results.protocols.get(key, ""),
+            )
+        )
+    notes = [f"{_group(group)}: {note}" for group, note in results.notes.items()]
+    return Sheet(title, _HEADINGS, rows, notes)
+
+
+def names(key: str) -> tuple[str, str]:
+    """A figure's key in words: its family and set, and the figure."""
+    family, name, figure = key.split("/", 2)
+    words = figure.replace("_recall@", " R@").replace("top", "top-").replace("_", " ")
+    return _group(f"{family}/{name}"), words
+
+
+def _group(group: str) -> str:
+    family, _, name = group.partition("/")
+    return f"{family.replace('_', '-')} · {name}"
+
+
+def formatted(key: str, value: float) -> str:
+    """A figure as percent, unless it is a rank or a cosine."""
+    if key.endswith("rank"):
+        return f"{value:,.1f}"
+    return f"{value:.3f}" if key.endswith("cosine") else f"{100 * value:.2f} %"
+
+
+def table(results: Results) -> Table:
+    """The results for the terminal; the notes below say the protocols."""
+    found = sheet(results, "Results" if results.figures else "No set to evaluate on")
+    short = Sheet(found.title, _HEADINGS[:-1], [row[:-1] for row in found.rows], found.notes)
+    return terminal(short)
+
+
+def terminal(found: Sheet) -> Table:
+    """A sheet for the terminal, notes below it."""
+    drawn = Table(
+        box=box.SIMPLE_HEAD,
+        title=found.title,
+        caption=Text("\n".join(found.notes)),
+        caption_justify="left",
+    )
+    drawn.add_column(found.headings[0], overflow="fold")
+    drawn.add_column(found.headings[1], overflow="fold")
+    for heading in found.headings[2:]:
+        drawn.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for group, *cells in found.rows:
+        if last is not None and group != last:
+            drawn.add_section()
+        drawn.add_row(Text("" if group == last else group), *map(Text, cells))
+        last = group
+    return drawn
+
+
+def markdown(found: Sheet) -> str:
+    """A sheet as a Markdown table, notes below it."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    rule = ["---", "---", *["---:"] * (len(found.headings) - 2)]
+    lines = [f"# {found.title}", "", line(found.headings), line(rule), *map(line, found.rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in found.notes)]) + "\n"
+
+
+def html(found: Sheet) -> str:
+    """A sheet as a page that needs no other file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("sheet.html").render(sheet=found)

@@ -1,0 +1,221 @@
+"""The evaluate verb: suites, what is kept, runs side by side."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from mlip_jax import config as schema
+from mlip_jax import main as door
+from mlip_jax.config import UserError
+from mlip_jax.evaluations import Results, compare, read_results, write_results
+from mlip_jax.evaluations import run as evaluations
+from mlip_jax.evaluations import workdir as verb
+from mlip_jax.evaluations.interface import Outcome
+from mlip_jax.evaluations.prompts import find_class_names, find_templates
+from mlip_jax.evaluations.tables import html, markdown, sheet
+from mlip_jax.evaluations.workdir import file_results
+
+
+def outcome(name, **figures):
+    keys = dict.fromkeys
+    return Outcome(name, figures, keys(figures, 0.1), keys(figures, 7), keys(figures, "p"), "Note.")
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def evaluate(workdir, *flags):
+    return door.main(["mlip", "evaluate", f"--workdir={workdir}", *flags])
+
+
+@pytest.fixture
+def families(monkeypatch):
+    """Every family finds one figure on any set; records what was asked for."""
+    asked = []
+
+    def make(name):
+        def score(sets, spec):
+            asked.append((name, spec))
+            return outcome(spec.rpartition("/")[2], top1=0.5)
+
+        return SimpleNamespace(score=score, check=lambda sets, spec: None)
+
+    made = {name: make(name) for name in schema.EVALUATIONS}
+    monkeypatch.setattr(evaluations, "family", made.get)
+    for name in schema.EVALUATIONS:
+        monkeypatch.setitem(evaluations._DEFAULT_SETS, name, f"own-{name}")
+    return asked
+
+
+def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
+    assert evaluate(workdir, "--suite=all", "--config.evaluation.svm=voc:a,voc:b") == 0
+    assert [name for name, _ in families] == [
+        "retrieval",
+        "zero_shot",
+        "linear_probe",
+        "few_shot",
+        "svm",
+        "svm",
+        "grounding",
+        "concepts",
+    ]
+    assert [spec for name, spec in families if name == "svm"] == ["voc:a", "voc:b"]
+    assert ("grounding", "own-grounding") in families
+    families.clear()
+    assert evaluate(workdir, "--suite=zero_shot,concepts") == 0
+    assert families == [("zero_shot", "validation"), ("concepts", "own-concepts")]
+
+
+def test_figures_of_other_families_join_those_of_the_run(workdir, families, capsys):
+    before = json.loads((workdir / "results.json").read_text())
+    assert evaluate(workdir, "--suite=linear_probe") == 0
+    after = json.loads((workdir / "results.json").read_text())
+    assert after["linear_probe/own-linear_probe/top1"] == 0.5
+    assert after["protocol/linear_probe/own-linear_probe/top1"] == "p"
+    assert {key: after[key] for key in before} == before and before["step"] == 8
+    assert "linear-probe · own-linear_probe" in capsys.readouterr().out
+    for suffix in (".md", ".html"):
+        text = (workdir / "results.json").with_suffix(suffix).read_text()
+        assert "linear-probe · own-linear_probe" in text and "50.00 %" in text and "R@1" in text
+
+
+def test_results_of_another_checkpoint_are_not_mixed(tmp_path):
+    old, new = Results(step=3), Results(step=4)
+    old.add("retrieval", outcome("a", top1=0.1))
+    new.add("svm", outcome("b", top1=0.2))
+    file_results(tmp_path, old)
+    file_results(tmp_path, new)
+    assert set(read_results(tmp_path).figures) == {"svm/b/top1"}
+
+
+def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys):
+    def killed(sets, spec):
+        raise KeyboardInterrupt
+
+    svm = evaluations.family("svm")
+    whole, svm.score = svm.score, killed
+    assert evaluate(workdir, "--suite=all") == 130
+    assert "linear_probe/own-linear_probe/top1" not in read_results(workdir).figures
+    svm.score = whole
+    families.clear()
+    capsys.readouterr()
+    assert evaluate(workdir, "--suite=all") == 0
+    assert [name for name, _ in families] == ["svm", "grounding", "concepts"]
+    assert "going on after retrieval=validation, zero_shot=validation" in capsys.readouterr().out
+    assert {"linear_probe/own-linear_probe/top1", "svm/own-svm/top1"} <= set(
+        read_results(workdir).figures
+    )
+    assert not list(workdir.glob(".results*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["evaluate", "--suite=mlib"], "did you mean 'mlip'?"),
+        (["evaluate", "--suite=svm,groundin"], "'groundin' is none of mlip, clip_lite, all"),
+        (["train", "--suite=all", "--config=x.py"], "--suite goes with the verb evaluate"),
+        (["evaluate", "--compare=a,b", "--suite=all"], "takes no --suite"),
+        (["evaluate", "--compare=nowhere*,b"], "there is no folder nowhere*"),
+        (["evaluate", "--config.evaluation.svm=voc:nowhere"], "nowhere"),
+        (["evaluate", "--config.evaluation.templates=a photo"], "where the class goes"),
+        (["evaluate", "--config.evaluation.class_names=imagenet"], "did you mean 'imagenet1k'?"),
+        (["evaluate", "--config.evaluation.probe.shots=(0,)"], "each at least 1"),
+        (["evaluate", "--config.evaluation.probe.method=lbgfs"], "did you mean 'lbfgs'?"),
+    ],
+)
+def test_mistakes_are_one_line(trained, flags, message, capfd):
+    if "--compare" not in str(flags):
+        flags = [*flags, f"--workdir={trained}"]
+    assert door.main(["mlip", *flags]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def run(folder, seed, value, rate=0.0):
+    config = schema.default()
+    config.seed, config.name, config.model.image.merging.rate = seed, f"c{seed}", rate
+    config.name = "clip"
+    folder.mkdir()
+    (folder / "config.json").write_text(schema.to_json(config))
+    results = Results()
+    results.add("retrieval", outcome("a", **{"text_to_image_recall@1": value}))
+    write_results(folder, results)
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    for seed, value in enumerate((0.4, 0.5)):
+        run(tmp_path / f"plain{seed}", seed, value)
+    run(tmp_path / "merged", 0, 0.7, rate=0.3)
+    command = ["mlip", "evaluate", f"--compare={tmp_path}/plain*,{tmp_path}/merged"]
+    assert door.main(command) == 0
+    told = capsys.readouterr().out
+    assert "45.00 ± 7.07 %" in told and "70.00 %" in told
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [column["label"] for column in found["columns"]] == [
+        "clip, rate=0.0 (2 seeds)",
+        "clip, rate=0.3",
+    ]
+    (figure,) = found["figures"].values()
+    assert figure[0]["values"] == [0.4, 0.5] and figure[1]["deviation"] is None
+    assert (
+        "| retrieval · a | text to image R@1 | 45.00 ± 7.07 % | 70.00 % | 10.00 % |"
+        in (tmp_path / "comparison.md").read_text()
+    )
+    assert "<td" in (tmp_path / "comparison.html").read_text()
+    (tmp_path / "merged" / "results.json").unlink()
+    assert door.main(command) == 2
+    assert "has no results: run evaluate --workdir=" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    run(tmp_path / "one", 0, 0.4)
+    run(tmp_path / "other", 1, 0.4, rate=0.3)
+    results = read_results(tmp_path / "other")
+    results.examples["retrieval/a/text_to_image_recall@1"] = 8
+    write_results(tmp_path / "other", results)
+    runs = [compare._read(tmp_path / name) for name in ("one", "other")]
+    notes = compare.compare(compare.group(runs)).notes
+    assert "Not to be compared" in notes[-1] and "text to image R@1" in notes[-1]
+
+
+def test_tables_show_what_a_set_is_called(tmp_path):
+    results = Results()
+    results.add("zero_shot", outcome("a|b<c>", top1=0.25, text_to_image_median_rank=3.0))
+    found = sheet(results, "Results")
+    assert "| zero-shot · a\\|b<c> | top-1 | 25.00 % | 10.00 % | 7 | p |" in markdown(found)
+    assert "a|b&lt;c&gt;" in html(found) and "Note." in html(found)
+
+
+def test_prompts_and_class_names_are_data(tmp_path):
+    assert len(find_templates("cifar10")) == 18
+    assert find_templates("auto", "cifar10") == find_templates("cifar10")
+    assert find_templates("auto", "caltech101-test") == find_templates("caltech101")
+    assert find_templates("auto", "my birds") == ("a photo of a {}.",)
+    assert find_templates("imagenet1k") == find_templates("clip_80")
+    own = [f"n{number}" for number in range(1000)]
+    assert find_class_names("imagenet1k", own, "imagenet")[0] == "tench"
+    with pytest.raises(UserError, match="has 1000 names, the set 'pets' has 2 classes"):
+        find_class_names("imagenet1k", ["a", "b"], "pets")
+    file = tmp_path / "names.json"
+    file.write_text('{"a": "ant", "b": "bee"}')
+    assert find_class_names(str(file), ["b", "a"], "insects") == ("bee", "ant")
+    with pytest.raises(UserError, match="the class 'c' of the set 'insects' is missing"):
+        find_class_names(str(file), ["b", "c"], "insects")
+    for content, message in (("[1]", "expected a list of class names"), ("{", "not JSON")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            find_class_names(str(file), ["a"], "insects")
+
+
+def test_the_step_of_a_kept_evaluation_counts(tmp_path):
+    draft = tmp_path / ".results.json.partial"
+    results = Results(step=3, done=["svm=a"])
+    verb._keep(draft, results)
+    assert verb._kept(draft, 3) == results
+    assert verb._kept(draft, 4) == Results(step=4)
+    draft.write_text("{")
+    assert verb._kept(draft, 3) == Results(step=3)
