@@ -50,7 +50,7 @@ setup(
         # Command line, evaluation, reports.
         "scikit-learn>=1.5",
         "scipy>=1.13",
-        "joblib>=1.3",  # scikit-learn needs it, and the next, anyway
+        "joblib>=1.4.2",  # scikit-learn needs it, and the next, anyway
         "threadpoolctl>=3.1",
         "absl-py>=2.1",
         "ml_collections>=1.1",
