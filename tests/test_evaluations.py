@@ -188,7 +188,11 @@ def test_a_named_set_must_have_what_it_is_named_for(monkeypatch):
     )
     for family, spec, message in (
         ("zero_shot", "jsonl:no/labels.jsonl", "no class labels"),
-        ("zero_shot", "folder:birds", "class 'owl' has no readable image in birds"),
+        (
+            "zero_shot",
+            "folder:birds",
+            "class 'owl' of the set 'folder:birds' has no readable image",
+        ),
         ("retrieval", "jsonl:no/captions.jsonl", "no captions"),
     ):
         config = small_config(**{"retrieval": (), "zero_shot": (), family: (spec,)})

@@ -64,10 +64,11 @@ class Scheme:
                 parts = tuple(part for part in candidate if part in present)
                 by_role = "train" if parts == ("train",) else "validation"
                 return Choice(by_role if self.by_role else "+".join(parts), parts)
+        if not present:
+            raise MissingSplit(f"{place} is empty")
         best = self.roles[wanted.role][0][0] if self.roles[wanted.role] else wanted.role
-        there = ", ".join(present) or "no rows"
-        hint = "; name one of them after #" if wanted.role == "evaluation" and present else ""
-        raise MissingSplit(f"{place} has no {best} split, only {there}{hint}")
+        hint = "; name one of them after #" if wanted.role == "evaluation" else ""
+        raise MissingSplit(f"{place} has no {best} split, only {', '.join(present)}{hint}")
 
     def _pinned(self, place: object, name: str, present: tuple[str, ...]) -> Choice:
         if name == ALL:

@@ -64,8 +64,9 @@ def find_templates(name: str, set_name: str = "") -> tuple[str, ...]:
     if name not in named and "{}" not in name:
         valid = ("auto", *named)
         raise UserError(
-            f"config.evaluation.templates={name!r} is neither a list ({', '.join(valid)}) nor a "
-            f"template with {{}} where the class goes{suggestion(name, valid)}"
+            f"config.evaluation.templates={name!r} is neither a list (auto, plain, simple, clip_7, "
+            "clip_80, or a data set's such as cifar10) nor a template with {} where the class goes"
+            f"{suggestion(name, valid)}"
         )
     return tuple(named.get(name, (name,)))
 

@@ -178,6 +178,7 @@ class Sets:
         test = self.evaluation(spec, features=True)
         if test is None:
             return None
+        check_classes(test, spec)
         source = self.training_source(spec)
         if source is not None:
             train = self._embed(spec, source, "training", True)
@@ -291,6 +292,24 @@ def embed_source(
         labels=np.array(labels),
         unreadable=tuple(unreadable),
     )
+
+
+def check_classes(embedded: EmbeddedSet, spec: str) -> None:
+    """Finds class folders without images, which are a mistake more often than not.
+
+    Args:
+      embedded: what is evaluated on.
+      spec: the set; of other kinds than class folders, classes may well have no image in a split.
+
+    Raises:
+      UserError: for the first such class.
+    """
+    if not spec.startswith(("folder:", "zip:")):
+        return
+    shown = (embedded.targets == 1).any(axis=0)
+    for name, present in zip(embedded.source.class_names, shown, strict=True):
+        if not present:
+            raise UserError(f"the class {name!r} of the set {spec!r} has no readable image")
 
 
 def short_name(spec: str, own: str = "") -> str:

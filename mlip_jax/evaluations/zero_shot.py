@@ -11,7 +11,7 @@ from mlip_jax.config import UserError
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.scores import on_grid
-from mlip_jax.evaluations.sets import EmbeddedSet, Sets
+from mlip_jax.evaluations.sets import EmbeddedSet, Sets, check_classes
 
 _PROMPTS_A_CALL = 4096
 
@@ -111,8 +111,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         if spec == "validation":
             return None
         raise UserError(f"config.evaluation.zero_shot: the set {spec!r} has no class labels")
-    if spec.startswith(("folder:", "zip:")):
-        _check_classes(embedded, spec)
+    check_classes(embedded, spec)
     config = sets.config.evaluation
     templates = find_templates(config.templates, embedded.name)
     names = find_class_names(config.class_names, own, embedded.name)
@@ -121,17 +120,6 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     if embedded.multi_label:
         return _average_precision(embedded, classes, prompts)
     return _accuracy(embedded, classes, prompts)
-
-
-def _check_classes(embedded: EmbeddedSet, spec: str) -> None:
-    """Raises UserError for a class folder without images: more often than not, a mistake."""
-    shown = (embedded.targets == 1).any(axis=0)
-    for name, present in zip(embedded.source.class_names, shown, strict=True):
-        if not present:
-            raise UserError(
-                f"config.evaluation.zero_shot: the class {name!r} has no readable image in "
-                f"{spec.partition(':')[2]}"
-            )
 
 
 def _accuracy(
