@@ -45,6 +45,8 @@ EVALUATIONS = (
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
 _FREE_AT_RESUME = (
     "mesh",
+    "accumulation",
+    "ring",
     "data.cache_dir",
     "data.workers",
     "data.max_skipped_share",
@@ -68,6 +70,7 @@ def default() -> ConfigDict:
     config.name = "clip"
     config.seed = 0
     config.batch_size = 256  # global: all devices, all processes
+    config.accumulation = 1  # parts that are embedded one after the other; the same gradient
     config.samples = 256_000  # image-text pairs seen in the whole run; the only clock
     config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
     config.log_every = 10  # steps
@@ -123,6 +126,7 @@ def default() -> ConfigDict:
             "activation": "gelu",  # or "quick_gelu"
             "dropout": 0.0,
             "drop_path": 0.0,
+            "remat": False,  # blocks are computed again for their gradient: less memory, slower
             "frequency": {
                 "depth": 0,  # blocks of the Frequency Stage; 0: a plain ViT
                 "transform": "auto",  # "fft", "matmul"; "auto": what measured faster
@@ -159,6 +163,7 @@ def default() -> ConfigDict:
             "activation": "gelu",
             "dropout": 0.0,
             "drop_path": 0.0,
+            "remat": False,
         }
     )
 
@@ -176,6 +181,10 @@ def default() -> ConfigDict:
         }
     )
     config.token_chunk = 32  # texts a block of the token-level scores; bounds their memory
+
+    # Losses over all pairs in blocks around the devices: "auto", where their scores are large;
+    # "always", "never".
+    config.ring = "auto"
 
     config.optimizer = ConfigDict(
         {

@@ -73,6 +73,7 @@ class Model:
             vocab_size=tokenizer.vocab_size,
             start_id=tokenizer.sot,
             end_id=tokenizer.eot,
+            remat=False,
         )
         views = [view for view in network.critics if two_tower.level(view) == "global"]
         if not views:

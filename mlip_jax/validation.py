@@ -41,7 +41,7 @@ _RULES = (
     (r"batch_size", "at least 2 (a contrastive loss compares pairs)"),
     (r"model\.text\.context_length", "at least 3 (a text has a start, a word and an end)"),
     (r"samples|log_every|token_chunk|evaluation\.batch_size|checkpoint\.keep_last", "at least 1"),
-    (r"evaluation\.probe\.draws", "at least 1"),
+    (r"accumulation|evaluation\.probe\.draws", "at least 1"),
     (r"evaluation\.box_threshold", "in [0, 1)"),
     (r"model\.text\.vocab_size", "at least 64 (letters alone need as many)"),
     (r"model\..*(width|heads|_size|_dim)|model\.image\.depth", "at least 1"),
@@ -79,6 +79,7 @@ def validate(config: ConfigDict) -> None:
         )
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
     choose("model.head", config.model.head, ("linear", "projection_block"))
+    choose("ring", config.ring, ("auto", "always", "never"))
     choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)
     if not config.evaluation.probe.shots or min(config.evaluation.probe.shots) < 1:
         raise UserError(
@@ -88,6 +89,7 @@ def validate(config: ConfigDict) -> None:
     _check_image(config)
     _check_text(config)
     _check_joint_space(config)
+    _check_accumulation(config)
     _check_optimizer(config)
     _check_perspectives(config)
 
@@ -213,6 +215,21 @@ def _check_joint_space(config: ConfigDict) -> None:
             f"config.evaluation names {', '.join(sorted(named))}, but config.model.critic='concat' "
             "has no joint space to rank in: name 'validation' alone"
         )
+
+
+def _check_accumulation(config: ConfigDict) -> None:
+    norms = {
+        "model.image.architecture": config.model.image.architecture == "resnet",
+        "model.head": config.model.head == "projection_block" and config.model.critic == "dot",
+    }
+    for key, has_norm in norms.items():
+        if config.accumulation > 1 and has_norm:
+            value = flatten(config.to_dict())[key]
+            raise UserError(
+                f"config.accumulation={config.accumulation} does not go with config.{key}="
+                f"{value!r}: its batch norm would see a part of the batch at a time, which is "
+                "another model; set config.accumulation=1"
+            )
 
 
 def _check_optimizer(config: ConfigDict) -> None:

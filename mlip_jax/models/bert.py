@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from mlip_jax.models.layers import ACTIVATIONS, TOKEN_INIT, dense
+from mlip_jax.models.dropout import Dropout
+from mlip_jax.models.layers import ACTIVATIONS, TOKEN_INIT, dense, recomputed
 from mlip_jax.models.text import TextViews, pool, spans
 
 EPSILON = 1e-12
@@ -40,7 +41,7 @@ class BertBlock(nn.Module):
             return dense(x, features, name, self.dtype, kernel_init=TOKEN_INIT)
 
         def join(x: Array, y: Array, name: str) -> Array:
-            y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
+            y = Dropout(self.dropout)(y, deterministic)
             return _layer_norm(name, self.dtype)(x + y)
 
         width = x.shape[-1]
@@ -74,6 +75,7 @@ class BertEncoder(nn.Module):
     pooling: str
     dropout: float
     dtype: jnp.dtype
+    remat: bool = False  # blocks are computed again for their gradient
 
     @nn.compact
     def __call__(
@@ -87,9 +89,9 @@ class BertEncoder(nn.Module):
         token_type = self.param("token_type", TOKEN_INIT, (TOKEN_TYPES, self.width))
         x = jnp.take(embedding, token_ids, axis=0) + (position + token_type[0])
         x = _layer_norm("norm_embedding", self.dtype)(x.astype(self.dtype))
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        x = Dropout(self.dropout)(x, deterministic)
         for layer in range(self.depth):
-            x = BertBlock(
+            x = recomputed(BertBlock, self.remat, deterministic=2)(
                 heads=self.heads,
                 mlp_ratio=self.mlp_ratio,
                 activation=self.activation,

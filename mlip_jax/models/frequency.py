@@ -16,7 +16,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from mlip_jax.models.layers import MLP, DropPath, layer_norm
+from mlip_jax.models.dropout import DropPath
+from mlip_jax.models.layers import MLP, layer_norm
 
 _PRECISE = jax.lax.Precision.HIGHEST
 

@@ -1,4 +1,4 @@
-"""The layers that both towers share: attention, MLP, patch embedding, stochastic depth."""
+"""The layers that both towers share: attention, MLP, patch embedding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
+
+from mlip_jax.models.dropout import Dropout, DropPath
 
 TOKEN_INIT = nn.initializers.normal(0.02)
 KERNEL_INIT = nn.initializers.xavier_uniform()
@@ -92,19 +94,15 @@ class BatchNorm(nn.Module):
         return ((values - mean) * gain + bias).astype(self.dtype)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: leaves a residual branch out for some examples (arXiv 1603.09382)."""
+def recomputed(block: type[nn.Module], remat: bool, deterministic: int) -> type[nn.Module]:
+    """The block, or one that keeps its input alone and is computed again for its gradient.
 
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
-        if deterministic or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+    Args:
+      block: the class of a module.
+      remat: whether to compute it again.
+      deterministic: the place of that argument in its call, the first being 1.
+    """
+    return nn.remat(block, static_argnums=(deterministic,)) if remat else block
 
 
 class MLP(nn.Module):
@@ -124,7 +122,7 @@ class MLP(nn.Module):
         x = dense(x, hidden, "up", self.dtype)
         x = ACTIVATIONS[self.activation](x)
         x = dense(x, width, "down", self.dtype)
-        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return Dropout(self.dropout)(x, deterministic)
 
 
 class Attention(nn.Module):
@@ -171,7 +169,7 @@ class Attention(nn.Module):
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(self.dtype), v)
         out = rearrange(out, "b h t d -> b t (h d)")
         out = dense(out, width, "out", self.dtype)
-        out = nn.Dropout(self.dropout)(out, deterministic=deterministic)
+        out = Dropout(self.dropout)(out, deterministic)
         return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(weights[:, :, 0], axis=1)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from mlip_jax.models.layers import BatchNorm, dense
+from mlip_jax.models.layers import BatchNorm, dense, recomputed
 from mlip_jax.models.vit import ImageViews
 
 # Blocks of each stage, table 1 of arXiv 1512.03385.
@@ -109,6 +109,7 @@ class ResNet(nn.Module):
     width: int
     stem: str
     dtype: jnp.dtype
+    remat: bool = False  # blocks are computed again for their gradient
 
     @nn.compact
     def __call__(
@@ -142,7 +143,7 @@ class ResNet(nn.Module):
             else:
                 layout = (3, 3), (channels, channels)
             for block in range(blocks):
-                x = ResidualBlock(
+                x = recomputed(ResidualBlock, self.remat, deterministic=2)(
                     *layout,
                     stride=2 if stage and not block else 1,
                     dtype=self.dtype,

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mlip_jax.models.layers import TOKEN_INIT, Block, layer_norm
+from mlip_jax.models.dropout import Dropout
+from mlip_jax.models.layers import TOKEN_INIT, Block, layer_norm, recomputed
 
 
 class TextViews(NamedTuple):
@@ -70,6 +71,7 @@ class TextEncoder(nn.Module):
     dropout: float
     drop_path: float
     dtype: jnp.dtype
+    remat: bool = False  # blocks are computed again for their gradient
 
     @nn.compact
     def __call__(
@@ -88,9 +90,9 @@ class TextEncoder(nn.Module):
         )
         x = jnp.take(embedding, token_ids, axis=0).astype(self.dtype)
         x = x + position.astype(self.dtype)
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        x = Dropout(self.dropout)(x, deterministic)
         for layer in range(self.depth):
-            x = Block(
+            x = recomputed(Block, self.remat, deterministic=2)(
                 heads=self.heads,
                 mlp_ratio=self.mlp_ratio,
                 activation=self.activation,

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES
 from mlip_jax.models import merging, resnet
 from mlip_jax.models.bert import BertEncoder
+from mlip_jax.models.dropout import row_keys
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.heads import (
     ConcatCritic,
@@ -123,8 +124,12 @@ class TwoTower(nn.Module):
         """
         embeddings = self.embed_images(images, deterministic, images_2)
         embeddings |= self.embed_texts(token_ids, deterministic, token_ids_2)
+        return embeddings, *self.scales_and_biases()
+
+    def scales_and_biases(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Scales (not their logs) and biases by perspective."""
         scales = {view: jnp.exp(log_scale) for view, log_scale in self.log_scales.items()}
-        return embeddings, scales, dict(self.biases)
+        return scales, dict(self.biases)
 
     def embed_images(
         self, images: Array, deterministic: bool = True, images_2: Array | None = None
@@ -180,9 +185,11 @@ class TwoTower(nn.Module):
         features = features.astype(jnp.float32)
         prior = features  # at initialisation there is no chance to draw from
         if not self.is_initializing():
-            prior = jax.random.uniform(self.make_rng("dropout"), features.shape)
+            keys = row_keys(self, len(features))
+            prior = jax.vmap(lambda key: jax.random.uniform(key, features.shape[1:]))(keys)
         discriminate = self.priors[side]
-        return {f"{side}_prior": jnp.stack([discriminate(prior), discriminate(features)])}
+        logits = jnp.stack([discriminate(prior), discriminate(features)], axis=-1)
+        return {f"{side}_prior": logits}
 
     def score_pairs(
         self, view: str, one: Float[Array, "batch width"], other: Float[Array, "k batch width_2"]
@@ -283,7 +290,9 @@ def merge_counts(config: ConfigDict) -> tuple[int, ...]:
     )
 
 
-def build(config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int) -> TwoTower:
+def build(
+    config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int, remat: bool = True
+) -> TwoTower:
     """The model that a config describes.
 
     Args:
@@ -291,6 +300,7 @@ def build(config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int) ->
       vocab_size: the tokenizer's size.
       start_id: its start-of-text token.
       end_id: its end-of-text token.
+      remat: whether config.model.*.remat counts: what takes no gradient of parameters says no.
 
     Raises:
       UserError: for a merging rate that its schedule cannot reach.
@@ -307,9 +317,14 @@ def build(config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int) ->
         if config.perspectives[view].weight > 0
     }
     return TwoTower(
-        image=_image_fields(config),
+        image=_image_fields(config) | {"remat": remat and model.image.remat},
         text=_text_fields(config)
-        | {"vocab_size": vocab_size, "start_id": start_id, "end_id": end_id},
+        | {
+            "vocab_size": vocab_size,
+            "start_id": start_id,
+            "end_id": end_id,
+            "remat": remat and model.text.remat,
+        },
         embed_dim=model.embed_dim,
         token_dim=model.token_dim,
         head=model.head,

@@ -12,8 +12,16 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
 from mlip_jax.models import merging
+from mlip_jax.models.dropout import DropPath
 from mlip_jax.models.frequency import FrequencyBlock
-from mlip_jax.models.layers import MLP, TOKEN_INIT, Attention, DropPath, PatchEmbedding, layer_norm
+from mlip_jax.models.layers import (
+    MLP,
+    TOKEN_INIT,
+    Attention,
+    PatchEmbedding,
+    layer_norm,
+    recomputed,
+)
 
 GUIDANCE_TEMPERATURE = 0.1
 
@@ -141,6 +149,7 @@ class ImageEncoder(nn.Module):
     importance_penalty: float
     proportional_attention: bool
     dtype: jnp.dtype
+    remat: bool = False  # blocks are computed again for their gradient
 
     @nn.compact
     def __call__(
@@ -170,7 +179,7 @@ class ImageEncoder(nn.Module):
         position = self.param("position", TOKEN_INIT, (grid, grid, self.width))
         x = x + position.astype(self.dtype)
         for index in range(self.frequency_depth):
-            x = FrequencyBlock(
+            x = recomputed(FrequencyBlock, self.remat, deterministic=2)(
                 **common,
                 drop_path=float(paths[index]),
                 transform=self.transform,
@@ -192,7 +201,9 @@ class ImageEncoder(nn.Module):
         for index, r in enumerate(self.merge_counts):
             block = self.frequency_depth + index
             last_origin = origin
-            x, size, features, plan, guidance = SpatialBlock(
+            x, size, features, plan, guidance = recomputed(
+                SpatialBlock, self.remat, deterministic=4
+            )(
                 **common,
                 r=r,
                 heads=self.heads,

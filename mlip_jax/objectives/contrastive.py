@@ -1,7 +1,8 @@
 """Losses on paired embeddings: softmax (CLIP), sigmoid (SigLIP), jsd (CLIP-Lite).
 
-Each takes L2-normalised embeddings [batch, width] whose rows are pairs. The `*_of_scores` forms
-take the scaled scores themselves, so that the token level shares them.
+Each takes L2-normalised embeddings [batch, width] whose rows are pairs, and computes in float32
+whatever their type. The `*_of_scores` forms take the scaled scores themselves, so that the token
+level shares them. All scores exist at once; `blocks` has the same losses a tile at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ Scalar = Float[Array, ""]
 _PRECISE = jax.lax.Precision.HIGHEST
 
 
-def _scores(image: Array, text: Array, scale: Array | float) -> Float[Array, "batch batch"]:
-    return scale * jnp.einsum("id,jd->ij", image, text, precision=_PRECISE)
+def similarity(
+    image: Float[Array, "images width"], text: Float[Array, "texts width"]
+) -> Float[Array, "images texts"]:
+    """The dot products of all images with all texts, in float32 at its full precision."""
+    image, text = image.astype(jnp.float32), text.astype(jnp.float32)
+    return jnp.einsum("id,jd->ij", image, text, precision=_PRECISE)
 
 
 def softmax_contrastive(
@@ -24,7 +29,7 @@ def softmax_contrastive(
     scale: Float[Array, ""] | float,
 ) -> Scalar:
     """CLIP's symmetric cross-entropy (arXiv 2103.00020): mean over pairs and both directions."""
-    scores = _scores(image, text, scale)
+    scores = scale * similarity(image, text)
     return softmax_of_scores(scores, scores)
 
 
@@ -44,7 +49,7 @@ def sigmoid_contrastive(
     bias: Float[Array, ""] | float,
 ) -> Scalar:
     """SigLIP's pairwise loss (arXiv 2303.15343): summed over all pairs, divided by the batch."""
-    return sigmoid_of_scores(_scores(image, text, scale) + bias)
+    return sigmoid_of_scores(scale * similarity(image, text) + bias)
 
 
 def sigmoid_of_scores(scores: Float[Array, "batch batch"]) -> Scalar:
@@ -84,6 +89,7 @@ def shifted_scores(
 ) -> Float[Array, "shifts1 batch"]:
     """Scores of image i with text i + k, for k = 0..shifts; `text` has `shifts` rows more."""
     batch = image.shape[0]
+    image, text = image.astype(jnp.float32), text.astype(jnp.float32)
     pairs = [jnp.sum(image * text[shift : shift + batch], axis=-1) for shift in range(shifts + 1)]
     return scale * jnp.stack(pairs)
 

@@ -1,32 +1,95 @@
-"""The Jensen-Shannon bound across the devices of a mesh, without a gather.
+"""The losses of a batch whose rows lie on the devices of a mesh, without a gather.
 
-A shift pairs each image with a text a few rows further on. The rows of a batch lie on the devices
-in order, so all that a device lacks are the first rows of its neighbour's texts: they come by one
-exchange, and go back by one in the gradient. Values and gradients equal the one-device loss.
+Softmax and sigmoid, of embeddings and of tokens, compare all pairs: blocks of texts go around a
+ring (`blocks`). The Jensen-Shannon bound compares few. A shift pairs each image with a text a few
+rows further on. The rows of a batch lie on the devices in order, so all that a device lacks are the
+first rows of its neighbour's texts: they come by one exchange, and go back by one in the gradient.
+
+Values and gradients equal the one-device losses, on any mesh: what shares a device's rows along the
+tensor axis computes the same.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from mlip_jax.objectives import contrastive, tokenwise
+from mlip_jax.objectives import blocks, contrastive, tokenwise
 from mlip_jax.objectives.contrastive import Scalar, check_shifts, jsd_of_scores, shifted_scores
+from mlip_jax.objectives.ring import AXES, shards
 from mlip_jax.objectives.tokenwise import ImageTokens, Mask, TextTokens, Weights
 from mlip_jax.parallel import BATCH
 
 _EVERYWHERE = PartitionSpec()
-_AXES = BATCH[0]  # the mesh axes that a batch's rows lie on
 
 
-def shards(mesh: Mesh | None) -> int:
-    """Over how many devices a batch's rows lie; 1 without a mesh."""
-    return math.prod(mesh.shape[axis] for axis in _AXES) if mesh else 1
+def softmax_contrastive(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    *,
+    mesh: Mesh | None,
+) -> Scalar:
+    """`contrastive.softmax_contrastive` in blocks around a ring of the mesh's devices.
+
+    Without a mesh, or where all rows lie on one device, that device goes through all of the blocks.
+    """
+    return blocks.softmax(_paired, image, text, None, scale, mesh=mesh)
+
+
+def sigmoid_contrastive(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
+    *,
+    mesh: Mesh | None,
+) -> Scalar:
+    """`contrastive.sigmoid_contrastive` in blocks, as in `softmax_contrastive`."""
+    return blocks.sigmoid(_paired, image, text, None, scale, bias, mesh=mesh)
+
+
+def _paired(image: Array, text: Array, _: None) -> tuple[Array, Array]:
+    scores = contrastive.similarity(image, text)
+    return scores, scores
+
+
+def tokenwise_loss(
+    loss: str,
+    image_tokens: ImageTokens,
+    text_tokens: TextTokens,
+    image_weights: Weights,
+    text_mask: Mask,
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float = 0.0,
+    *,
+    shifts: int = 1,
+    chunk: int = 32,
+    mesh: Mesh | None,
+) -> Scalar:
+    """`tokenwise.tokenwise_loss` in blocks, as in `softmax_contrastive`; "jsd" by one exchange.
+
+    Args:
+      loss, image_tokens, text_tokens, image_weights, text_mask, scale, bias, shifts: as there.
+      chunk: the most texts scored at a time, with the images of one device.
+      mesh: the devices that the rows lie on; None: one.
+    """
+    tokens = image_tokens, text_tokens, image_weights, text_mask, scale
+    if loss == "jsd":
+        return tokenwise_jsd(*tokens, shifts, mesh=mesh)
+
+    def similarity(images: tuple[Array, Array], texts: Array, mask: Array) -> tuple[Array, Array]:
+        tokens, weights = images
+        return tokenwise.block_similarity(tokens, texts, weights, mask)
+
+    sides: tuple[Any, ...] = (image_tokens, image_weights), text_tokens, text_mask
+    if loss == "sigmoid":
+        return blocks.sigmoid(similarity, *sides, scale, bias, chunk=chunk, mesh=mesh)
+    return blocks.softmax(similarity, *sides, scale, chunk=chunk, mesh=mesh)
 
 
 def jsd(
@@ -48,9 +111,11 @@ def jsd(
 
     def local(image: Array, text: Array, scale: Array) -> Array:
         scores = shifted_scores(image, _followed(text, shifts, mesh), scale, shifts)
-        return jax.lax.pmean(jsd_of_scores(scores[0], scores[1:]), _AXES)
+        return jax.lax.pmean(jsd_of_scores(scores[0], scores[1:]), AXES)
 
-    return _over(mesh, local, (BATCH, BATCH, _EVERYWHERE))(image, text, jnp.asarray(scale))
+    specs = BATCH, BATCH, _EVERYWHERE
+    everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
+    return everywhere(image, text, jnp.asarray(scale))
 
 
 def tokenwise_jsd(
@@ -81,12 +146,11 @@ def tokenwise_jsd(
         scores = tokenwise.shifted_scores(
             image, packed[..., :-1], weights, packed[..., -1] > 0, shifts
         )
-        return jax.lax.pmean(tokenwise.directed_jsd(scale * scores), _AXES)
+        return jax.lax.pmean(tokenwise.directed_jsd(scale * scores), AXES)
 
-    specs = (BATCH, BATCH, BATCH, BATCH, _EVERYWHERE)
-    return _over(mesh, local, specs)(
-        image_tokens, text_tokens, image_weights, text_mask, jnp.asarray(scale)
-    )
+    specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE
+    everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
+    return everywhere(image_tokens, text_tokens, image_weights, text_mask, jnp.asarray(scale))
 
 
 def shifted(
@@ -102,16 +166,8 @@ def shifted(
     check_shifts(shifts, rows.shape[0])
     if shards(mesh) == 1:
         return local(rows)
-    return _over(mesh, local, (BATCH,), PartitionSpec(None, _AXES))(rows)
-
-
-def _over(
-    mesh: Mesh,
-    local: Callable[..., Array],
-    in_specs: tuple[PartitionSpec, ...],
-    out_specs: PartitionSpec = _EVERYWHERE,
-) -> Callable[..., Array]:
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    out_specs = PartitionSpec(None, AXES)
+    return jax.shard_map(local, mesh=mesh, in_specs=BATCH, out_specs=out_specs)(rows)
 
 
 def _followed(rows: Array, count: int, mesh: Mesh | None) -> Array:
@@ -124,5 +180,5 @@ def _followed(rows: Array, count: int, mesh: Mesh | None) -> Array:
     for hop in range(1, -(-count // here) + 1):  # one, unless there are more shifts than rows here
         needed = min(count - (hop - 1) * here, here)
         to_the_one_before = [(device, (device - hop) % devices) for device in range(devices)]
-        parts.append(jax.lax.ppermute(rows[:needed], _AXES, to_the_one_before))
+        parts.append(jax.lax.ppermute(rows[:needed], AXES, to_the_one_before))
     return jnp.concatenate(parts)

@@ -45,6 +45,11 @@ def _reduce(
     return image_to_text, text_to_image
 
 
+def _float32(*arrays: Array) -> tuple[Array, ...]:
+    """Before anything is split in parts, whose gradients would be summed in a smaller type."""
+    return tuple(array.astype(jnp.float32) for array in arrays)
+
+
 def tokenwise_similarity(
     image_tokens: ImageTokens,
     text_tokens: TextTokens,
@@ -56,15 +61,16 @@ def tokenwise_similarity(
     """Similarity of all images with all texts, in both directions.
 
     Args:
-      image_tokens: L2-normalised, float32.
-      text_tokens: L2-normalised, float32.
+      image_tokens: L2-normalised.
+      text_tokens: L2-normalised.
       image_weights: share of each token in its image (size / patches); rows sum to 1.
       text_mask: True at words.
       chunk: texts scored at a time; memory is images x tokens x chunk x words.
 
     Returns:
-      (image_to_text, text_to_image), each [images, texts]; for a pair they differ.
+      (image_to_text, text_to_image), each [images, texts], float32; for a pair they differ.
     """
+    image_tokens, text_tokens = _float32(image_tokens, text_tokens)
     texts = text_tokens.shape[0]
     chunk = min(chunk, texts)
     blocks = -(-texts // chunk)
@@ -75,9 +81,7 @@ def tokenwise_similarity(
     @jax.checkpoint
     def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
         block_tokens, block_mask = block
-        # At the platform's default precision: by far the most products of a step, and cosines.
-        products = jnp.einsum("ikd,jmd->ijkm", image_tokens, block_tokens)
-        return _reduce(products, image_weights[:, None], block_mask[None])
+        return block_similarity(image_tokens, block_tokens, image_weights, block_mask)
 
     blocked = (
         tokens.reshape(blocks, chunk, *tokens.shape[1:]),
@@ -90,6 +94,15 @@ def tokenwise_similarity(
         return jnp.moveaxis(x, 0, 1).reshape(images, blocks * chunk)[:, :texts]
 
     return whole(image_to_text), whole(text_to_image)
+
+
+def block_similarity(
+    image_tokens: ImageTokens, text_tokens: TextTokens, image_weights: Weights, text_mask: Mask
+) -> tuple[Float[Array, "images texts"], Float[Array, "images texts"]]:
+    """`tokenwise_similarity` at once: memory is images x tokens x texts x words."""
+    # At the platform's default precision: by far the most products of a step, and cosines.
+    products = jnp.einsum("ikd,jmd->ijkm", image_tokens, text_tokens)
+    return _reduce(products, image_weights[:, None], text_mask[None])
 
 
 def paired_similarity(
@@ -111,6 +124,7 @@ def shifted_scores(
 
     The texts are `shifts` rows more than the images.
     """
+    image_tokens, text_tokens = _float32(image_tokens, text_tokens)
     images = image_tokens.shape[0]
     scores = [
         paired_similarity(

@@ -12,9 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
+from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
+from mlip_jax.objectives.sharded import shards
+from mlip_jax.training import accumulation
 from mlip_jax.training.optimizer import clip_scales, learning_rate
 from mlip_jax.training.state import TrainState
 
@@ -42,35 +46,52 @@ def make_train_step(
       config: the run's.
       preprocessing: the run's.
       mesh: the devices that the batch's rows lie on; None: one.
+
+    Raises:
+      UserError: when the batch cannot be cut in config.accumulation parts.
     """
     terms = perspectives.terms(config)
     schedule = learning_rate(config)
     key = jax.random.key(config.seed + 1)  # + 1: not the key of the initial parameters
     decay = config.optimizer.ema
 
+    parts = config.accumulation
+    _check_accumulation(config, mesh)
     frozen = [f"{tower}_encoder" for tower in model.frozen]
     lookahead = config.optimizer.lookahead.period > 0
 
-    def loss_fn(
-        params: Any, state: TrainState, batch: dict[str, Array]
-    ) -> tuple[Array, tuple[Metrics, Any]]:
+    def embed(
+        params: Any, rows: dict[str, Array], state: TrainState
+    ) -> tuple[dict[str, Array], Any]:
+        """Embeddings of some rows of the batch, and the batch norms' new statistics."""
         # No gradient, so no backward pass either.
         params = params | {name: jax.lax.stop_gradient(params[name]) for name in frozen}
-        second = batch.get("image_2")
-        (embeddings, scales, biases), updated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            preprocessing.normalize(batch["image"]),
-            batch["token_ids"],
+        second = rows.get("image_2")
+        (embeddings, _, _), updated = model.apply(
+            {
+                "params": params,
+                "batch_stats": state.batch_stats,
+                ROWS: {NUMBER: rows["number"]},
+            },
+            preprocessing.normalize(rows["image"]),
+            rows["token_ids"],
             None if second is None else preprocessing.normalize(second),
-            batch.get("token_ids_2"),
+            rows.get("token_ids_2"),
             deterministic=False,
             rngs={"dropout": jax.random.fold_in(key, state.step)},
             mutable=["batch_stats"],
         )
+        return embeddings, updated.get("batch_stats", {})
+
+    def objective(
+        params: Any, embeddings: dict[str, Array], state: TrainState
+    ) -> tuple[Array, Metrics]:
+        """The loss of the whole batch, and what is told of it."""
 
         def critic(view: str, one: Array, other: Array) -> Array:
             return model.apply({"params": params}, view, one, other, method="score_pairs")
 
+        scales, biases = model.apply({"params": params}, method="scales_and_biases")
         loss, losses = perspectives.total_loss(
             terms,
             embeddings,
@@ -79,17 +100,41 @@ def make_train_step(
             state.step.astype(jnp.float32) * config.batch_size,
             prior_weight=config.model.prior_weight,
             chunk=config.token_chunk,
+            blocks=config.ring,
             mesh=mesh,
             critic=critic if model.critic == "concat" else None,
         )
         metrics = {f"loss/{view}": value for view, value in losses.items()}
-        metrics |= {f"scale/{view}": scale for view, scale in scales.items()}
-        return loss, (metrics, updated.get("batch_stats", {}))
+        return loss, metrics | {f"scale/{view}": scale for view, scale in scales.items()}
+
+    def value_and_gradient(
+        state: TrainState, rows: dict[str, Array]
+    ) -> tuple[Array, Metrics, Any, Any]:
+        """Loss, metrics, the batch norms' new statistics, and the gradient."""
+        if parts > 1:
+            (loss, metrics), gradient = accumulation.value_and_gradient(
+                lambda params, part: embed(params, part, state)[0],
+                lambda params, embeddings: objective(params, embeddings, state),
+                state.params,
+                rows,
+                parts,
+                mesh,
+            )
+            return loss, metrics, state.batch_stats, gradient
+
+        def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
+            embeddings, batch_stats = embed(params, rows, state)
+            loss, metrics = objective(params, embeddings, state)
+            return loss, (metrics, batch_stats)
+
+        (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        return loss, metrics, batch_stats, gradient
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state, batch
-        )
+        rows = batch | {"number": jnp.arange(config.batch_size)}
+        loss, metrics, batch_stats, gradient = value_and_gradient(state, rows)
         norm = optax.tree.norm(gradient)
         before = optax.LookaheadParams(state.params, state.slow) if lookahead else state.params
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
@@ -115,3 +160,13 @@ def make_train_step(
         return kept.replace(step=state.step + 1), metrics
 
     return train_step
+
+
+def _check_accumulation(config: ConfigDict, mesh: Mesh | None) -> None:
+    """Raises UserError for a batch that its devices and parts do not divide."""
+    parts, devices = config.accumulation, shards(mesh)
+    if config.batch_size % (parts * devices):
+        raise UserError(
+            f"config.batch_size={config.batch_size} is no multiple of config.accumulation={parts} "
+            f"parts on each of the mesh's {devices} devices"
+        )

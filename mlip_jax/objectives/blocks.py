@@ -1,0 +1,146 @@
+"""Softmax and sigmoid losses whose scores never exist whole, in tiles around a ring (`ring`).
+
+The softmax takes two rounds: one for the log-sum-exps of images and texts, one that scores again
+for the gradient. The sigmoid loss takes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from mlip_jax.objectives.contrastive import Scalar
+from mlip_jax.objectives.ring import Side, around, mean_loss, pairs, value_and_gradient
+
+# images, texts, mask of the texts -> similarity image to text, similarity text to image
+Similarity = Callable[
+    [Any, Any, Any], tuple[Float[Array, "images texts"], Float[Array, "images texts"]]
+]
+
+
+class LogSum(NamedTuple):
+    """The logarithm of a sum of exponentials, in two parts: log(total) + top.
+
+    Together they would lose, at large scores, the digits that tell shares of the sum apart.
+    """
+
+    top: Float[Array, "*rows"]
+    total: Float[Array, "*rows"]
+
+
+def softmax(
+    similarity: Similarity,
+    images: Any,
+    texts: Any,
+    mask: Any,
+    scale: Float[Array, ""] | float,
+    *,
+    chunk: int | None = None,
+    mesh: Mesh | None,
+) -> Scalar:
+    """`contrastive.softmax_of_scores` of all pairs' scaled similarities.
+
+    Args:
+      similarity: of a tile.
+      images: tree of arrays [batch, ...], all of them with a gradient; they stay.
+      texts: the same of the texts; they travel.
+      mask: tree of arrays [batch, ...] of the texts, without a gradient.
+      scale: multiplies the similarities.
+      chunk: the most texts of a tile; None: as many as `ring.TILE` scores allow. A tile has the
+        largest number of texts up to it that divides a device's.
+      mesh: the devices that the rows lie on; None: one.
+    """
+
+    def scored(images: Side, texts: Side, scale: Array) -> tuple[Array, Array, Array]:
+        to_texts, to_images = similarity(images.learned, texts.learned, texts.fixed["mask"])
+        to_texts, to_images = scale * to_texts, scale * to_images
+        return to_texts, to_images, jnp.where(pairs(images, texts), to_texts + to_images, 0.0)
+
+    def statistics(images: Side, texts: Side, scale: Array, kept: Any) -> Any:
+        to_texts, to_images, paired = scored(images, texts, scale)
+        of_images, pair_scores = kept
+        of_images = _merge(of_images, _log_sum(to_texts, axis=1))
+        return (of_images, pair_scores + jnp.sum(paired, axis=1)), _log_sum(to_images, axis=0)
+
+    def part(images: Side, texts: Side, scale: Array) -> Scalar:
+        """Has the loss's gradient while the log-sum-exps are held fixed; not its value."""
+        to_texts, to_images, paired = scored(images, texts, scale)
+        shares = _shares(to_texts, images.fixed["sum"], axis=1)
+        shares += _shares(to_images, texts.fixed["sum"], axis=0)
+        return jnp.sum(shares - paired) / 2
+
+    def local(images: Side, texts: Side, scale: Array, devices: int) -> tuple[Array, Any]:
+        zeros = jnp.zeros_like(images.fixed["row"], jnp.float32)
+        kept = _nothing(images.fixed["row"]), zeros
+        none = _nothing(texts.fixed["row"])
+        (of_images, pair_scores), of_texts = around(
+            statistics, _merge, images, texts, scale, kept, none, devices
+        )
+        images = images._replace(fixed=images.fixed | {"sum": of_images})
+        texts = texts._replace(fixed=texts.fixed | {"sum": of_texts})
+        _, gradient = value_and_gradient(part, images, texts, scale, devices)
+        of_texts = jax.tree.map(jnp.ravel, of_texts)  # without the tiles
+        tops = of_images.top + of_texts.top - pair_scores
+        return jnp.sum(tops + jnp.log(of_images.total) + jnp.log(of_texts.total)) / 2, gradient
+
+    return mean_loss(local, images, texts, mask, jnp.asarray(scale, jnp.float32), chunk, mesh)
+
+
+def sigmoid(
+    similarity: Similarity,
+    images: Any,
+    texts: Any,
+    mask: Any,
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
+    *,
+    chunk: int | None = None,
+    mesh: Mesh | None,
+) -> Scalar:
+    """`contrastive.sigmoid_of_scores` of all pairs; the mean over both directions.
+
+    Args:
+      similarity, images, texts, mask, chunk, mesh: see `softmax`.
+      scale, bias: the scores are scale * similarity + bias.
+    """
+
+    def part(images: Side, texts: Side, shared: tuple[Array, Array]) -> Scalar:
+        scale, bias = shared
+        both = similarity(images.learned, texts.learned, texts.fixed["mask"])
+        sign = jnp.where(pairs(images, texts), -1.0, 1.0)
+        one, other = (jax.nn.softplus(sign * (scale * scores + bias)) for scores in both)
+        return jnp.sum(one + other) / 2
+
+    def local(images: Side, texts: Side, shared: Any, devices: int) -> tuple[Array, Any]:
+        return value_and_gradient(part, images, texts, shared, devices)
+
+    shared = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
+    return mean_loss(local, images, texts, mask, shared, chunk, mesh)
+
+
+def _nothing(rows: Array) -> LogSum:
+    zeros = jnp.zeros_like(rows, jnp.float32)
+    return LogSum(jnp.full_like(zeros, -jnp.inf), zeros)
+
+
+def _log_sum(scores: Float[Array, "images texts"], axis: int) -> LogSum:
+    top = jnp.max(scores, axis=axis)
+    return LogSum(top, jnp.sum(jnp.exp(scores - jnp.expand_dims(top, axis)), axis=axis))
+
+
+def _merge(one: LogSum, other: LogSum) -> LogSum:
+    """Over the terms of both; one of them may have none."""
+    top = jnp.maximum(one.top, other.top)
+    parts = [each.total * jnp.exp(each.top - top) for each in (one, other)]
+    return LogSum(top, parts[0] + parts[1])
+
+
+def _shares(scores: Array, of: LogSum, axis: int) -> Float[Array, "images texts"]:
+    """What part of its sum each exponential is."""
+    top, total = (jnp.expand_dims(part, axis) for part in of)
+    return jnp.exp(scores - top) / total
