@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from absl import flags
@@ -15,7 +15,23 @@ from mlip_jax import config as schema
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.validation import validate
 
-_FLAGS = ("config", "workdir", "suite", "compare", "help")
+_FLAGS = (
+    "config",
+    "workdir",
+    "suite",
+    "compare",
+    "topology",
+    "mesh",
+    "largest-batch",
+    "help",
+)
+_OF_VERB = {  # flags that one verb alone takes
+    "suite": "evaluate",
+    "compare": "evaluate",
+    "topology": "plan",
+    "mesh": "plan",
+    "largest-batch": "plan",
+}
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
 
@@ -27,14 +43,15 @@ class Command:
     verb: str
     config: ConfigDict | None  # validated and locked; None when runs are compared
     workdir: Path | None  # None: not named, when runs are compared
-    suite: str = ""  # evaluate: which evaluations; "": those of the config
+    options: Mapping[str, str | bool] = field(default_factory=dict)  # of the verb's function
     compare: tuple[str, ...] = ()  # evaluate: workdirs, or patterns of them, to lay side by side
 
 
 def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     """Reads [VERB] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...].
 
-    evaluate also takes --suite=NAME and --compare=DIR,DIR.
+    evaluate also takes --suite=NAME and --compare=DIR,DIR; plan takes --topology=NAME,
+    --mesh=AXIS:SIZE,... and --largest-batch.
 
     Touches no global flags, so one process may parse as often as it likes.
 
@@ -61,6 +78,9 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_string("suite", "", "", flag_values=values)
     flags.DEFINE_list("compare", [], "", flag_values=values)
+    flags.DEFINE_string("topology", "", "", flag_values=values)
+    flags.DEFINE_string("mesh", "", "", flag_values=values)
+    flags.DEFINE_boolean("largest-batch", False, "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", flag_values=values)
     rest = _read(values, arguments, known_only=True)
     if values.help:
@@ -70,16 +90,23 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
         if flag and not _OVERRIDE.match(argument):
             name = flag["name"]
             raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
-    for name in ("suite", "compare"):
-        if values[name].value and verb != "evaluate":
-            raise UserError(f"--{name} goes with the verb evaluate, not with {verb}")
+    for name, own in _OF_VERB.items():
+        if values[name].value and verb != own:
+            raise UserError(f"--{name} goes with the verb {own}, not with {verb}")
+    if verb == "plan" and not values.topology:
+        raise UserError("plan needs a machine: add --topology=v5e:16x16, or --topology=cpu:8")
     if values.compare:
         return _comparison(verb, values, rest)
     config = _find_config(verb, verbs[0], values.config, values.workdir)
     _override(config, rest)
     validate(config)
     workdir = Path(values.workdir or Path("runs") / config.name)
-    return Command(verb, config, workdir, suite=values.suite)
+    options = {
+        name.replace("-", "_"): values[name].value
+        for name, own in _OF_VERB.items()
+        if own == verb and values[name].value
+    }
+    return Command(verb, config, workdir, options)
 
 
 def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command:

@@ -45,6 +45,7 @@ EVALUATIONS = (
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
 _FREE_AT_RESUME = (
     "mesh",
+    "sharding",
     "accumulation",
     "ring",
     "data.cache_dir",
@@ -75,6 +76,7 @@ def default() -> ConfigDict:
     config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
     config.log_every = 10  # steps
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+    config.sharding = ()  # texts: rules PATTERN=AXES before the usual ones: see parallel.py
 
     config.data = data = ConfigDict()
     data.train = "emoji"  # a named set, or KIND:PATH such as jsonl:pairs.jsonl

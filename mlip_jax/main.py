@@ -20,11 +20,13 @@ Trains and evaluates language-image models.
   python -m mlip_jax.main [VERB] --config=FILE[:name=value,...] [--workdir=DIR] [--config.KEY=VALUE]
   python -m mlip_jax.main evaluate --workdir=DIR [--suite=NAME]
   python -m mlip_jax.main evaluate --compare=DIR,DIR
+  python -m mlip_jax.main plan --config=FILE --topology=NAME [--mesh=AXIS:SIZE,...]
 
 Verbs
   train     train, evaluate, write a report; the same command resumes (default)
   evaluate  score the workdir's model again
   report    write the workdir's report again
+  plan      compile the training step for devices that need not be there: memory, traffic, time
 
 Flags
   --config=FILE       an experiment's file, such as configs/mlip.py; what follows a colon goes to
@@ -35,6 +37,9 @@ Flags
                       retrieval, zero_shot, linear_probe, few_shot, svm, grounding, concepts, with
                       commas between; the sets that config.evaluation names, or the run's own
   --compare=DIR,DIR   evaluate: the results of several workdirs side by side; DIR may be a pattern
+  --topology=NAME     plan: a slice of TPU chips, such as v5e:16x16 (needs the extra tpu), or cpu:8
+  --mesh=AXIS:SIZE,.. plan: such as data:64,fsdp:4; config.mesh when it is left out
+  --largest-batch     plan: also find the largest global batch that fits
   --help              this page
 
 Examples
@@ -49,6 +54,7 @@ VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "train": ("mlip_jax.training.loop", "train"),
     "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
     "report": ("mlip_jax.reports", "report_workdir"),
+    "plan": ("mlip_jax.planning", "plan"),
 }
 
 
@@ -68,8 +74,7 @@ def main(argv: Sequence[str]) -> int:
             return compare.compare_workdirs(command.compare, command.workdir)
         module, function = VERBS[command.verb]
         act = getattr(importlib.import_module(module), function)
-        options = {"suite": command.suite} if command.suite else {}
-        return act(command.config, command.workdir, **options)
+        return act(command.config, command.workdir, **command.options)
     except UserError as error:
         return _fail(2, str(error))
     except RunError as error:

@@ -18,10 +18,11 @@ import pytest
 
 from mlip_jax import main as door
 from mlip_jax.storage.checkpoint import restore_fields
-from mlip_jax.training import loop
+from mlip_jax.training import evaluation, loop
+from mlip_jax.training.run import score
 from mlip_jax.training.signals import Stop, Stopped
 
-COMPILE, REPORT = loop.compile_step, loop.write_report
+COMPILE, REPORT = loop.compile_step, evaluation.write_report
 ROOT = Path(__file__).parents[1]
 STATE = ("step", "params", "optimizer", "ema")
 
@@ -40,7 +41,7 @@ def compiled_once(monkeypatch, compiled, on_one_device):
         return compiled[key]
 
     monkeypatch.setattr(loop, "compile_step", compile_step)
-    monkeypatch.setattr(loop, "write_report", lambda *_: "none")
+    monkeypatch.setattr(evaluation, "write_report", lambda *_: "none")
     on_one_device(monkeypatch)
 
 
@@ -129,7 +130,7 @@ def test_a_finished_run_says_so_and_is_evaluated(train, workdir, trained, monkey
     (workdir / "results.json").unlink()
     (workdir / "report.html").unlink()
     monkeypatch.setattr(loop, "compile_step", None)  # there is nothing to compile
-    monkeypatch.setattr(loop, "write_report", REPORT)
+    monkeypatch.setattr(evaluation, "write_report", REPORT)
     code, told = train()
     assert code == 0 and f"{workdir} holds this run: it is finished" in told
     assert (workdir / "results.json").read_text() == before
@@ -197,6 +198,37 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(train, tiny, trained, 
     assert metrics(trained) == metrics(run)
 
 
+@pytest.mark.slow
+def test_killed_at_20_random_moments_it_ends_with_the_same_bits(train, tiny, tmp_path):
+    """A save at every step, so that many of the moments lie in one."""
+    rng, kills, unfinished = np.random.default_rng(), 0, 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    flags = {"samples": 1600, "checkpoint.every_samples": 8, "evaluation.every_samples": 0}
+    assert train(**flags, workdir=other)[0] == 0
+    command = [sys.executable, "-m", "mlip_jax.main", f"--config={tiny}", f"--workdir={run}"]
+    command += [f"--config.{key}={value}" for key, value in flags.items()]
+    while kills < 20:
+        before = steps_of(run)[-1:] if run.exists() else []
+        with (tmp_path / "told").open("w") as told:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stderr=told
+            )
+        while not (run / "checkpoints").is_dir() or steps_of(run)[-1:] == before:
+            assert process.poll() is None, (tmp_path / "told").read_text()
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed 20 times"
+        kills += 1
+        drafts = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdigit()]
+        unfinished += bool(drafts)
+    code, told = train(**flags)
+    assert code == 0 and "damaged" not in told, told
+    assert unfinished > 0, "no kill hit a save"
+    assert_same_state(other, run)
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(other)]
+
+
 @pytest.fixture(scope="module")
 def stopped(tiny, on_one_device, tmp_path_factory):
     """A run that a SIGTERM stopped at step 3."""
@@ -235,7 +267,7 @@ def test_a_signal_during_an_evaluation_saves_without_its_figures(
     train, stopped, tmp_path, monkeypatch
 ):
     run = shutil.copytree(stopped, tmp_path / "run")
-    interrupt(monkeypatch, loop, "evaluate")
+    interrupt(monkeypatch, evaluation, "evaluate")
     code, told = train()
     assert code == 75 and "everything is saved at step 4" in told
     assert steps_of(run)[-1] == 4
@@ -244,7 +276,7 @@ def test_a_signal_during_an_evaluation_saves_without_its_figures(
 
 def test_a_signal_during_the_last_evaluation_asks_to_be_started_again(train, workdir, monkeypatch):
     before = (workdir / "results.json").stat().st_mtime_ns
-    interrupt(monkeypatch, loop, "evaluate")
+    interrupt(monkeypatch, evaluation, "evaluate")
     code, told = train()
     assert code == 75 and "everything is saved at step 8" in told
     assert (workdir / "results.json").stat().st_mtime_ns == before
@@ -273,6 +305,34 @@ def test_signals():
     with Stop().listening() as stop, pytest.raises(Stopped), stop.interrupting():
         os.kill(os.getpid(), signal.SIGTERM)
     assert former == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_signal_before_the_first_step_does_not_wait_for_the_compiler(tiny, tmp_path):
+    # Like XLA's compiler, it lets no handler of Python run in the main thread.
+    code = f"""
+import hashlib, sys
+from jax.stages import Lowered
+from mlip_jax import main
+
+def compile(_):
+    print("compiling", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+Lowered.compile = compile
+sys.exit(main.main(["mlip", "--config={tiny}", "--workdir={tmp_path / "run"}"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "compiling\n", process.communicate()[1]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    told = process.communicate()[1]
+    assert "SIGTERM: stopping; no step was done since the start" in told
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_terms(
@@ -352,9 +412,9 @@ def test_a_name_for_the_best_that_is_no_figure_costs_no_steps(train, stopped, tm
 
 def test_the_best_checkpoint_is_kept():
     figures = {"retrieval/a/x_recall@1": 0.2, "retrieval/b/x_recall@1": 0.4, "zero_shot/a/top1": 1}
-    assert loop._score("", figures) == pytest.approx(0.3)
-    assert loop._score("zero_shot/a/top1", figures) == 1
-    assert loop._score("", {"zero_shot/a/top1": 0.5, "zero_shot/a/top5": 0.9}) == 0.5
+    assert score("", figures) == pytest.approx(0.3)
+    assert score("zero_shot/a/top1", figures) == 1
+    assert score("", {"zero_shot/a/top1": 0.5, "zero_shot/a/top5": 0.9}) == 0.5
 
 
 def test_a_disk_that_takes_no_more_is_one_line(train, stopped, tmp_path, monkeypatch):
@@ -366,7 +426,7 @@ def test_a_disk_that_takes_no_more_is_one_line(train, stopped, tmp_path, monkeyp
         return steps(*arguments)
 
     monkeypatch.setattr(loop, "run_steps", limited)
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: loop.Results())
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: loop.Results())
     try:
         code, told = train()
     finally:

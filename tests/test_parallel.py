@@ -1,7 +1,9 @@
 """Meshes and sharding rules; a sharded loss is the loss of one device."""
 
 import functools
+import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,16 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from mlip_jax import command_line, parallel
 from mlip_jax import config as schema
-from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.models import two_tower
 from mlip_jax.objectives import perspectives, sharded
+from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 
 BATCH = 16
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def axes(data=1, fsdp=1, tensor=1):
@@ -91,7 +95,7 @@ def test_rules_resolve_to_a_readable_table(small):
     resolved = {pattern: spec for pattern, spec, _ in table}
     assert resolved["(qkv|up|patch|projection|hidden|shortcut)/kernel$"] == "fsdp, tensor"
     assert resolved["(out|down|output)/kernel$"] == "tensor, fsdp"
-    assert resolved["text_encoder/embedding$"] == "tensor, fsdp"
+    assert resolved["text_encoder/embedding$"] == "fsdp, tensor"
     assert resolved["filter$"] == "None, None, fsdp"
     assert resolved["all others"] == "replicated"
     one = parallel.sharding_table(params, parallel.make_mesh(axes(8), BATCH))
@@ -133,6 +137,59 @@ def test_a_device_of_8_holds_an_eighth_of_the_big_kernels(small):
     for moment in (state.optimizer[0].mu, state.optimizer[0].nu):
         places = jax.tree.map(lambda leaf: leaf.sharding, moment)
         assert places == jax.tree.map(lambda leaf: leaf.sharding, state.params)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2)])
+@pytest.mark.parametrize("name", ["clip", "mlip"])
+def test_a_device_of_8_holds_an_eighth_of_a_base_model(name, shape):
+    """Optimizer and EMA included; what is replicated is small beside the kernels."""
+    file = f"--config={CONFIGS / name}.py:size=B/16,data=jsonl:pairs.jsonl"
+    config = command_line.parse([file, "--config.optimizer.ema=0.99"], ["train"]).config
+    model = two_tower.build(config, vocab_size=49408, start_id=49406, end_id=49407)
+    mesh = parallel.make_mesh(axes(*shape), BATCH)
+    leaves = jax.tree.leaves(abstract_state(model, optimizers.make(config), config, mesh))
+    whole = sum(leaf.size for leaf in leaves)
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert whole > 4 * 130e6
+    assert held < 1.03 * whole / 8
+
+
+def test_a_rule_of_the_config_comes_first(small):
+    model, optimizer, config = small
+    config = config.copy_and_resolve_references()
+    config.sharding = ("image_encoder.*up/kernel$=- tensor", "filter$=")
+    mesh = parallel.make_mesh(axes(2, 2, 2), BATCH)
+    abstract = abstract_state(model, optimizer, config, mesh)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        name, spec = parallel.path_name(path), tuple(leaf.sharding.spec)
+        if name.endswith("up/kernel"):
+            assert spec == ((None, "tensor") if "image_encoder" in name else ("fsdp", "tensor"))
+        if name.endswith("filter"):
+            assert spec == ()
+    rules = parallel.sharding_rules(config.sharding, abstract.params)
+    table = parallel.sharding_table(abstract.params, mesh, rules)
+    assert ("image_encoder.*up/kernel$", "None, tensor") in {row[:2] for row in table}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("up/kernels$=fsdp", "'up/kernels.=fsdp' matches no parameter; they are such as image_enc"),
+        ("kernel", "'kernel' is not PATTERN=AXES"),
+        ("=fsdp", "'=fsdp' is not PATTERN=AXES"),
+        ("^image_encoder=fsdp", "is not PATTERN=AXES.* searched in the whole path"),
+        ("up/kernel$=fspd", "'fspd' is none of data, fsdp, tensor, -; did you mean 'fsdp'"),
+        ("up/kernel$=fsdp fsdp", "names an axis of the mesh twice"),
+        ("up/kernel$=- - fsdp", "has 3 axes, but image_encoder/.*up/kernel has the shape"),
+        ("(up/kernel$=fsdp", "is no regular expression: missing"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_is_refused(small, rule, message):
+    model, optimizer, config = small
+    config = config.copy_and_resolve_references()
+    config.sharding = (rule,)
+    with pytest.raises(UserError, match=message):
+        abstract_state(model, optimizer, config, parallel.make_mesh(axes(8), BATCH))
 
 
 LOSSES = {

@@ -42,14 +42,12 @@ def train_batches(
     tokenizer: Tokenizer,
     *,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The training batches of one process, from a step on, without end.
 
-    The source is shuffled anew in each epoch. Of the global batch, process p has the rows from
-    p * b to (p + 1) * b with b = config.batch_size / process_count. Close the iterator, or use it
-    up to the end of the program, to stop its workers.
+    The source is shuffled anew in each epoch. Close the iterator, or use it up to the end of the
+    program, to stop its workers.
 
     Args:
       config: the run's config: batch_size, seed, data, model.image.image_size,
@@ -57,8 +55,7 @@ def train_batches(
       source: what to train on.
       tokenizer: turns captions into ids.
       start_step: the step of the first batch: 0, or where a resumed run goes on.
-      process_index: which of the processes this is.
-      process_count: how many there are.
+      rows: b rows of the global batch, those that this process feeds; None: all.
 
     Yields:
       "image": uint8 [b, image_size, image_size, 3];
@@ -71,26 +68,20 @@ def train_batches(
       caption of the same images where they have one, with left and right as in "image".
 
     Raises:
-      UserError: when the batch cannot be split among the processes, the source is empty, or too
-        many images in a row cannot be read.
+      UserError: when the source is empty, or too many images in a row cannot be read.
     """
-    if config.batch_size % process_count:
-        raise UserError(
-            f"config.batch_size={config.batch_size} is not a multiple of {process_count} processes"
-        )
     if not len(source):
         raise UserError(f"the training set {source.name!r} is empty")
-    batch_size = config.batch_size // process_count
+    fed = tuple(range(config.batch_size) if rows is None else map(int, rows))
     positions = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     examples = positions.random_map(_Example(config, source))
-    rows = _Rows(examples, config.batch_size, process_index * batch_size, batch_size)
     workers = worker_count(config.data.workers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
     batches = (
-        grain.MapDataset.source(rows)
-        .slice(slice(start_step * batch_size, None))
-        .batch(batch_size, batch_fn=_Stack(tokenizer, config.model.text.context_length))
+        grain.MapDataset.source(_Rows(examples, config.batch_size, fed))
+        .slice(slice(start_step * len(fed), None))
+        .batch(len(fed), batch_fn=_Stack(tokenizer, config.model.text.context_length))
         # An element is a whole batch: a deep buffer of them would be large, and late.
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 2))
         .mp_prefetch(
@@ -177,20 +168,19 @@ class _Example:
 
 
 class _Rows:
-    """The rows of one process: block `start` to `start + size` of each global batch."""
+    """The rows that one process feeds, of one global batch after the other."""
 
-    def __init__(self, examples: grain.MapDataset, batch_size: int, start: int, size: int) -> None:
+    def __init__(self, examples: grain.MapDataset, batch_size: int, fed: tuple[int, ...]) -> None:
         self._examples = examples
         self._batch_size = batch_size
-        self._start = start
-        self._size = size
+        self._fed = fed
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        step, place = divmod(int(row), self._size)
-        return self._examples[step * self._batch_size + self._start + place]
+        step, place = divmod(int(row), len(self._fed))
+        return self._examples[step * self._batch_size + self._fed[place]]
 
 
 class _Stack:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from mlip_jax import cluster
 from mlip_jax import config as schema
 from mlip_jax.config import EVALUATIONS, UserError
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
@@ -50,7 +51,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str | Path, suite: str = "") -
     Raises:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
     """
-    workdir = Path(workdir)
+    return cluster.by_first(lambda: _evaluate(config, Path(workdir), suite))
+
+
+def _evaluate(config: ConfigDict, workdir: Path, suite: str) -> int:
     if suite:
         apply_suite(config, suite)
     check(config)

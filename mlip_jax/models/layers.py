@@ -238,4 +238,5 @@ class PatchEmbedding(nn.Module):
             channels, (3, 3), stride, padding=1, use_bias=False, dtype=self.dtype, name=name
         )(x)
         norm = nn.GroupNorm(1, dtype=self.dtype, name=f"{name}_norm")
-        return jax.nn.gelu(norm(x))
+        # Without the barrier the TPU compiler recurses without end on the gradient, for v6e.
+        return jax.nn.gelu(jax.lax.optimization_barrier(norm(x)))

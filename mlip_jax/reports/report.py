@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
+from mlip_jax import cluster
 from mlip_jax.data.records import Source
 from mlip_jax.data.sources import open_source, open_validation
 from mlip_jax.evaluations import grounding
@@ -139,6 +140,10 @@ def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
     Raises:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
     """
+    return cluster.by_first(lambda: _report(config, workdir))
+
+
+def _report(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
     model = load(workdir, config=config)
     cleaning = config.model.text.cleaning
     source = open_validation(config.data, cleaning) or open_source(

@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from mlip_jax import processes
 from mlip_jax.config import RunError, UserError
 from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
@@ -217,22 +217,20 @@ class Checkpoints:
         seal.write(drafts[0])
 
     def _is_damaged(self, step: int) -> bool:
-        damaged = not jax.process_index() and bool(seal.damage(self._folder / str(step)))
-        if jax.process_count() > 1:  # one process reads; all must agree
-            return bool(multihost_utils.broadcast_one_to_all(np.asarray(damaged)))
-        return damaged
+        return processes.by_first(lambda: bool(seal.damage(self._folder / str(step))))
 
     def _set_aside(self, step: int) -> None:
         path = self._folder / str(step)
-        if not jax.process_index():
+
+        def rename() -> None:
             _warn(
                 f"checkpoint {path} is damaged ({seal.damage(path)}): going on from the one before"
             )
             aside = path.with_name(f"damaged-{step}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+
+        processes.by_first(rename)
         self._manager.reload()
 
     def _check_model(self, step: int, abstract_state: Any) -> None:

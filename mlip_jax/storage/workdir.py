@@ -10,8 +10,10 @@ import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,9 +22,12 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
+from mlip_jax import processes
 from mlip_jax.config import UserError
 
 TOKENIZER = "tokenizer.json"
+_LOCK = ".lock"
+_SHARED_SECONDS = 60
 _PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -33,34 +38,58 @@ def open_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Iterato
     Writes config.json and environment.json. Keys that may change at a resume take their new
     values.
 
+    All processes of a run open it together; process 0 holds the lock and writes.
+
     Raises:
-      UserError: if another process trains there, or a run of another config is kept there.
+      UserError: if another run trains there, a run of another config is kept there, or not all
+        processes see the folder.
     """
     folder = Path(workdir)
+    with contextlib.ExitStack() as held:
+        holder = processes.by_first(lambda: _take(folder, config, held))
+        _check_shared(folder, holder)
+        yield folder
+
+
+def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
+    """Locks the folder until `held` is closed, writes what it is, and returns who holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+", encoding="utf-8")
+        lock = held.enter_context((folder / _LOCK).open("a+", encoding="utf-8"))
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot use {folder} as --workdir: {error.strerror}") from error
-    with lock:
-        if not jax.process_index():
-            _lock(lock, folder)
-        path = folder / "config.json"
-        if path.exists():
-            try:
-                old = schema.from_json(path.read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
-            changed = schema.differences(old, config)
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run of another config ({'; '.join(changed)}): give another "
-                    "--workdir, or the old values to go on"
-                )
-        if not jax.process_index():
-            write_atomically(path, schema.to_json(config))
-            write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
-        yield folder
+    _lock(lock, folder)
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            old = schema.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
+        changed = schema.differences(old, config)
+        if changed:
+            raise UserError(
+                f"{folder} holds a run of another config ({'; '.join(changed)}): give another "
+                "--workdir, or the old values to go on"
+            )
+    write_atomically(path, schema.to_json(config))
+    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
+    return str(os.getpid())
+
+
+def _check_shared(folder: Path, holder: str) -> None:
+    """Raises UserError where a process does not see what process 0 has just written."""
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while jax.process_index():
+        # Shared file systems show new files late.
+        with contextlib.suppress(OSError):
+            if (folder / _LOCK).read_text(encoding="utf-8") == holder:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {jax.process_index()} on {socket.gethostname()} does not see what "
+                f"process 0 writes in {folder}: --workdir must be on a file system that all share"
+            )
+        time.sleep(0.1)
 
 
 def environment() -> dict[str, Any]:

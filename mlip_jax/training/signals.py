@@ -5,8 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
+
+import jax
+
+from mlip_jax import processes
+
+STOPPED = 75  # the exit code that asks a scheduler to start the job again
+_WORD = "stop"
+_NO_SIGNAL = 0
 
 
 class Stopped(BaseException):
@@ -19,18 +28,24 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
         self._interrupts = False
+        self._leaves = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Listens while inside."""
+        """Listens while inside; what one process of several hears, all do."""
         former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def ask(number: int, _: Any) -> None:
-            self.asked = True
+            if self._leaves:
+                return
             signal.signal(signal.SIGINT, former[signal.SIGINT])
-            # Not by print: the signal may have come in the middle of one.
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping\n".encode())
+            if not self.asked and not jax.process_index():
+                # Not by print: the signal may have come in the middle of one.
+                with contextlib.suppress(OSError):
+                    name = signal.Signals(number).name
+                    os.write(2, f"\n{name}: saving, then stopping\n".encode())
+            self.asked = True
+            processes.announce(_WORD)
             if self._interrupts:
                 self._interrupts = False
                 raise Stopped
@@ -38,10 +53,49 @@ class Stop:
         for number in former:
             signal.signal(number, ask)
         try:
-            yield self
+            with processes.hearing(_WORD, self._hear):
+                yield self
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+    def _hear(self, _: str) -> None:
+        if not self.asked:
+            os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, wherever it is
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Where there is nothing to save yet: inside, a signal ends this process at once, with 75.
+
+        Python's handlers wait for the main thread, which may be in the compiler for minutes. So a
+        thread hears of the signal here.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+
+        def leave() -> None:
+            number = os.read(reader, 1)[0]
+            if number == _NO_SIGNAL:
+                return
+            if not jax.process_index():
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: stopping; no step was done since the start\n".encode())
+            processes.announce(_WORD)
+            processes.leave(STOPPED)
+
+        thread = threading.Thread(target=leave, daemon=True)
+        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._leaves = True
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(former)
+            self._leaves = False
+            os.write(writer, bytes([_NO_SIGNAL]))
+            thread.join()
+            os.close(reader)
+            os.close(writer)
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:

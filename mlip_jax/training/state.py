@@ -80,10 +80,15 @@ def initial_state(
 def abstract_state(
     model: TwoTower, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing it."""
+    """Shapes, dtypes and shardings of the state, without computing it.
+
+    Raises:
+      UserError: for a rule of config.sharding that cannot be followed.
+    """
     shapes = jax.eval_shape(lambda: initial_state(model, optimizer, config))
+    rules = parallel.sharding_rules(config.sharding, shapes.params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        parallel.tree_shardings(shapes, mesh),
+        parallel.tree_shardings(shapes, mesh, rules),
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.models.dropout import NUMBER, ROWS
@@ -160,6 +162,37 @@ def make_train_step(
         return kept.replace(step=state.step + 1), metrics
 
     return train_step
+
+
+def lower_step(
+    train_step: Callable[..., Any],
+    abstract: TrainState,
+    config: ConfigDict,
+    mesh: Mesh,
+    more: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> jax.stages.Lowered:
+    """The step of `make_train_step`, ready to compile; the state is donated.
+
+    Args:
+      train_step: from `make_train_step`.
+      abstract: from `abstract_state`.
+      config: the run's.
+      mesh: the devices.
+      more: what `train_step` takes in its batch besides images and token ids.
+    """
+    batch, model = config.batch_size, config.model
+    size, rows = model.image.image_size, parallel.batch_sharding(mesh)
+    image = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8, sharding=rows)
+    token_ids = jax.ShapeDtypeStruct((batch, model.text.context_length), np.int32, sharding=rows)
+    abstract_batch = {"image": image, "token_ids": token_ids} | dict(more or {})
+    if config.perspectives.augmented_image.weight > 0:
+        abstract_batch["image_2"] = image
+    if config.perspectives.other_caption.weight > 0:
+        abstract_batch["token_ids_2"] = token_ids
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))
+    ).lower(abstract, abstract_batch)
 
 
 def _check_accumulation(config: ConfigDict, mesh: Mesh | None) -> None:

@@ -93,7 +93,8 @@ def print_compiled(
     sharding.add_column("Parameters whose path matches")
     sharding.add_column("Sharded over")
     sharding.add_column("Number", justify="right")
-    for pattern, axes, count in parallel.sharding_table(params, mesh):
+    rules = parallel.sharding_rules(config.sharding, params)
+    for pattern, axes, count in parallel.sharding_table(params, mesh, rules):
         sharding.add_row(pattern, axes, f"{count:,}")
     console.print(sharding)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

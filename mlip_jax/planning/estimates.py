@@ -1,0 +1,229 @@
+"""A run's training step, compiled for a machine that need not be there, and what it would cost."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mlip_jax import parallel
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.text import load_tokenizer
+from mlip_jax.models import two_tower
+from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.planning import hlo
+from mlip_jax.planning.flops import step_flops
+from mlip_jax.planning.machines import Machine
+from mlip_jax.training import optimizer as optimizers
+from mlip_jax.training.state import abstract_state
+from mlip_jax.training.step import lower_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device, by the compiler."""
+
+    arguments: int  # state and batch
+    outputs: int
+    aliased: int  # outputs that take the place of arguments: the donated state
+    temporary: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training step costs on a machine. Every time in it is an estimate.
+
+    Attributes:
+      machine: what it was compiled for.
+      mesh: the devices' axes.
+      batch_size: global.
+      dtype: what the model computes in.
+      parameters: of the model.
+      model_flops: of a step on the global batch; see `flops.step_flops`.
+      refusal: why the compiler found no room for the program; "" when it did.
+      memory: of a device; None when the program was refused.
+      flops: of a device's program as compiled, by XLA, which counts a loop's body once.
+      program: cycles and collectives; nothing when the program was refused.
+    """
+
+    machine: Machine
+    mesh: Mesh
+    batch_size: int
+    dtype: str
+    parameters: int
+    model_flops: float
+    refusal: str = ""
+    memory: Memory | None = None
+    flops: float = math.nan
+    program: hlo.Program = field(default_factory=hlo.Program)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler found room for the program in the chip's memory."""
+        return self.memory is not None
+
+    @property
+    def compute_seconds(self) -> float:
+        """The estimated cycles at the chip's clock, without collectives; NaN on CPUs."""
+        chip = self.machine.chip
+        return self.program.cycles / chip.clock if chip else math.nan
+
+    @property
+    def collective_seconds(self) -> float:
+        """The least that the collectives take, at the published bandwidth; NaN on CPUs."""
+        chip = self.machine.chip
+        return self.program.sent / chip.interconnect if chip else math.nan
+
+    def utilisation(self, seconds: float) -> float:
+        """The model's FLOPs over what the chips could do in that time at their peak."""
+        chip = self.machine.chip
+        return self.model_flops / (seconds * chip.peak * self.mesh.size) if chip else math.nan
+
+
+def estimate(config: ConfigDict, machine: Machine) -> Estimate:
+    """Compiles the step of a config, sharded over config.mesh, and reads what the compiler tells.
+
+    Args:
+      config: validated. Its compute dtype "auto" is that of the machine, not of this host.
+      machine: from `machines.find`.
+
+    Raises:
+      UserError: when the mesh does not fit the machine or does not divide the batch.
+    """
+    config = copy.deepcopy(config)
+    config.compute_dtype = _compute_dtype(config, machine)
+    mesh = parallel.make_mesh(config.mesh, config.batch_size, machine.devices)
+    network = _network(config)
+    optimizer = optimizers.make(config)
+    abstract = abstract_state(network, optimizer, config, mesh)
+    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
+    known = {
+        "machine": machine,
+        "mesh": mesh,
+        "batch_size": config.batch_size,
+        "dtype": config.compute_dtype,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
+        "model_flops": step_flops(network, abstract.evaluated, config),
+    }
+    try:
+        with _compiled_anew(machine):
+            compiled = lower_step(step, abstract, config, mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Estimate(**known, refusal=_refusal(str(error)))
+    sizes = compiled.memory_analysis()
+    return Estimate(
+        **known,
+        memory=Memory(
+            arguments=sizes.argument_size_in_bytes,
+            outputs=sizes.output_size_in_bytes,
+            aliased=sizes.alias_size_in_bytes,
+            temporary=sizes.temp_size_in_bytes,
+            code=sizes.generated_code_size_in_bytes,
+        ),
+        flops=float((compiled.cost_analysis() or {}).get("flops", math.nan)),
+        program=hlo.read(compiled.as_text(), mesh.size),
+    )
+
+
+def largest_batch(
+    config: ConfigDict,
+    machine: Machine,
+    first: Estimate | None = None,
+    tried: Callable[[Estimate], None] = lambda _: None,
+) -> Estimate | None:
+    """The largest global batch that fits, by bisection over multiples of what must divide it.
+
+    A program is taken to need more memory the larger its batch; each try compiles one.
+
+    Args:
+      config: its batch size is where the search starts.
+      machine: with chips; CPUs have no memory of their own.
+      first: the estimate of the config itself, if there is one.
+      tried: is told every try.
+
+    Returns:
+      The estimate at that batch size; None when not even the smallest fits.
+    """
+    first = first or estimate(config, machine)
+    tried(first)
+    unit = first.mesh.shape["data"] * first.mesh.shape["fsdp"] * config.accumulation
+
+    def attempt(multiple: int) -> Estimate:
+        other = copy.deepcopy(config)
+        other.batch_size = multiple * unit
+        # A schedule needs a step; how many there are changes no shape.
+        other.samples = max(other.samples, other.batch_size)
+        found = estimate(other, machine)
+        tried(found)
+        return found
+
+    at = first.batch_size // unit
+    best, fitting, refused = (first, at, None) if first.fits else (None, 0, at)
+    while refused is None:
+        found = attempt(2 * fitting)
+        if found.fits:
+            best, fitting = found, 2 * fitting
+        else:
+            refused = 2 * fitting
+    while refused - fitting > 1:
+        middle = (fitting + refused) // 2
+        found = attempt(middle)
+        if found.fits:
+            best, fitting = found, middle
+        else:
+            refused = middle
+    return best
+
+
+@contextlib.contextmanager
+def _compiled_anew(machine: Machine) -> Iterator[None]:
+    """Keeps JAX's cache on disk out: a host without a TPU cannot read a TPU's programs back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    if machine.chip:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX asks the setting once
+    try:
+        yield
+    finally:
+        if machine.chip:
+            jax.config.update("jax_enable_compilation_cache", enabled)
+            compilation_cache.reset_cache()
+
+
+def _compute_dtype(config: ConfigDict, machine: Machine) -> str:
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "bfloat16" if machine.chip else "float32"
+
+
+def _network(config: ConfigDict) -> TwoTower:
+    """The model without its data: a vocabulary to be trained counts as large as it may get."""
+    text = config.model.text
+    if text.tokenizer == "wordpiece":
+        return two_tower.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
+    tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
+    return two_tower.build(
+        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
+    )
+
+
+def _refusal(message: str) -> str:
+    """The compiler's sentence with what it needs and has, out of pages about the largest arrays."""
+    sentence = message[max(message.find("Ran out of memory"), 0) :].splitlines()[0]
+    return re.sub(r"(?<=\d)([KMGT])\b", r" \1iB", sentence)

@@ -1,0 +1,96 @@
+"""The arithmetic that a model needs, whatever a compiler makes of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
+
+from mlip_jax.config import PERSPECTIVES
+from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.objectives import perspectives
+
+
+def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
+    """FLOPs of the matrix products of a training step on the global batch.
+
+    Three times those of the forward pass, encoders, heads and scores: each product has two in the
+    backward pass. A frozen tower has no backward pass. Nothing recomputed counts, nor does the
+    optimizer; a concat critic is left out.
+
+    Args:
+      network: the model.
+      variables: its variables, as arrays or shapes.
+      config: the run's.
+    """
+    size = config.model.image.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32)
+    local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    total = 0.0
+    for tower, example, second in (
+        ("image", image, "augmented_image"),
+        ("text", text, "other_caption"),
+    ):
+
+        def embed(variables: Any, rows: jax.Array, tower: str = tower) -> Any:
+            return network.apply(variables, rows, method=f"embed_{tower}s")
+
+        program, out = jax.make_jaxpr(embed, return_shape=True)(local, example)
+        shapes |= out
+        passes = 1 if tower in network.frozen else 3
+        views = 2 if config.perspectives[second].weight > 0 else 1
+        total += passes * views * config.batch_size * matrix_flops(program.jaxpr)
+    return total + 3 * sum(
+        _score_flops(term, shapes, config.batch_size) for term in perspectives.terms(config)
+    )
+
+
+def _score_flops(
+    term: perspectives.Term, shapes: dict[str, jax.ShapeDtypeStruct], batch: int
+) -> float:
+    """Of the scores of one perspective: all pairs, or with jsd the positives and the shifts."""
+    if term.view not in shapes:  # two views of a modality: as wide as the global ones
+        one = other = shapes["spatial_global" if "spatial_global" in shapes else "text_global"]
+    else:
+        one, other = shapes[term.view], shapes[PERSPECTIVES[term.view]]
+    pairs = batch * (term.shifts + 1 if term.loss == "jsd" else batch)
+    tokens = math.prod(one.shape[1:-1]) * math.prod(other.shape[1:-1])
+    return 2.0 * pairs * tokens * one.shape[-1]
+
+
+def matrix_flops(program: Jaxpr) -> float:
+    """FLOPs of a program's matrix products and convolutions, two for each multiply-add."""
+    total = 0.0
+    for equation in program.eqns:
+        name, out = equation.primitive.name, equation.outvars[0].aval
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * out.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            channels = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * out.size * kernel.size / channels
+        else:
+            inside = [matrix_flops(part) for part in _parts(equation.params)]
+            times = equation.params["length"] if name == "scan" else 1
+            total += times * (max(inside, default=0.0) if name == "cond" else sum(inside))
+    return total
+
+
+def _parts(params: dict[str, Any]) -> list[Jaxpr]:
+    """The programs within an equation."""
+    leaves = jax.tree.leaves(
+        list(params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
+    )
+    return [
+        part.jaxpr if isinstance(part, ClosedJaxpr) else part
+        for part in leaves
+        if isinstance(part, (Jaxpr, ClosedJaxpr))
+    ]

@@ -1,0 +1,253 @@
+"""What the text of a compiled program tells: cycles by the compiler's estimate, and collectives."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=([^,\s]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r"\bs32\[\]\S* constant\((\d+)\)")
+_GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[[\d,]+\]<=|mesh\[[^]]*\][^{]*\{[^}]*\})")
+_MESH_AXIS = re.compile(r"('\w+')=(\d+)")
+_USED_AXIS = re.compile(r"('\w+')(?::\(\d+\)(\d+))?")
+_REDUCE_SCATTER = "all-reduce-scatter"
+# Instructions that take time; the compiler gives most of them an estimate.
+_WORK = ("fusion", "sort", "convolution", "dot", "scatter", "copy", "reduce", "fft")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      payload: bytes of the whole array: what it makes, or what a reduce-scatter takes.
+      devices: that take part in one group.
+      times: how often a step runs it.
+    """
+
+    kind: str
+    payload: int
+    devices: int
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all, by the ring algorithm; a permute sends the payload."""
+        share = (self.devices - 1) / self.devices
+        rounds = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return self.times * self.payload * rounds
+
+
+@dataclass
+class Program:
+    """What the text of a program sums up to, a device and step.
+
+    Attributes:
+      cycles: the compiler's estimates of the instructions in the order that they run: those of the
+        entry computation, those of a loop's body times its trips, of a conditional's costliest
+        branch. Collectives and copies between memories that run beside them have none.
+      work: instructions that take time, without collectives.
+      unestimated: those of them without an estimate.
+      unknown_loops: loops whose trips are not known; counted once.
+      collectives: each once, however many instructions it is spread over.
+    """
+
+    cycles: int = 0
+    work: int = 0
+    unestimated: int = 0
+    unknown_loops: int = 0
+    collectives: list[Collective] = field(default_factory=list)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step."""
+        return sum(collective.sent for collective in self.collectives)
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    op: str
+    type: str
+    line: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An instruction that a step runs: where it stands, and how often it runs."""
+
+    instruction: _Instruction
+    computation: str
+    times: int
+    fused: bool
+
+
+def read(text: str, devices: int) -> Program:
+    """Reads the text of a compiled program.
+
+    Args:
+      text: `as_text()` of a `jax.stages.Compiled`.
+      devices: that it runs on.
+    """
+    entry, computations = _computations(text)
+    program = Program()
+    program.cycles = _cycles(entry, computations, program)
+    seen = set()
+    # A collective that runs beside the arithmetic is spread over several fusions; those of a
+    # shard_map share one channel. So what is scheduled counts, and in fusions what is new.
+    for fused in (False, True):
+        for place in _reached(entry, computations, 1, False):
+            collective = _collective(place, devices) if place.fused == fused else None
+            if collective is None:
+                continue
+            channel = _CHANNEL.search(place.instruction.line)
+            key = (collective.kind, collective.payload, channel[1] if channel else "")
+            if not (fused and key in seen):
+                program.collectives.append(collective)
+            seen.add(key)
+    return program
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            found = _COMPUTATION.match(line)
+            if found:
+                name = found["name"]
+                computations[name] = []
+                entry = name if found["entry"] else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found and name:
+            computations[name].append(_Instruction(found["op"], found["type"], line))
+    return entry, computations
+
+
+def _trips(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    """How often a loop runs; None where the text does not tell.
+
+    The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1 to a constant.
+    """
+    known = _TRIPS.search(instruction.line)
+    if known:
+        return int(known[1])
+    condition = _CONDITION.search(instruction.line)
+    lines = computations.get(condition[1], []) if condition else []
+    bounds = [bound for line in lines if (bound := _BOUND.search(line.line))]
+    return int(bounds[0][1]) if len(bounds) == 1 else None
+
+
+def _branches(line: str) -> list[str]:
+    names = [name for pair in _BRANCHES.findall(line) for name in pair if name]
+    return [name.strip(" %") for group in names for name in group.split(",")]
+
+
+def _cycles(name: str, computations: dict[str, list[_Instruction]], program: Program) -> int:
+    total = 0
+    for instruction in computations.get(name, []):
+        line = instruction.line
+        if instruction.op == "while":
+            trips = _trips(instruction, computations)
+            program.unknown_loops += trips is None
+            body = _cycles(_BODY.search(line)[1], computations, program)
+            total += body * (1 if trips is None else trips)
+        elif instruction.op == "conditional":
+            branches = [_cycles(branch, computations, program) for branch in _branches(line)]
+            total += max(branches, default=0)
+        elif instruction.op == "call":
+            total += _cycles(_CALLED.search(line)[1], computations, program)
+        elif instruction.op in _WORK:
+            estimate = _CYCLES.search(line)
+            if estimate is None and _starts_collective(instruction, computations):
+                continue
+            program.work += 1
+            program.unestimated += estimate is None
+            total += int(estimate[1]) if estimate else 0
+        elif estimate := _CYCLES.search(line):
+            total += int(estimate[1])
+    return total
+
+
+def _starts_collective(
+    instruction: _Instruction, computations: dict[str, list[_Instruction]]
+) -> bool:
+    called = _CALLED.search(instruction.line)
+    inside = computations.get(called[1], []) if called else []
+    return any(other.op in COLLECTIVES for other in inside)
+
+
+def _reached(
+    name: str, computations: dict[str, list[_Instruction]], times: int, fused: bool
+) -> Iterator[_Place]:
+    """Every instruction that a step runs."""
+    for instruction in computations.get(name, []):
+        yield _Place(instruction, name, times, fused)
+        line, op = instruction.line, instruction.op
+        if op == "while":
+            inside = times * (_trips(instruction, computations) or 1)
+            yield from _reached(_BODY.search(line)[1], computations, inside, fused)
+        elif op == "conditional":
+            for branch in _branches(line):
+                yield from _reached(branch, computations, times, fused)
+        elif op in ("fusion", "call", "async-start"):
+            called = _CALLED.search(line)[1]
+            # A reduce-scatter, as the TPU compiler writes it, is a fusion by itself.
+            within = fused or op == "fusion" and not called.startswith(_REDUCE_SCATTER)
+            yield from _reached(called, computations, times, within)
+
+
+def _collective(place: _Place, devices: int) -> Collective | None:
+    instruction = place.instruction
+    kind = instruction.op.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    size = _group_size(instruction.line, devices)
+    sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.type)]
+    payload = sum(sizes)
+    if instruction.op == "all-gather-start":  # gives its operands too
+        payload = payload * size // (size + 1)
+    elif kind == "collective-permute":
+        payload = max(sizes)
+    elif kind == "reduce-scatter":
+        payload *= size
+    elif place.computation.startswith(_REDUCE_SCATTER):
+        kind = "reduce-scatter"
+    return Collective(kind, payload, size, place.times)
+
+
+def _bytes(dtype: str, bits: str, shape: str) -> int:
+    elements = math.prod(int(size) for size in shape.split(",") if size)
+    return elements * (1 if dtype == "pred" else int(bits)) // (1 if dtype == "pred" else 8)
+
+
+def _group_size(line: str, devices: int) -> int:
+    """Devices in a group of "{{0,1},{2,3}}", "[groups,size]<=[...]" or "mesh['a'=2] {'a'}"."""
+    found = _GROUPS.search(line)
+    if not found:
+        return devices
+    groups = found[1]
+    if groups.startswith("{{"):
+        return groups.count(",") + 1
+    if groups.startswith("["):
+        return int(groups.removesuffix("]<=").rsplit(",", 1)[-1].lstrip("["))
+    axes, _, used = groups.partition("]")
+    sizes = dict(_MESH_AXIS.findall(axes))
+    used = used[used.rindex("{") :]
+    return math.prod(int(part or sizes[axis]) for axis, part in _USED_AXIS.findall(used))

@@ -1,0 +1,81 @@
+"""The verb: a config and a topology in, a plan on the screen."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.parallel import AXES
+from mlip_jax.planning import estimates, machines, tables
+
+
+def plan(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    topology: str,
+    mesh: str = "",
+    largest_batch: bool = False,
+) -> int:
+    """Prints what a training step of the config would cost on a machine that need not be there.
+
+    Args:
+      config: validated.
+      workdir: not used: a plan reads no data and writes nothing.
+      topology: CHIP:SHAPE or cpu:N; see `machines.find`.
+      mesh: AXIS:SIZE,... such as "data:64,fsdp:4"; "": config.mesh.
+      largest_batch: also find the largest global batch that fits.
+
+    Returns:
+      0 when the step fits the chips' memory, 1 when it does not.
+
+    Raises:
+      UserError: for a topology that is unknown or cannot be compiled for, a mesh that does not fit
+        it, or a batch that the mesh does not divide.
+    """
+    del workdir
+    config = copy.deepcopy(config)
+    if mesh:
+        config.mesh = read_mesh(mesh)
+    machine = machines.find(topology)
+    if largest_batch and machine.chip is None:
+        raise UserError(
+            f"--largest-batch needs a chip whose memory it must fit, such as --topology=v5e:2x4, "
+            f"not {topology}"
+        )
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    found = estimates.estimate(config, machine)
+    tables.print_estimate(console, found)
+    if largest_batch:
+        told = functools.partial(tables.print_try, progress)
+        tables.print_largest(console, estimates.largest_batch(config, machine, found, told))
+    return 0 if found.fits else 1
+
+
+def read_mesh(text: str) -> ConfigDict:
+    """config.mesh of "data:64,fsdp:4". Without data it takes the devices that remain; others are 1.
+
+    Raises:
+      UserError: for what is no AXIS:SIZE, or an unknown axis.
+    """
+    sizes = {"data": -1, "fsdp": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition(":")
+        if axis not in AXES:
+            raise UserError(
+                f"--mesh={text}: {axis!r} is none of the axes {', '.join(AXES)}"
+                f"{suggestion(axis, AXES)}"
+            )
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            raise UserError(
+                f"--mesh={text}: {part!r} is not AXIS:SIZE, such as data:64,fsdp:4"
+            ) from None
+    return ConfigDict(sizes)

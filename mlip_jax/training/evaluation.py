@@ -1,0 +1,78 @@
+"""What a run finds about its model: at intervals, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlip_jax import processes
+from mlip_jax.config import EVALUATIONS
+from mlip_jax.evaluations import Results, evaluate, table
+from mlip_jax.evaluations import run as evaluations
+from mlip_jax.evaluations.workdir import file_results
+from mlip_jax.reports import write_report
+from mlip_jax.training.run import Run
+from mlip_jax.training.signals import STOPPED, Stopped
+from mlip_jax.training.state import TrainState
+
+
+def finish(run: Run, state: TrainState, results: Results | None) -> int:
+    """Evaluates the finished model, writes the results and the report, in process 0.
+
+    `results` are what the last step has already given by the fast families.
+
+    Returns:
+      The exit code: 0, or 75 when a signal came before the end.
+    """
+    variables, done = processes.to_first(state.evaluated, run.home), int(state.step)
+
+    def unless_stopped() -> int:
+        try:
+            with run.stop.interrupting():
+                _finish(run, variables, done, results)
+        except Stopped:
+            run.console.print(f"stopped by a signal; everything is saved at step {done}")
+            return STOPPED
+        return 0
+
+    return processes.by_first(unless_stopped)
+
+
+def _finish(run: Run, variables: Any, done: int, results: Results | None) -> None:
+    if results is None:
+        results = _evaluate(run, variables)
+    slow = [family for family in EVALUATIONS if family not in evaluations.AT_INTERVALS]
+    results.update(_evaluate(run, variables, slow, progress=True))
+    results.step = done
+    path = file_results(run.folder, results)
+    model = run.model.with_variables(variables)
+    report = write_report(run.folder, model, run.validation or run.source)
+    run.console.print(table(results))
+    run.console.print(f"results: {path}\nreport:  {report}")
+
+
+def _evaluate(
+    run: Run,
+    variables: Any,
+    families: Sequence[str] = evaluations.AT_INTERVALS,
+    progress: bool = False,
+) -> Results:
+    model = run.model.with_variables(variables)
+    return evaluate(
+        model, run.config, validation=run.validation, progress=progress, families=families
+    )
+
+
+def evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
+    """What process 0 finds with its own devices, in every process; None if a signal comes."""
+    variables = processes.to_first(state.evaluated, run.home)
+
+    def unless_stopped() -> Results | None:
+        # An evaluation may take longer than a scheduler waits between its signal and the kill.
+        try:
+            with run.stop.interrupting():
+                return _evaluate(run, variables)
+        except Stopped:
+            return None
+
+    return processes.by_first(unless_stopped)

@@ -1,0 +1,92 @@
+"""A run, and what it saves on its way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.records import Source
+from mlip_jax.data.text import Tokenizer
+from mlip_jax.inference import Model
+from mlip_jax.storage.checkpoint import Checkpoints
+from mlip_jax.training.channel import Channel
+from mlip_jax.training.signals import Stop
+from mlip_jax.training.state import TrainState
+
+SCORE = "score"  # what the best checkpoints are chosen by
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the report."""
+
+    config: ConfigDict
+    folder: Path
+    mesh: Mesh
+    source: Source
+    validation: Source | None
+    tokenizer: Tokenizer
+    preprocessing: Preprocessing
+    home: Mesh  # the devices of this process
+    model: Model  # for evaluation, at home; without parameters
+    checkpoints: Checkpoints
+    console: Console
+    stop: Stop
+    channel: Channel
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.samples // self.config.batch_size
+
+    def due(self, done: int, every_samples: int) -> bool:
+        """Whether the step that was just done is the first past a multiple of `every_samples`."""
+        batch = self.config.batch_size
+        return bool(every_samples) and (
+            done * batch // every_samples > (done - 1) * batch // every_samples
+        )
+
+    def save(self, state: TrainState, done: int, figures: Mapping[str, float] | None) -> None:
+        """Saves a checkpoint with all that a model needs to be used or trained further."""
+        extras = {
+            "config": schema.to_json(self.config),
+            "tokenizer": self.tokenizer.to_json(),
+            "preprocessing": self.preprocessing.to_dict(),
+            "attribution": self.source.attribution,
+        }
+        try:
+            best = {SCORE: score(self.config.checkpoint.best, figures)} if figures else {}
+        except UserError:  # the steps up to here are not lost over it
+            self.checkpoints.save(done, state, extras)
+            raise
+        self.checkpoints.save(done, state, extras, best)
+
+
+def score(best: str, figures: Mapping[str, float]) -> float:
+    """What checkpoints are compared by: the figure `best`, or the mean of all recall@1.
+
+    Without captions to retrieve by it is the mean of all zero-shot top-1; for a model that scores
+    pairs, its accuracy.
+    """
+    if best:
+        if best not in figures:
+            raise UserError(
+                f"config.checkpoint.best={best!r} is no figure of the evaluation: "
+                f"{', '.join(figures)}{schema.suggestion(best, figures)}"
+            )
+        return figures[best]
+    for figure in ("_recall@1", "/top1", "/accuracy"):
+        values = [value for key, value in figures.items() if key.endswith(figure)]
+        if values:
+            return float(np.mean(values))
+    return -math.inf

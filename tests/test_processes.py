@@ -1,0 +1,391 @@
+"""Several processes on this host are one run: the same curve, one writer, one end."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from mlip_jax import cluster, parallel, processes
+from mlip_jax import main as door
+from mlip_jax.config import RunError, UserError
+
+HERE = Path(__file__).parent
+STEPS = 8
+BOUND = 8  # seconds without a heartbeat, after which a process counts as dead
+# Not bit for bit: sums over several processes are made in another order.
+TOLERANCE = 1e-5
+FLAGS = {
+    "log_every": 1,
+    "data.max_skipped_share": 0.3,
+    "checkpoint.every_samples": 0,
+    "evaluation.every_samples": 0,
+    "evaluation.batch_size": 6,  # the seven images are no multiple
+    "model.image.depth": 1,
+    "model.image.frequency.depth": 0,
+    "model.image.merging.rate": 0.0,
+    "perspectives.frequency_tokens.weight": 0.0,
+    "model.text.tokenizer": "wordpiece",
+    "optimizer.name": "adamw",
+}
+
+
+@pytest.fixture(scope="module")
+def data(pairs, tmp_path_factory) -> Path:
+    """The pairs, seven of them for validation, with every fourth picture to train on missing."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()][:39]
+    for row in rows:
+        row["file"] = str(pairs.parent / row["file"])
+    folder = tmp_path_factory.mktemp("torn")
+    for row in rows[:32:4]:
+        row["file"] = "absent.png"
+    path = folder / "torn.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+class Run:
+    """The processes of one start of a run."""
+
+    def __init__(self, count: int, config: Path, workdir: Path, pause: float = 0.0, **flags):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.logs = [workdir.with_name(f"{workdir.name}.{count}.{i}.log") for i in range(count)]
+        self.records = [log.with_suffix(".record") for log in self.logs]
+        arguments = [f"--config.{key}={value}" for key, value in (FLAGS | flags).items()]
+        command = [sys.executable, str(HERE / "process_run.py")]
+        command += [f"--config={config}", f"--workdir={workdir}", *arguments]
+        self.processes = []
+        for index, (log, record) in enumerate(zip(self.logs, self.records, strict=True)):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(HERE.parent),
+                # The last flag of a name counts.
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
+                "RECORD": str(record),
+                "PAUSE": str(pause),
+                cluster.HEARTBEAT_SECONDS: str(BOUND),
+            }
+            if count > 1:
+                environment[cluster.COORDINATOR] = self.address
+                environment[cluster.PROCESSES] = str(count)
+                environment[cluster.PROCESS_ID] = str(index)
+            with log.open("w") as told:
+                process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
+            self.processes.append(process)
+
+    def told(self, index: int = 0) -> str:
+        return self.logs[index].read_text()
+
+    def lines(self, index: int = 0) -> list[dict[str, list[int]]]:
+        """What a process was fed, by step."""
+        record = self.records[index]
+        text = record.read_text() if record.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def at_step(self, step: int) -> None:
+        """Returns when every process has begun a step."""
+        while any(len(self.lines(index)) < step for index in range(len(self.processes))):
+            assert all(process.poll() is None for process in self.processes), self.told()
+            time.sleep(0.02)
+
+    def codes(self, timeout: float = 300) -> list[int]:
+        """The exit codes; all processes have ended."""
+        try:
+            return [process.wait(timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def start(tiny, data, tmp_path_factory):
+    """Starts processes that train in a workdir of the given name."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = []
+
+    def act(count, name, **options):
+        flags = {"data.train": f"jsonl:{data}"}
+        runs.append(Run(count, tiny, folder / name, **flags, **options))
+        return runs[-1]
+
+    act.folder = folder
+    yield act
+    for run in runs:
+        run.codes(0)
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    """One process, from the first step to the last."""
+    return start(1, "alone")
+
+
+@pytest.fixture(scope="module")
+def chain(start, alone):
+    """The same run by two processes, by one and by four, stopped before the next; one state,
+    whole in each process or in parts.
+    """
+    two = start(2, "chain", pause=0.2, **{"mesh.fsdp": 2})
+    two.at_step(2)
+    two.processes[1].send_signal(signal.SIGTERM)  # one hears it, all stop
+    assert two.codes() == [75, 75], two.told(0) + two.told(1)
+    one = start(1, "chain", pause=0.2)
+    one.at_step(1)
+    one.processes[0].send_signal(signal.SIGTERM)
+    assert one.codes() == [75], one.told()
+    four = start(4, "chain", **{"mesh.fsdp": 2})
+    assert four.codes() == [0] * 4, "".join(map(four.told, range(4)))
+    assert alone.codes() == [0], alone.told()
+    return two, one, four
+
+
+def metrics(start, name):
+    lines = (start.folder / name / "metrics.jsonl").read_text().splitlines()
+    return list(map(json.loads, lines))
+
+
+def test_the_curve_is_that_of_one_process(start, alone, chain):
+    expected, found = metrics(start, "alone"), metrics(start, "chain")
+    assert [line["step"] for line in found] == [*range(1, STEPS + 1), STEPS]
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys() and one["step"] == other["step"]
+        for key in one.keys() - {"time", "images_per_second", "data_wait"}:
+            assert other[key] == pytest.approx(one[key], rel=TOLERANCE), (one["step"], key)
+
+
+def stopped_at(run):
+    return int(re.search(r"everything is saved at step (\d+)", run.told())[1])
+
+
+def steps_done(run, chain):
+    """How many steps a start of a run has done."""
+    two, one, four = chain
+    return {
+        two: stopped_at(two),
+        one: stopped_at(one) - stopped_at(two),
+        four: STEPS - stopped_at(one),
+    }.get(run, STEPS)
+
+
+def test_each_process_is_fed_its_own_part_in_the_order_of_one(alone, chain):
+    found = []
+    for run in chain:
+        parts = [run.lines(index) for index in range(len(run.processes))]
+        for step in range(steps_done(run, chain)):
+            found.append(sum((part[step]["images"] for part in parts), []))
+    assert found == [line["images"] for line in alone.lines()[:STEPS]]
+
+
+def test_they_stop_together_and_save(start, chain):
+    two, one, four = chain
+    assert 2 <= stopped_at(two) < stopped_at(one) < STEPS
+    assert two.told().count("SIGTERM: saving, then stopping") == 1
+    assert f"going on from step {stopped_at(two)}" in one.told()
+    assert f"going on from step {stopped_at(one)}" in four.told()
+
+
+def test_an_uneven_set_is_counted_once(start, alone, chain):
+    one, other = (
+        json.loads((start.folder / name / "results.json").read_text())
+        for name in ("alone", "chain")
+    )
+    assert other == one
+    figures = [key for key in one if key.startswith("examples/retrieval/")]
+    assert figures and all(one[key] == 7 for key in figures)
+
+
+def test_process_0_alone_writes_and_speaks(start, chain):
+    folder = start.folder / "chain"
+    assert {"config.json", "environment.json", "tokenizer.json", "results.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert len(list((folder / "tensorboard").iterdir())) == 3  # one a start
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 4
+    _, _, four = chain
+    assert "step 8/8" in four.told() and "results: " in four.told()
+    for index in (1, 2, 3):
+        said = [line for line in four.told(index).splitlines() if not line.startswith("[Gloo]")]
+        assert not said
+
+
+def test_unreadable_images_are_counted_over_all_processes(alone, chain):
+    for run in (alone, *chain):
+        torn = {
+            index
+            for process in range(len(run.processes))
+            for line in run.lines(process)[: steps_done(run, chain)]
+            for index in line["skipped"]
+        }
+        told = re.search(r"(\d+) of 32 images \(.*?\) cannot be read: ", run.told())
+        assert torn and int(told[1]) == len(torn)
+
+
+@pytest.fixture(scope="module")
+def broken(start, chain):
+    """Runs that come to a bad end, all at a time: most of it is waiting."""
+    (start.folder / "unwritable" / "metrics.jsonl").mkdir(parents=True)
+    runs = {name: start(2, name, pause=0.2) for name in ("killed-0", "killed-1", "unwritable")}
+    runs["mistaken"] = start(2, "chain", batch_size=16)
+    for victim in (0, 1):
+        run = runs[f"killed-{victim}"]
+        run.at_step(2)
+        run.processes[victim].kill()
+    return runs
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_others_end(broken, victim):
+    run = broken[f"killed-{victim}"]
+    assert run.processes[1 - victim].wait(10 * BOUND) == 1
+    assert run.processes[victim].wait() == -signal.SIGKILL
+    error = run.told(1 - victim).splitlines()[-1]
+    assert error.startswith("error: another process of this run has ended or cannot be reached")
+    assert "they go on from the last checkpoint" in error
+
+
+def test_a_process_that_cannot_go_on_ends_the_others_with_its_error(start, broken):
+    run = broken["unwritable"]
+    assert run.codes() == [1, 1], run.told()
+    errors = [run.told(index).splitlines()[-1] for index in (0, 1)]
+    assert errors[0].startswith("error: cannot write ")
+    assert errors[1] == errors[0].replace("error: ", "error: process 0: ")
+
+
+def test_a_mistake_has_its_own_code_in_all(broken):
+    run = broken["mistaken"]
+    assert run.codes() == [2, 2]
+    for index in (0, 1):
+        error = run.told(index).splitlines()[-1]
+        assert error.startswith("error: ") and "holds a run of another config" in error
+
+
+def environment(**changes):
+    given = {
+        cluster.COORDINATOR: "127.0.0.1:9",
+        cluster.PROCESSES: "2",
+        cluster.PROCESS_ID: "1",
+        cluster.START_SECONDS: "1",
+    }
+    return {name: value for name, value in (given | changes).items() if value}
+
+
+def test_a_missing_coordinator_is_named(tiny, tmp_path, capfd, monkeypatch):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    command = ["mlip", f"--config={tiny}", f"--workdir={tmp_path / 'run'}"]
+    assert door.main(command) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: no coordinator at 127.0.0.1:9 within 1 s (")
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+MISTAKES = [
+    ({cluster.PROCESSES: ""}, "MLIP_COORDINATOR, MLIP_PROCESS_ID without MLIP_PROCESSES: set all"),
+    ({cluster.COORDINATOR: "127.0.0.1"}, "MLIP_COORDINATOR='127.0.0.1': expected host:port"),
+    ({cluster.PROCESSES: "two"}, "MLIP_PROCESSES='two': expected a whole number"),
+    ({cluster.PROCESS_ID: "2"}, "MLIP_PROCESS_ID=2 of MLIP_PROCESSES=2: the processes are 0 to 1"),
+    ({cluster.START_SECONDS: "0"}, "MLIP_START_SECONDS=0 must be at least 1 second"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_a_mistake_in_the_variables_is_named(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cluster.start(environment(**changes))
+
+
+SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+CLUSTERS = [
+    ({}, None),
+    ({"SLURM_NTASKS": "1", **SLURM}, None),
+    ({"SLURM_NTASKS": "2", **SLURM}, "slurm"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "ompi"),
+    ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", **KUBERNETES}, "gketpu"),
+    ({"JAX_PLATFORMS": "cpu"}, None),
+    ({"TPU_TYPE": "v5e"}, "gcetpu"),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JAX_PLATFORMS": "cpu"}, None),
+    ({**KUBERNETES, "JAX_PLATFORMS": "cpu"}, "k8s"),
+    (environment(**{cluster.PROCESSES: "1", cluster.PROCESS_ID: "0"}), None),
+    (environment(**{cluster.PROCESS_ID: "0"}), "deactivate"),
+]
+
+
+@pytest.mark.parametrize(("variables", "method"), CLUSTERS)
+def test_processes_are_found_by_the_environment(variables, method, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: asked.append(options))
+    monkeypatch.setattr(processes, "end_aborts_with", lambda line: None)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    monkeypatch.setattr(
+        cluster, "_has_tpu", lambda: not {"TPU_TYPE", "TPU_WORKER_HOSTNAMES"}.isdisjoint(variables)
+    )
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
+    cluster.start(variables)
+    assert [options["cluster_detection_method"] for options in asked] == [method] * bool(method)
+    if variables.get(cluster.PROCESSES) == "2":
+        assert asked[0]["num_processes"] == 2 and asked[0]["initialization_timeout"] == 1
+
+
+def test_cpus_that_would_mix_up_messages_are_refused(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(processes, "end_aborts_with", lambda line: None)
+    monkeypatch.setenv("PJRT_NPROC", "")
+    with pytest.raises(UserError, match="one process a core"):  # there are 8 devices here
+        cluster.start(environment(**{cluster.PROCESS_ID: "0"}))
+
+
+def test_a_job_of_kubernetes_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="jax\\[k8s\\]"):
+        cluster.start(KUBERNETES)
+
+
+def test_what_jax_cannot_join_is_one_line(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("Failed to recognize coordinator address node1")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setattr(processes, "end_aborts_with", lambda line: None)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    with pytest.raises(RunError, match="cannot join .* as slurm names it: Failed to recognize"):
+        cluster.start({"SLURM_NTASKS": "2", **SLURM})
+
+
+def test_a_broken_connection_ends_a_process_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "hearing", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(processes, "_on_abort", ended.append)
+    monkeypatch.setattr(processes, "announce", lambda *_: None)
+    monkeypatch.setattr(processes.atexit, "register", lambda *_: None)
+    with pytest.raises(RuntimeError), processes.together():
+        try:
+            raise jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer")
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError("the step failed") from error
+    assert ended == [signal.SIGABRT]
+    with pytest.raises(jax.errors.JaxRuntimeError), processes.together():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert len(ended) == 1
+
+
+def test_a_process_feeds_the_rows_of_its_devices():
+    mesh = parallel.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}), 8)
+    assert list(parallel.local_rows(mesh, 8)) == list(range(8))
+    assert parallel.home_mesh(mesh) is mesh
