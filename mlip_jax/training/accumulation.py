@@ -5,24 +5,41 @@ Instead all parts are embedded first, the loss and its gradient are taken on the
 whole batch, and each part is embedded once more to bring its share of that gradient to the
 parameters (Gao et al. 2021, arXiv 2101.06983). Random draws belong to rows (`models.dropout`), so
 both passes, and a batch that is not cut, leave out the same.
+
+On a mesh every device goes through its own rows alone. It holds the whole parameters meanwhile, and
+a whole gradient, which the devices add up once, after the last part: no part waits for another
+device. That is also why the tensor axis shares rows here, and not columns.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from mlip_jax.parallel import BATCH
+from mlip_jax import parallel
+from mlip_jax.config import UserError
 
 Embeddings = dict[str, Array]
 Embed = Callable[[Any, Any], Embeddings]  # parameters, rows -> arrays with a row each
 Objective = Callable[[Any, Embeddings], tuple[Array, Any]]  # parameters, ... -> loss, the rest
+
+_ROWS = PartitionSpec(parallel.AXES)  # over every device; neighbours on the tensor axis share rows
+_WHOLE = PartitionSpec()
+
+
+def check(batch_size: int, parts: int, mesh: Mesh | None) -> None:
+    """Raises UserError for a batch that its devices and parts do not divide."""
+    devices = mesh.size if mesh else 1
+    if parts > 1 and batch_size % (parts * devices):
+        raise UserError(
+            f"config.batch_size={batch_size} is no multiple of config.accumulation={parts} parts "
+            f"on each of the mesh's {devices} devices"
+        )
 
 
 def value_and_gradient(
@@ -35,22 +52,45 @@ def value_and_gradient(
       objective: of all rows together.
       params: what the gradient is with respect to.
       rows: arrays [batch, ...].
-      parts: what the batch is cut in; memory is that of one part and of all embeddings.
-      mesh: the devices that the rows lie on; every part has rows of each.
+      parts: what a device's rows are cut in; memory is that of one part and of all embeddings.
+      mesh: the devices that the rows lie on; None: one.
     """
-    cut = _cut(rows, parts, mesh)
-    embeddings = _join(jax.lax.map(lambda part: embed(params, part), cut), mesh)
+
+    def embed_parts(params: Any, rows: Any) -> Embeddings:
+        embedded = jax.lax.map(lambda part: embed(params, part), _cut(rows, parts))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), embedded)
+
+    def pull_back(params: Any, rows: Any, cotangents: Embeddings) -> Any:
+        """This device's gradient, [1, ...]."""
+
+        def add(total: Any, part: tuple[Any, Embeddings]) -> tuple[Any, None]:
+            own, cotangent = part
+            _, pull = jax.vjp(lambda params: _smooth(embed(params, own)), params)
+            return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
+
+        none = jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, none, _cut((rows, cotangents), parts))
+        return jax.tree.map(lambda leaf: leaf[None], total)
+
+    if mesh and mesh.size > 1:
+        # Gathered here, where both passes can share them. Within them nothing varies that should
+        # not, but a gradient of what is the same everywhere would be summed in every part.
+        whole = jax.lax.with_sharding_constraint(params, parallel.replicated(mesh))
+        spread = {"mesh": mesh, "out_specs": _ROWS, "check_vma": False}
+        embed_parts = jax.shard_map(embed_parts, in_specs=(_WHOLE, _ROWS), **spread)
+        pull_back = jax.shard_map(pull_back, in_specs=(_WHOLE, _ROWS, _ROWS), **spread)
+    else:
+        whole = params
+    embeddings = embed_parts(whole, rows)
     smooth = _smooth(embeddings)
     (loss, rest), (gradient, cotangents) = jax.value_and_grad(
         lambda params, smooth: objective(params, embeddings | smooth), argnums=(0, 1), has_aux=True
     )(params, smooth)
-
-    def add(total: Any, part: tuple[Any, Any]) -> tuple[Any, None]:
-        own, cotangent = part
-        _, pull = jax.vjp(lambda params: _smooth(embed(params, own)), params)
-        return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
-
-    gradient, _ = jax.lax.scan(add, gradient, (cut, _cut(cotangents, parts, mesh)))
+    of_devices = pull_back(whole, rows, cotangents)
+    gradient = jax.tree.map(lambda own, found: own + jnp.sum(found, axis=0), gradient, of_devices)
+    if mesh:
+        shardings = parallel.tree_shardings(gradient, mesh)
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     return (loss, rest), gradient
 
 
@@ -63,35 +103,6 @@ def _smooth(embeddings: Embeddings) -> Embeddings:
     }
 
 
-def _cut(rows: Any, parts: int, mesh: Mesh | None) -> Any:
-    """[batch, ...] -> [parts, batch / parts, ...], a part holding some rows of every device."""
-    shards = _shards(mesh)
-
-    def cut(array: Array) -> Array:
-        by_device = array.reshape(shards, parts, -1, *array.shape[1:])
-        return _laid(by_device.swapaxes(0, 1).reshape(parts, -1, *array.shape[1:]), mesh, 1)
-
-    return jax.tree.map(cut, rows)
-
-
-def _join(parts: Any, mesh: Mesh | None) -> Any:
-    """The inverse of `_cut`."""
-    shards = _shards(mesh)
-
-    def join(array: Array) -> Array:
-        by_device = array.reshape(array.shape[0], shards, -1, *array.shape[2:])
-        return _laid(by_device.swapaxes(0, 1).reshape(-1, *array.shape[2:]), mesh, 0)
-
-    return jax.tree.map(join, parts)
-
-
-def _shards(mesh: Mesh | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in BATCH[0]) if mesh else 1
-
-
-def _laid(array: Array, mesh: Mesh | None, axis: int) -> Array:
-    """The array with its rows, along `axis`, where the mesh has a batch's rows."""
-    if _shards(mesh) == 1:
-        return array
-    spec = PartitionSpec(*[None] * axis, BATCH[0])
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+def _cut(rows: Any, parts: int) -> Any:
+    """[rows, ...] -> [parts, rows / parts, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), rows)

@@ -14,12 +14,10 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlip_jax import parallel
-from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
-from mlip_jax.objectives.sharded import shards
 from mlip_jax.training import accumulation
 from mlip_jax.training.optimizer import clip_scales, learning_rate
 from mlip_jax.training.state import TrainState
@@ -58,7 +56,7 @@ def make_train_step(
     decay = config.optimizer.ema
 
     parts = config.accumulation
-    _check_accumulation(config, mesh)
+    accumulation.check(config.batch_size, parts, mesh)
     frozen = [f"{tower}_encoder" for tower in model.frozen]
     lookahead = config.optimizer.lookahead.period > 0
 
@@ -193,13 +191,3 @@ def lower_step(
     return jax.jit(
         train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))
     ).lower(abstract, abstract_batch)
-
-
-def _check_accumulation(config: ConfigDict, mesh: Mesh | None) -> None:
-    """Raises UserError for a batch that its devices and parts do not divide."""
-    parts, devices = config.accumulation, shards(mesh)
-    if config.batch_size % (parts * devices):
-        raise UserError(
-            f"config.batch_size={config.batch_size} is no multiple of config.accumulation={parts} "
-            f"parts on each of the mesh's {devices} devices"
-        )
