@@ -128,6 +128,7 @@ def default() -> ConfigDict:
             "activation": "gelu",  # or "quick_gelu"
             "dropout": 0.0,
             "drop_path": 0.0,
+            "patch_dropout": 0.0,  # vit: share of the patches left out in training
             "remat": False,  # blocks are computed again for their gradient: less memory, slower
             "frequency": {
                 "depth": 0,  # blocks of the Frequency Stage; 0: a plain ViT

@@ -73,7 +73,7 @@ class Model:
             vocab_size=tokenizer.vocab_size,
             start_id=tokenizer.sot,
             end_id=tokenizer.eot,
-            remat=False,
+            training=False,
         )
         views = [view for view in network.critics if two_tower.level(view) == "global"]
         if not views:
@@ -383,7 +383,11 @@ def load(
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Raises UserError when a checkpoint lacks what the config's model needs."""
     network = two_tower.build(
-        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
+        config,
+        vocab_size=tokenizer.vocab_size,
+        start_id=tokenizer.sot,
+        end_id=tokenizer.eot,
+        training=False,
     )
     needed = jax.eval_shape(
         lambda: two_tower.initialise(network, config, jax.random.key(0))["params"]

@@ -142,6 +142,7 @@ def _check_resnet(config: ConfigDict) -> None:
         ("frequency.depth", "a Frequency Stage is a part of a ViT"),
         ("dropout", "it has none"),
         ("drop_path", "it has none"),
+        ("patch_dropout", "it has no patches"),
     ):
         value = flatten(image.to_dict())[key]
         if value:

@@ -1,27 +1,42 @@
 """A batch that is cut in parts: the same loss and gradient, less memory."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 from test_step import END, START, VOCABULARY, assert_same, batch, small_config
 
+from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.models import two_tower
 from mlip_jax.models.dropout import NUMBER, ROWS, Dropout, DropPath
-from mlip_jax.training.state import initial_state
-from mlip_jax.training.step import make_train_step
+from mlip_jax.planning import hlo
+from mlip_jax.training.state import abstract_state, initial_state
+from mlip_jax.training.step import lower_step, make_train_step
 from mlip_jax.validation import validate
+
+ONE = (1, 1, 1)
+MLIP, RING = (), (("ring", "always"),)
+CLIP = (
+    ("model.image.frequency.depth", 0),
+    ("model.image.merging.guidance", "spatial"),
+    ("perspectives.spatial_tokens.weight", 0.0),
+    ("perspectives.frequency_global.weight", 0.0),
+    ("perspectives.augmented_image.weight", 0.0),
+)
 
 
 def config_of(accumulation, **changes):
     """A tiny MLIP that drops and merges, with a second view of each image."""
     config = small_config()
     config.accumulation = accumulation
+    config.model.image.patch_dropout = 0.5
     config.model.image.drop_path = config.model.text.dropout = config.model.text.drop_path = 0.2
     config.perspectives.augmented_image.weight = 0.5
     config.optimizer.ema = 0.0
@@ -35,25 +50,66 @@ def two_views():
 
 
 @functools.cache
-def loss_and_gradient(accumulation, changes=()):
-    """Of one step, by an optimizer that subtracts the gradient."""
+def program(accumulation, changes=MLIP, shape=ONE):
+    """The start, and a compiled step by an optimizer that subtracts the gradient, on a mesh."""
     config = config_of(accumulation, **dict(changes))
+    axes = ConfigDict(dict(zip(parallel.AXES, shape, strict=True)))
+    mesh = parallel.make_mesh(axes, config.batch_size, jax.devices()[: math.prod(shape)])
     model = two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
     optimizer = optax.scale(-1.0)
-    state = jax.jit(lambda: initial_state(model, optimizer, config))()
-    step = jax.jit(make_train_step(model, optimizer, config, Preprocessing.of(config)))
-    after, metrics = jax.device_get(step(state, two_views()))
-    return metrics, jax.tree.map(np.subtract, jax.device_get(state.params), after.params)
+    state = abstract_state(model, optimizer, config, mesh)
+    step = make_train_step(model, optimizer, config, Preprocessing.of(config), mesh)
+    # Only what is compiled matters here, not how fast it is.
+    options = {"xla_backend_optimization_level": 0}
+    compiled = lower_step(step, state, config, mesh).compile(compiler_options=options)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def start():
+        return jax.jit(lambda: initial_state(model, optimizer, config), out_shardings=shardings)()
+
+    return start, compiled, mesh
 
 
-@pytest.mark.parametrize("accumulation", [2, 8])
-def test_it_is_the_gradient_of_the_whole_batch(accumulation):
-    metrics, gradient = loss_and_gradient(accumulation)
-    whole_metrics, whole = loss_and_gradient(1)
+@functools.cache
+def loss_and_gradient(accumulation, changes=MLIP, shape=ONE):
+    start, step, mesh = program(accumulation, changes, shape)
+    views = batch() if changes == CLIP else two_views()
+    state = start()
+    before = jax.device_get(state.params)
+    after, metrics = jax.device_get(step(state, parallel.global_batch(views, mesh)))
+    return metrics, jax.tree.map(np.subtract, before, after.params)
+
+
+def assert_same_gradient(found, expected):
+    metrics, gradient = found
+    whole_metrics, whole = expected
     assert_same(metrics, whole_metrics, rtol=1e-5)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole))
     assert scale > 0.01
     assert_same(gradient, whole, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_it_is_the_gradient_of_the_whole_batch():
+    assert_same_gradient(loss_and_gradient(4), loss_and_gradient(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [((8, 1, 1), RING), ((4, 2, 1), MLIP), ((2, 2, 2), CLIP)],
+    ids=["data", "fsdp", "tensor"],
+)
+def test_on_a_mesh_too_and_no_part_waits_for_another_device(shape, changes):
+    whole = loss_and_gradient(1, CLIP if changes == CLIP else MLIP)
+    assert_same_gradient(loss_and_gradient(2, changes, shape), whole)
+    start, step, _ = program(2, changes, shape)
+    found = hlo.read(step.as_text(), math.prod(shape))
+    repeated = {collective.kind for collective in found.collectives if collective.times > 1}
+    assert found.unknown_loops == 0
+    assert repeated == ({"collective-permute"} if changes == RING else set())
+    # The gradient is added up once, not once a part.
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(start).params))
+    sums = [c.payload for c in found.collectives if c.kind in ("all-reduce", "reduce-scatter")]
+    assert size <= sum(sums) < 1.5 * size
 
 
 def test_what_is_dropped_is_a_matter_of_the_row_alone():
@@ -82,19 +138,14 @@ def test_dropout_keeps_the_share_and_the_mean_that_it_says():
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
-def test_memory_falls_with_the_parts():
+@pytest.mark.parametrize("shape", [ONE, (4, 2, 1)], ids=["one device", "mesh"])
+def test_memory_falls_with_the_parts(shape):
+    rows = 64 * math.prod(shape)
+    changes = (*CLIP, ("batch_size", rows), ("samples", rows))
+
     def temporary(accumulation):
-        config = config_of(accumulation, **{"batch_size": 256, "samples": 25600})
-        model = two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
-        optimizer = optax.scale(-1.0)
-        step = make_train_step(model, optimizer, config, Preprocessing.of(config))
-        state = jax.eval_shape(lambda: initial_state(model, optimizer, config))
-        rows = {
-            key: jax.ShapeDtypeStruct((256, *value.shape[1:]), value.dtype)
-            for key, value in two_views().items()
-        }
-        compiled = jax.jit(step, donate_argnums=0).lower(state, rows).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        _, step, _ = program(accumulation, changes, shape)
+        return step.memory_analysis().temp_size_in_bytes
 
     assert temporary(4) < 0.5 * temporary(1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 # A variable beside the parameters: {ROWS: {NUMBER: int32 [rows]}}, the places in the global batch
 # of the rows that a network is applied to. Without it they are 0, 1, ...
@@ -28,6 +28,24 @@ def row_keys(module: nn.Module, rows: int) -> Key[Array, "rows"]:
     views = rows // len(numbers)
     numbers = (numbers[:, None] * views + jnp.arange(views)).reshape(-1)
     return jax.vmap(jax.random.fold_in, (None, 0))(module.make_rng("dropout"), numbers)
+
+
+def random_patches(
+    module: nn.Module, rows: int, patches: int, kept: int
+) -> Int[Array, "rows kept"]:
+    """For each row the numbers of `kept` of its patches, in order; any choice is as likely.
+
+    Args:
+      module: see `row_keys`.
+      rows: how many there are.
+      patches: of a row.
+      kept: at most `patches`.
+    """
+
+    def choose(key: Key[Array, ""]) -> Int[Array, "kept"]:
+        return jnp.sort(jax.random.permutation(key, patches)[:kept])
+
+    return jax.vmap(choose)(row_keys(module, rows))
 
 
 class Dropout(nn.Module):

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES
+from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES, UserError
 from mlip_jax.models import merging, resnet
 from mlip_jax.models.bert import BertEncoder
 from mlip_jax.models.dropout import row_keys
@@ -277,21 +277,36 @@ def evidence_layers(config: ConfigDict) -> dict[Path, Tokens]:
     return layers
 
 
-def merge_counts(config: ConfigDict) -> tuple[int, ...]:
-    """Tokens merged in each block of the Spatial Stage (see `merging.schedule`)."""
+def training_patches(config: ConfigDict) -> int:
+    """Patches of an image that patch dropout keeps, rounded; at least one."""
+    return max(1, round((1 - config.model.image.patch_dropout) * grid(config) ** 2))
+
+
+def merge_counts(config: ConfigDict, training: bool = False) -> tuple[int, ...]:
+    """Tokens merged in each block of the Spatial Stage (see `merging.schedule`).
+
+    Args:
+      config: the run's config.
+      training: of the patches that patch dropout keeps; otherwise of all.
+    """
     image = config.model.image
     if image.architecture == "resnet":
         return ()
-    return merging.schedule(
-        image.merging.rate,
-        grid(config) ** 2,
-        image.depth - image.frequency.depth,
-        image.merging.schedule,
-    )
+    patches = training_patches(config) if training else grid(config) ** 2
+    blocks = image.depth - image.frequency.depth
+    try:
+        return merging.schedule(image.merging.rate, patches, blocks, image.merging.schedule)
+    except UserError as error:
+        if patches == grid(config) ** 2:
+            raise
+        raise UserError(
+            f"{error} (of the {patches} patches that config.model.image.patch_dropout="
+            f"{image.patch_dropout} keeps)"
+        ) from None
 
 
 def build(
-    config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int, remat: bool = True
+    config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int, training: bool = True
 ) -> TwoTower:
     """The model that a config describes.
 
@@ -300,7 +315,8 @@ def build(
       vocab_size: the tokenizer's size.
       start_id: its start-of-text token.
       end_id: its end-of-text token.
-      remat: whether config.model.*.remat counts: what takes no gradient of parameters says no.
+      training: whether config.model.*.remat and patch_dropout count: what takes no gradient of
+        parameters says no.
 
     Raises:
       UserError: for a merging rate that its schedule cannot reach.
@@ -317,13 +333,13 @@ def build(
         if config.perspectives[view].weight > 0
     }
     return TwoTower(
-        image=_image_fields(config) | {"remat": remat and model.image.remat},
+        image=_image_fields(config, training) | {"remat": training and model.image.remat},
         text=_text_fields(config)
         | {
             "vocab_size": vocab_size,
             "start_id": start_id,
             "end_id": end_id,
-            "remat": remat and model.text.remat,
+            "remat": training and model.text.remat,
         },
         embed_dim=model.embed_dim,
         token_dim=model.token_dim,
@@ -336,14 +352,14 @@ def build(
     )
 
 
-def _image_fields(config: ConfigDict) -> dict[str, Any]:
+def _image_fields(config: ConfigDict, training: bool) -> dict[str, Any]:
     image = config.model.image.to_dict()
     if image["architecture"] == "resnet":
         return {name: image[name] for name in ("architecture", "depth", "width", "stem")}
     frequency, guided = image.pop("frequency"), image.pop("merging")
     for name in ("rate", "schedule"):
         guided.pop(name)
-    for name in ("pretrained", "normalization"):
+    for name in ("pretrained", "normalization", "patch_dropout"):
         image.pop(name)
     return (
         image
@@ -352,8 +368,26 @@ def _image_fields(config: ConfigDict) -> dict[str, Any]:
             "frequency_depth": frequency["depth"],
             "transform": frequency["transform"],
             "merge_counts": merge_counts(config),
+            "training_patches": training_patches(config) if training else grid(config) ** 2,
+            "training_merge_counts": merge_counts(config, training),
         }
     )
+
+
+def embed_kept(network: TwoTower, variables: Any, images: Array, config: ConfigDict) -> Embeddings:
+    """`embed_images` of what patch dropout keeps, with nothing else left out: to count its work."""
+    if not config.model.image.patch_dropout:
+        return network.apply(variables, images, method="embed_images")
+    image = {**network.image, "dropout": 0.0, "drop_path": 0.0}
+    embeddings, _ = network.clone(image=image).apply(
+        variables,
+        images,
+        deterministic=False,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"],
+        method="embed_images",
+    )
+    return embeddings
 
 
 def _text_fields(config: ConfigDict) -> dict[str, Any]:

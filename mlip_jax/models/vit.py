@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mlip_jax.models import merging
-from mlip_jax.models.dropout import DropPath
+from mlip_jax.models.dropout import DropPath, random_patches
 from mlip_jax.models.frequency import FrequencyBlock
 from mlip_jax.models.layers import (
     MLP,
@@ -31,7 +31,8 @@ class ImageViews(NamedTuple):
 
     spatial_global: Float[Array, "batch width"]
     spatial_tokens: Float[Array, "batch merged width"]
-    sizes: Float[Array, "batch merged"]  # patches behind each spatial token; they sum to N
+    # Patches behind each spatial token; they sum to N, or to what patch dropout keeps of it.
+    sizes: Float[Array, "batch merged"]
     frequency_global: Float[Array, "batch width"] | None
     frequency_tokens: Float[Array, "batch patches width"] | None
     # On request only:
@@ -127,8 +128,21 @@ def _merge_features(plan: merging.Plan, features: Array, size: Array) -> Array:
     return jax.lax.stop_gradient(merged[:, 1:].astype(features.dtype))
 
 
+def _take(
+    tokens: Float[Array, "batch patches width"], numbers: Int[Array, "batch kept"]
+) -> Float[Array, "batch kept width"]:
+    """Each row's tokens of these numbers: a product with a 0/1 matrix, as its gradient is."""
+    chosen = jax.nn.one_hot(numbers, tokens.shape[1], dtype=tokens.dtype)
+    return jnp.einsum("bkn,bnd->bkd", chosen, tokens, precision=jax.lax.Precision.HIGHEST)
+
+
 class ImageEncoder(nn.Module):
-    """ViT of `depth` blocks, the first `frequency_depth` of them a Frequency Stage."""
+    """ViT of `depth` blocks, the first `frequency_depth` of them a Frequency Stage.
+
+    In training the Spatial Stage takes `training_patches` of the patches, drawn anew for each image
+    (FLIP, arXiv 2212.00794). The Frequency Stage, whose transform needs the whole grid, and its
+    views keep all of them: a choice of ours, as is merging by the rate of what is kept.
+    """
 
     image_size: int
     patch_size: int
@@ -143,6 +157,8 @@ class ImageEncoder(nn.Module):
     frequency_depth: int
     transform: str
     merge_counts: tuple[int, ...]  # tokens to merge, one number a spatial block
+    training_patches: int
+    training_merge_counts: tuple[int, ...]  # the same, of the patches in training
     guidance: str
     guidance_mix: float
     similarity_mix: float
@@ -162,8 +178,9 @@ class ImageEncoder(nn.Module):
 
         Args:
           images: float, after mean and standard deviation.
-          deterministic: no dropout, no stochastic depth.
-          inspect: also return where merged tokens come from and the guidance of the first merge.
+          deterministic: no dropout, no stochastic depth, all patches.
+          inspect: also return where merged tokens come from and the guidance of the first merge;
+            for `deterministic` alone.
         """
         grid = self.image_size // self.patch_size
         paths = np.linspace(0.0, self.drop_path, self.depth)
@@ -192,13 +209,20 @@ class ImageEncoder(nn.Module):
             frequency_global = jnp.mean(frequency_tokens.astype(jnp.float32), axis=1)
             features = jax.lax.stop_gradient(frequency_tokens)
 
+        merge_counts = self.merge_counts
+        if not deterministic and self.training_patches < x.shape[1]:
+            kept = random_patches(self, *x.shape[:2], self.training_patches)
+            x = _take(x, kept)
+            features = None if features is None else _take(features, kept)
+            merge_counts = self.training_merge_counts
+
         # The class token brings its own position; a sum of two parameters would be one.
         class_token = self.param("class_token", TOKEN_INIT, (self.width,))
         class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
         x = jnp.concatenate([class_token, x], axis=1)
         size = jnp.ones(x.shape[:2], jnp.float32)
         origin = last_origin = first_guidance = None
-        for index, r in enumerate(self.merge_counts):
+        for index, r in enumerate(merge_counts):
             block = self.frequency_depth + index
             last_origin = origin
             x, size, features, plan, guidance = recomputed(

@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
 from mlip_jax.config import PERSPECTIVES
+from mlip_jax.models import two_tower
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
 
@@ -39,7 +40,9 @@ def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
     ):
 
         def embed(variables: Any, rows: jax.Array, tower: str = tower) -> Any:
-            return network.apply(variables, rows, method=f"embed_{tower}s")
+            if tower == "image":
+                return two_tower.embed_kept(network, variables, rows, config)
+            return network.apply(variables, rows, method="embed_texts")
 
         program, out = jax.make_jaxpr(embed, return_shape=True)(local, example)
         shapes |= out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,14 @@ from rich.table import Table
 
 from mlip_jax import parallel
 from mlip_jax.data.records import Source
-from mlip_jax.models.two_tower import TwoTower, compute_dtype, grid, merge_counts
+from mlip_jax.models.two_tower import (
+    TwoTower,
+    compute_dtype,
+    embed_kept,
+    grid,
+    merge_counts,
+    training_patches,
+)
 
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
 
@@ -45,24 +52,25 @@ def forward_flops(network: TwoTower, variables: Any, config: ConfigDict) -> dict
     """Floating-point operations of one forward pass, by tower: of one image, of one text.
 
     Counted by XLA on the program before optimisation, so neither fused nor recomputed; the
-    losses are not in it. A training step costs about three times as many.
+    losses are not in it. Of an image the patches count that training keeps. A training step costs
+    about three times as many.
     """
     size = config.model.image.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     text = jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32)
     local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
 
-    def count(example: jax.ShapeDtypeStruct, method: str) -> float:
-        def embed(variables: Any, rows: jax.Array) -> Any:
-            return network.apply(variables, rows, method=method)
+    def embed_images(variables: Any, rows: jax.Array) -> Any:
+        return embed_kept(network, variables, rows, config)
 
+    def embed_texts(variables: Any, rows: jax.Array) -> Any:
+        return network.apply(variables, rows, method="embed_texts")
+
+    def count(embed: Callable[..., Any], example: jax.ShapeDtypeStruct) -> float:
         cost = jax.jit(embed).lower(local, example).cost_analysis() or {}
         return float(cost.get("flops", math.nan))
 
-    return {
-        "image encoder": count(image, "embed_images"),
-        "text encoder": count(text, "embed_texts"),
-    }
+    return {"image encoder": count(embed_images, image), "text encoder": count(embed_texts, text)}
 
 
 def print_compiled(
@@ -88,6 +96,10 @@ def print_compiled(
     words = f"{tokens} in the last grid"
     if config.model.image.architecture == "vit":
         words = f"{tokens} patches, {tokens - sum(merge_counts(config))} after merging"
+        if config.model.image.patch_dropout:
+            tokens = training_patches(config)
+            left = tokens - sum(merge_counts(config, training=True))
+            words += f"; in training {tokens}, {left} after merging"
     console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
     sharding = Table(box=box.SIMPLE_HEAD)
     sharding.add_column("Parameters whose path matches")
