@@ -37,9 +37,14 @@ def softmax_of_scores(
     image_to_text: Float[Array, "images texts"], text_to_image: Float[Array, "images texts"]
 ) -> Scalar:
     """Cross-entropy of the rows of one score matrix and of the columns of another; their mean."""
-    rows = jax.nn.logsumexp(image_to_text, axis=1) - jnp.diagonal(image_to_text)
-    columns = jax.nn.logsumexp(text_to_image, axis=0) - jnp.diagonal(text_to_image)
+    rows = jax.nn.logsumexp(image_to_text, axis=1) - _of_pairs(image_to_text)
+    columns = jax.nn.logsumexp(text_to_image, axis=0) - _of_pairs(text_to_image)
     return (jnp.mean(rows) + jnp.mean(columns)) / 2
+
+
+def _of_pairs(scores: Float[Array, "pairs pairs"]) -> Float[Array, "pairs"]:
+    """The diagonal. The gradient of jnp.diagonal is a scatter: on a mesh it gathers the rows."""
+    return jnp.sum(jnp.where(jnp.eye(len(scores), dtype=bool), scores, 0.0), axis=1)
 
 
 def sigmoid_contrastive(
