@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from test_step import END, START, VOCABULARY, assert_same, batch, small_config
 
 from mlip_jax import parallel
-from mlip_jax.config import UserError
+from mlip_jax.config import UserError, default
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.models import two_tower
 from mlip_jax.models.dropout import NUMBER, ROWS, Dropout, DropPath
@@ -155,6 +155,11 @@ def test_memory_falls_with_the_parts(shape):
 def test_what_it_cannot_do_is_said():
     with pytest.raises(UserError, match="batch norm would see a part of the batch"):
         config_of(2, **{"model.head": "projection_block", "model.embed_dim": 64})
+    config = default()
+    config.accumulation, config.model.image.architecture = 2, "resnet"
+    config.model.image.depth, config.model.image.stem = 18, "small"
+    with pytest.raises(UserError, match="accumulation=2 does not go with config.model.image.arch"):
+        validate(config)
     config = config_of(3)
     model = two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
     with pytest.raises(UserError, match="batch_size=16 is no multiple of config.accumulation=3"):

@@ -162,7 +162,9 @@ def largest_batch(
     """
     first = first or estimate(config, machine)
     tried(first)
-    unit = first.mesh.shape["data"] * first.mesh.shape["fsdp"] * config.accumulation
+    unit = first.mesh.shape["data"] * first.mesh.shape["fsdp"]
+    if config.accumulation > 1:
+        unit = first.mesh.size * config.accumulation  # the tensor axis shares rows too
 
     def attempt(multiple: int) -> Estimate:
         other = copy.deepcopy(config)
