@@ -13,7 +13,7 @@ device. That is also why the tensor axis shares rows here, and not columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,13 @@ def check(batch_size: int, parts: int, mesh: Mesh | None) -> None:
 
 
 def value_and_gradient(
-    embed: Embed, objective: Objective, params: Any, rows: Any, parts: int, mesh: Mesh | None
+    embed: Embed,
+    objective: Objective,
+    params: Any,
+    rows: Any,
+    parts: int,
+    mesh: Mesh | None,
+    rules: Sequence[parallel.Rule] = parallel.RULES,
 ) -> tuple[tuple[Array, Any], Any]:
     """Loss, the rest, and the gradient of objective(params, embed(params, rows)).
 
@@ -54,6 +60,7 @@ def value_and_gradient(
       rows: arrays [batch, ...].
       parts: what a device's rows are cut in; memory is that of one part and of all embeddings.
       mesh: the devices that the rows lie on; None: one.
+      rules: how the parameters, and so their gradient, are sharded.
     """
 
     def embed_parts(params: Any, rows: Any) -> Embeddings:
@@ -89,7 +96,7 @@ def value_and_gradient(
     of_devices = pull_back(whole, rows, cotangents)
     gradient = jax.tree.map(lambda own, found: own + jnp.sum(found, axis=0), gradient, of_devices)
     if mesh:
-        shardings = parallel.tree_shardings(gradient, mesh)
+        shardings = parallel.tree_shardings(gradient, mesh, rules)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     return (loss, rest), gradient
 

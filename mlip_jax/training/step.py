@@ -119,6 +119,7 @@ def make_train_step(
                 rows,
                 parts,
                 mesh,
+                parallel.sharding_rules(config.sharding, state.params),
             )
             return loss, metrics, state.batch_stats, gradient
 
