@@ -62,6 +62,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.8"],
+        "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -23,14 +25,24 @@ _FLAGS = (
     "topology",
     "mesh",
     "largest-batch",
+    "against",
+    "only",
+    "input",
+    "steps",
+    "warmup",
     "help",
 )
-_OF_VERB = {  # flags that one verb alone takes
-    "suite": "evaluate",
-    "compare": "evaluate",
-    "topology": "plan",
-    "mesh": "plan",
-    "largest-batch": "plan",
+_OF_VERB = {  # flags that some verbs alone take
+    "suite": ("evaluate",),
+    "compare": ("evaluate", "benchmark"),
+    "topology": ("plan",),
+    "mesh": ("plan",),
+    "largest-batch": ("plan",),
+    "against": ("benchmark",),
+    "only": ("benchmark",),
+    "input": ("benchmark",),
+    "steps": ("benchmark",),
+    "warmup": ("benchmark",),
 }
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
@@ -43,7 +55,7 @@ class Command:
     verb: str
     config: ConfigDict | None  # validated and locked; None when runs are compared
     workdir: Path | None  # None: not named, when runs are compared
-    options: Mapping[str, str | bool] = field(default_factory=dict)  # of the verb's function
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the verb's function
     compare: tuple[str, ...] = ()  # evaluate: workdirs, or patterns of them, to lay side by side
 
 
@@ -77,10 +89,14 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     flags.DEFINE_string("config", None, "", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_string("suite", "", "", flag_values=values)
-    flags.DEFINE_list("compare", [], "", flag_values=values)
+    flags.DEFINE_multi_string("compare", [], "", flag_values=values)
     flags.DEFINE_string("topology", "", "", flag_values=values)
     flags.DEFINE_string("mesh", "", "", flag_values=values)
     flags.DEFINE_boolean("largest-batch", False, "", flag_values=values)
+    for name in ("against", "only", "input"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+    for name in ("steps", "warmup"):
+        flags.DEFINE_integer(name, None, "", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("help", False, "", flag_values=values)
     rest = _read(values, arguments, known_only=True)
     if values.help:
@@ -91,11 +107,11 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
             name = flag["name"]
             raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
     for name, own in _OF_VERB.items():
-        if values[name].value and verb != own:
-            raise UserError(f"--{name} goes with the verb {own}, not with {verb}")
+        if values[name].value and verb not in own:
+            raise UserError(f"--{name} goes with the verb {' or '.join(own)}, not with {verb}")
     if verb == "plan" and not values.topology:
         raise UserError("plan needs a machine: add --topology=v5e:16x16, or --topology=cpu:8")
-    if values.compare:
+    if values.compare and verb == "evaluate":
         return _comparison(verb, values, rest)
     config = _find_config(verb, verbs[0], values.config, values.workdir)
     _override(config, rest)
@@ -104,8 +120,11 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     options = {
         name.replace("-", "_"): values[name].value
         for name, own in _OF_VERB.items()
-        if own == verb and values[name].value
+        if verb in own and values[name].value
     }
+    if verb == "benchmark":
+        options["title"] = values.config or str(workdir)
+        options["compare"] = [_another(text, rest) for text in values.compare]
     return Command(verb, config, workdir, options)
 
 
@@ -116,7 +135,17 @@ def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command
     if rest:
         raise UserError(f"--compare takes no {rest[0]!r}: separate the workdirs by commas")
     workdir = Path(values.workdir) if values.workdir else None
-    return Command(verb, None, workdir, compare=tuple(values.compare))
+    workdirs = tuple(one for text in values.compare for one in text.split(",") if one)
+    return Command(verb, None, workdir, compare=workdirs)
+
+
+def _another(text: str, rest: list[str]) -> tuple[str, ConfigDict]:
+    """A config to time beside the first: "FILE --config.KEY=VALUE ..."; `rest` holds too."""
+    file, *overrides = shlex.split(text) or [""]
+    config = _load_file(file)
+    _override(config, [*rest, *overrides])
+    validate(config)
+    return text, config
 
 
 def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> list[str]:

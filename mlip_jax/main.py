@@ -26,6 +26,7 @@ Verbs
   train     train, evaluate, write a report; the same command resumes (default)
   evaluate  score the workdir's model again
   report    write the workdir's report again
+  benchmark time the training step here, of several configs in turns, or beside open_clip
   plan      compile the training step for devices that need not be there: memory, traffic, time
 
 Flags
@@ -40,6 +41,11 @@ Flags
   --topology=NAME     plan: a slice of TPU chips, such as v5e:16x16 (needs the extra tpu), or cpu:8
   --mesh=AXIS:SIZE,.. plan: such as data:64,fsdp:4; config.mesh when it is left out
   --largest-batch     plan: also find the largest global batch that fits
+  --steps=N           benchmark: how many are timed (20); --warmup=N before them (3)
+  --input=data        benchmark: batches of config.data in place of a random one
+  --only=data         benchmark: the input, beside Pillow and beside what the step takes
+  --compare=FILE      benchmark: another config, "FILE --config.KEY=VALUE"; may be repeated
+  --against=open_clip benchmark: open_clip's model of the same sizes (needs the extra bench)
   --help              this page
 
 Examples
@@ -55,6 +61,7 @@ VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
     "report": ("mlip_jax.reports", "report_workdir"),
     "plan": ("mlip_jax.planning", "plan"),
+    "benchmark": ("mlip_jax.benchmark", "benchmark"),
 }
 
 

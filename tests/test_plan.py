@@ -293,7 +293,7 @@ def test_without_the_tpu_compiler_the_extra_is_named(config, monkeypatch):
 def test_a_vocabulary_to_be_trained_needs_no_data():
     config = command_line.parse(["--config=configs/clip_lite.py"], ["train"]).config
     assert config.model.text.tokenizer == "wordpiece"
-    assert estimates._network(config).text["vocab_size"] == config.model.text.vocab_size
+    assert estimates.network_of(config).text["vocab_size"] == config.model.text.vocab_size
 
 
 WITH_LIBTPU = pytest.mark.skipif(

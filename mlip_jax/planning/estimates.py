@@ -37,6 +37,18 @@ class Memory:
     temporary: int
     code: int
 
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> Memory:
+        """The memory of a compiled program."""
+        sizes = compiled.memory_analysis()
+        return cls(
+            arguments=sizes.argument_size_in_bytes,
+            outputs=sizes.output_size_in_bytes,
+            aliased=sizes.alias_size_in_bytes,
+            temporary=sizes.temp_size_in_bytes,
+            code=sizes.generated_code_size_in_bytes,
+        )
+
     @property
     def total(self) -> int:
         """Bytes in all."""
@@ -107,7 +119,7 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     config = copy.deepcopy(config)
     config.compute_dtype = _compute_dtype(config, machine)
     mesh = parallel.make_mesh(config.mesh, config.batch_size, machine.devices)
-    network = _network(config)
+    network = network_of(config)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
@@ -126,16 +138,9 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Estimate(**known, refusal=_refusal(str(error)))
-    sizes = compiled.memory_analysis()
     return Estimate(
         **known,
-        memory=Memory(
-            arguments=sizes.argument_size_in_bytes,
-            outputs=sizes.output_size_in_bytes,
-            aliased=sizes.alias_size_in_bytes,
-            temporary=sizes.temp_size_in_bytes,
-            code=sizes.generated_code_size_in_bytes,
-        ),
+        memory=Memory.of(compiled),
         flops=float((compiled.cost_analysis() or {}).get("flops", math.nan)),
         program=hlo.read(compiled.as_text(), mesh.size),
     )
@@ -214,7 +219,7 @@ def _compute_dtype(config: ConfigDict, machine: Machine) -> str:
     return "bfloat16" if machine.chip else "float32"
 
 
-def _network(config: ConfigDict) -> TwoTower:
+def network_of(config: ConfigDict) -> TwoTower:
     """The model without its data: a vocabulary to be trained counts as large as it may get."""
     text = config.model.text
     if text.tokenizer == "wordpiece":

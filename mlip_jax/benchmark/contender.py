@@ -1,0 +1,232 @@
+"""A config made ready to be timed: compiled, its state on the devices, its input at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mlip_jax import parallel
+from mlip_jax.benchmark.results import Result, Timing, summarize
+from mlip_jax.config import RunError, UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.pipeline import train_batches
+from mlip_jax.data.records import Source
+from mlip_jax.data.sources import open_source
+from mlip_jax.data.text import Tokenizer, load_tokenizer
+from mlip_jax.models import two_tower
+from mlip_jax.planning.estimates import Memory, network_of
+from mlip_jax.planning.flops import step_flops
+from mlip_jax.planning.machines import GIB
+from mlip_jax.training import optimizer as optimizers
+from mlip_jax.training.state import abstract_state, initial_state
+from mlip_jax.training.step import lower_step, make_train_step
+
+
+class Contender:
+    """The training step of a config, on the devices of this host."""
+
+    def __init__(self, name: str, config: ConfigDict, real_input: bool) -> None:
+        """Compiles the step and makes its state and its first batch.
+
+        Args:
+          name: what the table calls it.
+          config: validated.
+          real_input: whether batches come from config.data, not from one random batch.
+
+        Raises:
+          UserError: when the step does not fit the memory; it names a batch that does.
+        """
+        self.name = name
+        self.config = config
+        self._mesh = parallel.make_mesh(config.mesh, config.batch_size)
+        self._real_input = real_input
+        network, optimizer = network_of(config), optimizers.make(config)
+        abstract = abstract_state(network, optimizer, config, self._mesh)
+        self.model_flops = step_flops(network, abstract.evaluated, config)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        start = time.perf_counter()
+        self._step, self.memory = _compile(network, optimizer, config, self._mesh, abstract)
+        self.compile_seconds = time.perf_counter() - start
+        init = jax.jit(
+            lambda: initial_state(network, optimizer, config),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        )
+        self._state = init()
+        self._batches = _real(config, self._mesh) if real_input else _random(config, self._mesh)
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batches.close()
+
+    def run(self, steps: int) -> list[Timing]:
+        """Trains some steps. As in a run, the host is one step ahead of the devices.
+
+        Raises:
+          RunError: when a device has no more memory.
+        """
+        timings, before = [], None
+        jax.block_until_ready(self._state)
+        last = time.perf_counter()
+        try:
+            for index in range(steps + 1):
+                waited = 0.0
+                after = None
+                if index < steps:
+                    start = time.perf_counter()
+                    batch = parallel.global_batch(next(self._batches), self._mesh)
+                    waited = time.perf_counter() - start
+                    self._state, after = self._step(self._state, batch)
+                if before is not None:
+                    jax.block_until_ready(before)
+                    now = time.perf_counter()
+                    timings.append(Timing(now - last, waited))
+                    last = now
+                before = after
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise RunError(
+                f"{self.name}: out of memory at batch {self.config.batch_size}: halve "
+                "--config.batch_size, or --config.model.image.remat=True"
+            ) from error
+        return timings
+
+    def result(self, timings: list[Timing], peak: float) -> Result:
+        """What the timed steps come to.
+
+        Args:
+          timings: of the timed steps.
+          peak: FLOP/s of this host's devices together, measured.
+        """
+        return summarize(
+            timings,
+            name=self.name,
+            batch_size=self.config.batch_size,
+            dtype=two_tower.compute_dtype(self.config).name,
+            parameters=self.parameters,
+            input="data" if self._real_input else "random",
+            model_flops=self.model_flops,
+            matrix_peak=peak,
+            compile_seconds=self.compile_seconds,
+            memory=self.memory.total,
+            peak_memory=_peak_memory(),
+        )
+
+
+def _compile(
+    network: Any, optimizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, abstract: Any
+) -> tuple[jax.stages.Compiled, Memory]:
+    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
+    try:
+        compiled = lower_step(step, abstract, config, mesh).compile()
+        memory = Memory.of(compiled)
+        need = memory.total
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, memory, need = None, None, 0
+    limit = device_memory()
+    if compiled is not None and need <= limit:
+        return compiled, memory
+    found = _fitting(network, optimizer, config, mesh, abstract, limit)
+    needs = f"{need / GIB:.1f} GiB a device" if need else "more memory a device than there is"
+    raise UserError(
+        f"the step at config.batch_size={config.batch_size} needs {needs}, and there are "
+        f"{limit / GIB:.1f} GiB: "
+        + (f"--config.batch_size={found} fits" if found else "no batch fits")
+        + "; --config.accumulation and --config.model.image.remat=True need less"
+    )
+
+
+def _fitting(
+    network: Any,
+    optimizer: Any,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    abstract: Any,
+    limit: float,
+) -> int:
+    """The largest halving of the batch that fits; 0 when none does."""
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulation
+    smaller = copy.deepcopy(config)
+    while smaller.batch_size // 2 >= max(unit, 2):
+        smaller.batch_size = smaller.batch_size // 2 // unit * unit
+        step = make_train_step(network, optimizer, smaller, Preprocessing.of(smaller), mesh)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            compiled = lower_step(step, abstract, smaller, mesh).compile()
+            if Memory.of(compiled).total <= limit:
+                return smaller.batch_size
+    return 0
+
+
+def device_memory() -> float:
+    """Bytes that a device of this host has; virtual CPU devices share the host's."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole / jax.local_device_count()
+
+
+def _peak_memory() -> int | None:
+    """The most bytes that the first device has held; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+def _random(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.ndarray]]:
+    """One random batch of this process's rows, again and again."""
+    rng = np.random.default_rng(config.seed)
+    rows = len(parallel.local_rows(mesh, config.batch_size))
+    size, text = config.model.image.image_size, config.model.text
+    tokenizer_size = network_of(config).text["vocab_size"]
+    batch = {
+        "image": rng.integers(0, 256, (rows, size, size, 3), np.uint8),
+        "token_ids": rng.integers(1, tokenizer_size, (rows, text.context_length), np.int32),
+    }
+    if config.perspectives.augmented_image.weight > 0:
+        batch["image_2"] = batch["image"][:, ::-1].copy()
+    if config.perspectives.other_caption.weight > 0:
+        batch["token_ids_2"] = batch["token_ids"][:, ::-1].copy()
+    while True:
+        yield batch
+
+
+def _real(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a run of the config."""
+    rows = parallel.local_rows(mesh, config.batch_size)
+    batches = train_batches(config, *open_input(config), start_step=0, rows=rows)
+    with contextlib.closing(batches):
+        for batch in batches:
+            del batch["skipped"]
+            yield batch
+
+
+def open_input(config: ConfigDict) -> tuple[Source, Tokenizer]:
+    """The set to train on, and the tokenizer of a run of the config."""
+    text = config.model.text
+    source = open_source(
+        config.data.train,
+        "train",
+        cache_dir=config.data.cache_dir,
+        max_skipped_share=config.data.max_skipped_share,
+        cleaning=text.cleaning,
+    )
+    tokenizer = load_tokenizer(
+        text.tokenizer,
+        cleaning=text.cleaning,
+        vocab_size=text.vocab_size,
+        captions=source.captions,
+    )
+    return source, tokenizer

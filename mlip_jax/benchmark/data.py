@@ -1,0 +1,97 @@
+"""How fast the input is, beside Pillow's plain decoding and what the step takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+from rich.console import Console
+
+from mlip_jax.data.pipeline import train_batches, worker_count
+from mlip_jax.data.records import Source
+
+_PILLOW_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class InputResult:
+    """Images a second.
+
+    Attributes:
+      images_per_second: of the whole input: reading, decoding, augmenting, tokenising, stacking.
+      cores: worker processes, or 1 for the thread that stands in for none.
+      per_core: the former over the latter.
+      pillow_per_core: Pillow alone on one core, the same images: decode, convert to RGB, resize and
+        cut the centre to the model's size, bicubic.
+      step: what the training step takes with a batch at hand; None when it was not timed.
+    """
+
+    images_per_second: float
+    cores: int
+    per_core: float
+    pillow_per_core: float
+    step: float | None
+
+
+def measure_input(
+    config: ConfigDict, source: Source, tokenizer: object, warmup: int, batches: int
+) -> InputResult:
+    """Times the input of a run.
+
+    Args:
+      config: the run's.
+      source: opened config.data.train.
+      tokenizer: the run's.
+      warmup: batches before the clock starts.
+      batches: batches to time.
+    """
+    feed = train_batches(config, source, tokenizer, start_step=0)
+    with contextlib.closing(feed):
+        for _ in range(warmup):
+            next(feed)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(feed)
+        seconds = time.perf_counter() - start
+    speed = batches * config.batch_size / seconds
+    cores = max(worker_count(config.data.workers), 1)
+    return InputResult(
+        images_per_second=speed,
+        cores=cores,
+        per_core=speed / cores,
+        pillow_per_core=_pillow(source, config.model.image.image_size),
+        step=None,
+    )
+
+
+def _pillow(source: Source, size: int) -> float:
+    """Images a second of Pillow on one core. Reading the bytes is not timed."""
+    count = min(len(source), _PILLOW_IMAGES)
+    files = [source[index].image for index in range(count)]
+    start = time.perf_counter()
+    for data in files:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return count / (time.perf_counter() - start)
+
+
+def print_input(console: Console, found: InputResult) -> None:
+    """Three lines."""
+    ratio = found.per_core / found.pillow_per_core
+    console.print(
+        f"input: {found.images_per_second:,.0f} images/s on {found.cores} cores, "
+        f"{found.per_core:,.0f} a core"
+    )
+    console.print(
+        f"Pillow, decode and resize alone: {found.pillow_per_core:,.0f} images/s a core; the input "
+        f"is {ratio:.2f}x"
+    )
+    if found.step is not None:
+        console.print(
+            f"the step takes {found.step:,.0f} images/s: {found.step / found.per_core:,.1f} cores "
+            "of input"
+        )

@@ -1,0 +1,150 @@
+"""What a benchmark found, as figures, a table and JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mlip_jax.storage.workdir import environment, write_atomically
+
+_GIB = 2**30
+
+
+class Timing(NamedTuple):
+    """A step: its seconds, and how many of them the host waited for its batch."""
+
+    seconds: float
+    waited: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of the timed steps of one config.
+
+    Attributes:
+      name: of the config.
+      batch_size: global.
+      dtype: what the model computes in.
+      parameters: of the model.
+      input: "random" (one batch, on the host) or "data".
+      steps: how many were timed.
+      step_seconds: the median.
+      step_seconds_low: the lower quartile.
+      step_seconds_high: the upper quartile.
+      images_per_second: the batch over the median.
+      data_wait: the share of the time that the host waited for batches, copies included.
+      model_flops: of a step: three times the matrix products of the forward pass, merged tokens
+        counted as they are, recomputation and the optimizer not at all.
+      utilisation: model-FLOP utilisation: model_flops / (step_seconds * the measured matrix peak of
+        all devices).
+      compile_seconds: tracing included; short where the compiler's cache had the program.
+      memory: bytes of a device, by the compiler.
+      peak_memory: bytes of the first device at most, with all configs of the comparison; None where
+        the device does not say.
+    """
+
+    name: str
+    batch_size: int
+    dtype: str
+    parameters: int
+    steps: int
+    step_seconds: float
+    step_seconds_low: float
+    step_seconds_high: float
+    images_per_second: float
+    data_wait: float
+    compile_seconds: float
+    input: str = "random"
+    model_flops: float | None = None
+    utilisation: float | None = None
+    memory: int | None = None
+    peak_memory: int | None = None
+
+
+def summarize(timings: Sequence[Timing], **known: Any) -> Result:
+    """The figures of timed steps.
+
+    Args:
+      timings: of the steps.
+      known: what else `Result` has; "matrix_peak", FLOP/s of all devices, gives the utilisation.
+    """
+    seconds = [timing.seconds for timing in timings]
+    median = statistics.median(seconds)
+    low, high = np.percentile(seconds, [25, 75])
+    peak, flops = known.pop("matrix_peak", None), known.get("model_flops")
+    return Result(
+        **known,
+        steps=len(seconds),
+        step_seconds=median,
+        step_seconds_low=float(low),
+        step_seconds_high=float(high),
+        images_per_second=known["batch_size"] / median,
+        data_wait=sum(timing.waited for timing in timings) / sum(seconds),
+        utilisation=flops / (median * peak) if peak and flops else None,
+    )
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    """A column for each config, numbered; the speed is over that of the first."""
+    several = len(results) > 1
+    if several:
+        for number, result in enumerate(results, 1):
+            console.print(f"{number}: {result.name}")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Training step")
+    for number, result in enumerate(results, 1):
+        table.add_column(str(number) if several else result.name, justify="right")
+
+    def row(words: str, *cells: str) -> None:
+        if any(cells):
+            table.add_row(words, *cells)
+
+    row("global batch", *(f"{found.batch_size:,}" for found in results))
+    row("compute", *(found.dtype for found in results))
+    row("parameters", *(f"{found.parameters:,}" for found in results))
+    row("step, median", *(_milliseconds(found.step_seconds) for found in results))
+    row("  lower quartile", *(_milliseconds(found.step_seconds_low) for found in results))
+    row("  upper quartile", *(_milliseconds(found.step_seconds_high) for found in results))
+    row("images a second", *(f"{found.images_per_second:,.1f}" for found in results))
+    if several:
+        first = results[0].images_per_second
+        row("  over the first", *(f"{found.images_per_second / first:.2f}x" for found in results))
+    row("model FLOPs a step", *(_or_nothing(found.model_flops, "{:.3g}") for found in results))
+    row("  utilisation", *(_or_nothing(found.utilisation, "{:.1%}") for found in results))
+    row("wait for data", *(f"{found.data_wait:.1%}" for found in results))
+    row("memory a device", *(_gib(found.memory) for found in results))
+    row("  most held so far", *(_gib(found.peak_memory) for found in results))
+    row("compilation", *(f"{found.compile_seconds:.1f} s" for found in results))
+    console.print(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms"
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / _GIB:.2f} GiB"
+
+
+def _or_nothing(value: float | None, shape: str) -> str:
+    return "" if value is None else shape.format(value)
+
+
+def write_json(path: Path, results: Sequence[Result], **more: Any) -> None:
+    """The results, what else was found, and the machine."""
+    found = {
+        "results": [asdict(result) for result in results],
+        **more,
+        "environment": environment(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(found, indent=2) + "\n")
