@@ -17,6 +17,19 @@ from mlip_jax import config as schema
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.validation import validate
 
+_PREPARE = (
+    "source",
+    "out",
+    "columns",
+    "split",
+    "classes",
+    "resize",
+    "shard-records",
+    "workers",
+    "max-skipped-share",
+    "licence",
+    "attribution",
+)
 _FLAGS = (
     "config",
     "workdir",
@@ -30,6 +43,8 @@ _FLAGS = (
     "input",
     "steps",
     "warmup",
+    *_PREPARE,
+    "check",
     "help",
 )
 _OF_VERB = {  # flags that some verbs alone take
@@ -43,6 +58,7 @@ _OF_VERB = {  # flags that some verbs alone take
     "input": ("benchmark",),
     "steps": ("benchmark",),
     "warmup": ("benchmark",),
+    **dict.fromkeys((*_PREPARE, "check"), ("prepare",)),
 }
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
@@ -53,8 +69,8 @@ class Command:
     """What the command line asks for."""
 
     verb: str
-    config: ConfigDict | None  # validated and locked; None when runs are compared
-    workdir: Path | None  # None: not named, when runs are compared
+    config: ConfigDict | None  # validated and locked; None for prepare, and when runs are compared
+    workdir: Path | None  # None: the same
     options: Mapping[str, Any] = field(default_factory=dict)  # of the verb's function
     compare: tuple[str, ...] = ()  # evaluate: workdirs, or patterns of them, to lay side by side
 
@@ -63,7 +79,8 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     """Reads [VERB] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...].
 
     evaluate also takes --suite=NAME and --compare=DIR,DIR; plan takes --topology=NAME,
-    --mesh=AXIS:SIZE,... and --largest-batch.
+    --mesh=AXIS:SIZE,... and --largest-batch; prepare takes no config, but --source=KIND:PATH,
+    --out=DIR and more.
 
     Touches no global flags, so one process may parse as often as it likes.
 
@@ -93,10 +110,11 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     flags.DEFINE_string("topology", "", "", flag_values=values)
     flags.DEFINE_string("mesh", "", "", flag_values=values)
     flags.DEFINE_boolean("largest-batch", False, "", flag_values=values)
-    for name in ("against", "only", "input"):
+    for name in ("against", "only", "input", *_PREPARE):
         flags.DEFINE_string(name, "", "", flag_values=values)
     for name in ("steps", "warmup"):
         flags.DEFINE_integer(name, None, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("check", False, "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", flag_values=values)
     rest = _read(values, arguments, known_only=True)
     if values.help:
@@ -113,19 +131,37 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
         raise UserError("plan needs a machine: add --topology=v5e:16x16, or --topology=cpu:8")
     if values.compare and verb == "evaluate":
         return _comparison(verb, values, rest)
+    if verb == "prepare":
+        return _preparation(values, rest)
     config = _find_config(verb, verbs[0], values.config, values.workdir)
     _override(config, rest)
     validate(config)
     workdir = Path(values.workdir or Path("runs") / config.name)
-    options = {
-        name.replace("-", "_"): values[name].value
-        for name, own in _OF_VERB.items()
-        if verb in own and values[name].value
-    }
+    options = _options(verb, values)
     if verb == "benchmark":
         options["title"] = values.config or str(workdir)
         options["compare"] = [_another(text, rest) for text in values.compare]
     return Command(verb, config, workdir, options)
+
+
+def _options(verb: str, values: flags.FlagValues) -> dict[str, Any]:
+    """What the verb's own flags say, as its function takes it."""
+    return {
+        name.replace("-", "_"): values[name].value
+        for name, own in _OF_VERB.items()
+        if verb in own and values[name].value
+    }
+
+
+def _preparation(values: flags.FlagValues, rest: list[str]) -> Command:
+    for name in ("config", "workdir"):
+        if values[name].value:
+            raise UserError(f"prepare takes no --{name}: it reads --source and writes --out")
+    if rest:
+        raise UserError(f"prepare takes no {rest[0]!r}: a verb comes first, flags after it")
+    if not values.out:
+        raise UserError("prepare needs a folder to write to: add --out=DIR")
+    return Command("prepare", None, None, _options("prepare", values))
 
 
 def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command:

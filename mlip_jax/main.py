@@ -20,6 +20,7 @@ Trains and evaluates language-image models.
   python -m mlip_jax.main [VERB] --config=FILE[:name=value,...] [--workdir=DIR] [--config.KEY=VALUE]
   python -m mlip_jax.main evaluate --workdir=DIR [--suite=NAME]
   python -m mlip_jax.main evaluate --compare=DIR,DIR
+  python -m mlip_jax.main prepare --source=KIND:PATH --out=DIR
   python -m mlip_jax.main plan --config=FILE --topology=NAME [--mesh=AXIS:SIZE,...]
 
 Verbs
@@ -27,6 +28,7 @@ Verbs
   evaluate  score the workdir's model again
   report    write the workdir's report again
   benchmark time the training step here, of several configs in turns, or beside open_clip
+  prepare   write a set as shards that are fast to read: tars, tables, Parquet, class folders, ...
   plan      compile the training step for devices that need not be there: memory, traffic, time
 
 Flags
@@ -38,6 +40,17 @@ Flags
                       retrieval, zero_shot, linear_probe, few_shot, svm, grounding, concepts, with
                       commas between; the sets that config.evaluation names, or the run's own
   --compare=DIR,DIR   evaluate: the results of several workdirs side by side; DIR may be a pattern
+  --source=KIND:PATH  prepare: webdataset, parquet, huggingface, csv, jsonl, coco, folder, ...
+  --out=DIR           prepare: the set's folder; the same command goes on with it
+  --columns=ROLE=NAME,..  prepare: the columns of image, caption, label, tags, split
+  --split=NAME        prepare: what all of it is; else as the source or the files' names say
+  --classes=FILE      prepare: a classes.json that names the classes
+  --resize=PIXELS     prepare: the shorter side of images that are larger
+  --shard-records=N   prepare: 5000 when it is left out
+  --workers=N         prepare: processes; as many as there are cores
+  --max-skipped-share=S  prepare: the share of broken records that is no error; 0.01
+  --licence=NAME, --attribution=TEXT  prepare: for the set's card
+  --check             prepare: only compare what is in --out with its checksums
   --topology=NAME     plan: a slice of TPU chips, such as v5e:16x16 (needs the extra tpu), or cpu:8
   --mesh=AXIS:SIZE,.. plan: such as data:64,fsdp:4; config.mesh when it is left out
   --largest-batch     plan: also find the largest global batch that fits
@@ -55,11 +68,13 @@ Examples
   python -m mlip_jax.main evaluate --workdir=runs/mlip --suite=linear_probe,svm \\
     --config.evaluation.linear_probe=folder:flowers --config.evaluation.svm=voc:VOC2007
   python -m mlip_jax.main evaluate --compare='runs/mlip*,runs/clip*'
+  python -m mlip_jax.main prepare --source=webdataset:cc3m/{00000..00331}.tar --out=data/cc3m
 """
 VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "train": ("mlip_jax.training.loop", "train"),
     "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
     "report": ("mlip_jax.reports", "report_workdir"),
+    "prepare": ("mlip_jax.data.prepare", "prepare"),
     "plan": ("mlip_jax.planning", "plan"),
     "benchmark": ("mlip_jax.benchmark", "benchmark"),
 }

@@ -5,6 +5,8 @@ Whether an image exists is found out when it is read: there may be millions.
 
 from __future__ import annotations
 
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from mlip_jax.data.records import Record, Skipped
 from mlip_jax.data.splits import Choice
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MOST_BYTES = 256 * 2**20  # of an image file; a photo takes some 10 MB
 _PROBED = 16  # images that are looked for in each place where they may lie
 
 
@@ -33,6 +36,26 @@ class Images(Protocol):
         """Its path, for errors and reports."""
 
 
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A file's content.
+
+    Raises:
+      OSError: when it cannot be read, is no regular file (reading a pipe may never end) or is
+        larger than `most` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is not a file")
+        if status.st_size > most:
+            raise OSError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(descriptor)
+
+
 class ImageFiles:
     """Images that are files below one folder."""
 
@@ -46,7 +69,7 @@ class ImageFiles:
 
     def read(self, index: int) -> bytes:
         """The file's content."""
-        return (self._folder / self._files[index]).read_bytes()
+        return read_file(self._folder / self._files[index])
 
     def name(self, index: int) -> str:
         """The file's path."""

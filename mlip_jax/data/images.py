@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ _NORMALIZATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IM
 # which such a file counts as unreadable.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
+# Pillow hands some formats to other programs (EPS to Ghostscript): only these are decoded.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
 # More drawn out than this, an image is cut to this aspect before it is resized.
 _MAX_ASPECT = 64
 
@@ -38,7 +42,7 @@ def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
     greyscale become 8-bit; palettes and CMYK become RGB.
 
     Args:
-      data: the bytes of a PNG, JPEG, WebP, ... file; of an animation, its first frame is taken.
+      data: the bytes of a file of one of FORMATS; of an animation, its first frame is taken.
       at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its
         short side keeps this many pixels; 0: at full size.
 
@@ -49,18 +53,30 @@ def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
       UnreadableImage: when that cannot be done.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         if at_least and image.format == "JPEG":
             short = min(image.size)
             image.draft(None, tuple(side * at_least // short for side in image.size))
         image.load()
-        return _eight_bits(image)
+        return eight_bits(image)
     # Pillow's plugins raise whatever they stumble over: OSError, SyntaxError, ValueError, ...
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """An encoded image whose header alone is read. Raises what Pillow's plugins raise."""
+    return Image.open(io.BytesIO(data), formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came late to Pillow
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of a mode that `decode` gives, decoded from any."""
     if image.mode in ("RGB", "L", "RGBA", "LA"):
         return image
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, whatever Pillow keeps them in
@@ -165,7 +181,7 @@ def _open(image: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, (str, Path)):
         return decode(Path(image).expanduser().read_bytes())
     if isinstance(image, Image.Image):
-        return _eight_bits(image)
+        return eight_bits(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"an image must be bytes, a path, a Pillow image or uint8, not {kind}")

@@ -14,6 +14,7 @@ from jaxtyping import Int, Int8
 
 from mlip_jax.config import UserError
 from mlip_jax.data.captions import usable
+from mlip_jax.data.file_sources import read_file
 from mlip_jax.data.records import Record, Skipped
 from mlip_jax.data.splits import STANDARD, Choice, Wanted, split_of
 from mlip_jax.data.tables import IMAGE_KEYS
@@ -57,7 +58,7 @@ class JsonlSource:
         row = self._row(index)
         path = self._path.parent / _image_key(row)
         label = -1 if self._labels is None else int(self._labels[index])
-        return Record(path.read_bytes(), *_texts(row, self._cleaning), label, str(path))
+        return Record(read_file(path), *_texts(row, self._cleaning), label, str(path))
 
     def name_of(self, index: int) -> str:
         """The image's path."""

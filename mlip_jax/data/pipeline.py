@@ -6,7 +6,6 @@ number of processes, hosts and workers, and of the step that a run starts at, no
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from mlip_jax.data.augment import augment, short_side
 from mlip_jax.data.images import Preprocessing, decode, flatten
 from mlip_jax.data.records import Record, Source
 from mlip_jax.data.text import Tokenizer
+from mlip_jax.data.workers import cores, end_with_parent
 
 _MAX_WORKERS = 8
 _MAX_REPLACEMENTS = 100  # unreadable images in a row
@@ -99,10 +99,7 @@ def worker_count(workers: int) -> int:
     """
     if workers >= 0:
         return workers
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return 0 if cores <= 2 else min(_MAX_WORKERS, cores - 1)
+    return 0 if cores() <= 2 else min(_MAX_WORKERS, cores() - 1)
 
 
 def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
@@ -207,7 +204,7 @@ def _outlive_nobody(worker_index: int, worker_count: int) -> None:
     # Schedulers and Ctrl-C signal the whole group, while the parent still wants its last batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_soon)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _end_soon(signal_number: int, frame: Any) -> None:
@@ -215,13 +212,6 @@ def _end_soon(signal_number: int, frame: Any) -> None:
     timer = threading.Timer(_LAST_WISHES_SECONDS, os._exit, (0,))
     timer.daemon = True
     timer.start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(0)
 
 
 class SkipCounter:

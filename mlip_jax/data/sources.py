@@ -11,7 +11,18 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data import archives, coco, folders, idx, jsonl, karpathy, objects, tables, voc
+from mlip_jax.data import (
+    archives,
+    coco,
+    folders,
+    idx,
+    jsonl,
+    karpathy,
+    objects,
+    prepared,
+    tables,
+    voc,
+)
 from mlip_jax.data.cache import cache_folder
 from mlip_jax.data.captions import check_cleaning
 from mlip_jax.data.records import MissingSplit, Source
@@ -29,6 +40,7 @@ FILE_KINDS = {
     "karpathy": karpathy.open_karpathy,
     "voc": voc.open_voc,
     "objects": objects.open_objects,
+    "prepared": prepared.open_prepared,
 }
 KINDS = (*FILE_KINDS, "tfds")
 _MAX_SKIPPED_SHARE = 0.01

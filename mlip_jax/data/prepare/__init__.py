@@ -1,0 +1,5 @@
+"""The prepare verb: whatever a set is kept in -> ArrayRecord shards with an index and a card."""
+
+from mlip_jax.data.prepare.verb import prepare
+
+__all__ = ["prepare"]

@@ -1,0 +1,184 @@
+"""What a prepared set says about itself: the index, the card, the broken records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mlip_jax.config import UserError
+from mlip_jax.data.classes import read_classes
+from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
+from mlip_jax.data.prepare.make import Made, Tally, write_whole
+from mlip_jax.data.prepare.readers import Broken
+from mlip_jax.data.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
+
+_MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
+_SHOWN = 20
+
+
+def classes(
+    keys: Iterable[str], names: Sequence[str], file: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes' keys and names in the order of their labels.
+
+    Numbers are labels: 0, 1, ... up to the largest. Other keys are sorted, and are the names.
+
+    Args:
+      keys: how records name their classes.
+      names: what numbers stand for, where the input knows it.
+      file: of --classes, a list of names in the order of the labels or {key: name}; "": none.
+
+    Raises:
+      UserError: when a key is not among the names.
+    """
+    keys = set(keys)
+    numbered = all(key.isascii() and key.isdigit() for key in keys)
+    if file:
+        try:
+            named = read_classes(file, Path(file).expanduser().read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        pairs = dict(named) if isinstance(named, dict) else dict(zip(named, named, strict=True))
+        if not isinstance(named, dict) and numbered:
+            pairs = {str(number): name for number, name in enumerate(named)}
+    elif names:
+        pairs = {str(number): name for number, name in enumerate(names)}
+    elif numbered and keys and max(map(int, keys)) < _MOST_NUMBERED:
+        pairs = {str(number): str(number) for number in range(max(map(int, keys)) + 1)}
+    else:
+        pairs = {key: key for key in sorted(keys)}
+    missing = sorted(keys - pairs.keys())
+    if missing:
+        where = file or "the input"
+        raise UserError(f"{where} has {len(pairs)} classes; the class {missing[0]!r} is not one")
+    return tuple(pairs), tuple(" ".join(name.replace("_", " ").split()) for name in pairs.values())
+
+
+def write(folder: Path, index: Index, made: Sequence[Made]) -> None:
+    """Writes broken.jsonl, the card, the checksums and, when all else is there, the index."""
+    lines = [
+        json.dumps({"shard": each.shard.name, "record": b.name, "reason": b.reason}) + "\n"
+        for each in made
+        for b in each.broken
+    ]
+    texts = {
+        BROKEN: "".join(lines),
+        CARD: card(index, [b for each in made for b in each.broken]),
+        INDEX: index.to_json(),
+    }
+    sums = {name: sum_ for shard in index.shards for name, _, sum_ in shard.files()}
+    sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    texts = {SUMS: "".join(f"{sum_}  {name}\n" for name, sum_ in sums.items()), **texts}
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+
+
+def read_broken(folder: Path) -> dict[str, list[Broken]]:
+    """The broken records by shard.
+
+    Raises:
+      UserError: when the file is damaged.
+    """
+    path = folder / BROKEN
+    found: dict[str, list[Broken]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            broken = Broken(entry["record"], entry["reason"])
+            found.setdefault(entry["shard"], []).append(broken)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return found
+
+
+def card(index: Index, broken: Sequence[Broken]) -> str:
+    """The text of README.md. It names neither time nor place, so that it is always the same."""
+    tally = total(index.shards)
+    job, records = index.job, sum(shard.records for shard in index.shards)
+    lines = [f"# A prepared set of {records:,} images", ""]
+    lines += ["| split | images | captions | bytes of images | shards |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for split in dict.fromkeys(shard.split for shard in index.shards):
+        own = [shard for shard in index.shards if shard.split == split and shard.records]
+        counts = total(own).counts
+        numbers = sum(shard.records for shard in own), counts["captions"], counts["image_bytes"]
+        lines.append(f"| {split} | {' | '.join(f'{n:,}' for n in numbers)} | {len(own):,} |")
+    lines += ["", "## Where it comes from", "", f"Source: `{job['source']}`."]
+    if index.inputs.get("files"):
+        lines[-1] += f" {index.inputs['files']:,} files of {index.inputs['bytes']:,} bytes."
+    if job["columns"]:
+        named = ", ".join(f"{role} = {name}" for role, name in job["columns"].items())
+        lines += ["", f"Columns: {named}."]
+    lines += ["", f"Licence: {index.licence or 'not stated'}."]
+    if index.attribution:
+        lines += ["", f"Attribution: {index.attribution}"]
+    lines += ["", "## What is in it", "", *_contents(index, tally)]
+    lines += ["", "## What was left out", "", *_left_out(index, broken, records)]
+    lines += [
+        *("", "## How to use it", ""),
+        "`--config.data.train=prepared:DIR` trains on it. `sha256sum --check SHA256SUMS` in its",
+        "folder, or `prepare --check --out=DIR`, compares every file with its checksum.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def total(shards: Iterable[Shard]) -> Tally:
+    """What the shards count, together."""
+    tally = Tally()
+    for shard in shards:
+        tally.merge(shard.facts)
+    return tally
+
+
+def _contents(index: Index, tally: Tally) -> list[str]:
+    formats = ", ".join(f"{name} {count:,}" for name, count in tally.formats.most_common())
+    modes = ", ".join(f"{name} {count:,}" for name, count in tally.modes.most_common())
+    low, high = tally.short_sides
+    lines = [
+        f"- Formats as they were found: {formats or 'none'}. Modes: {modes or 'none'}.",
+        f"- Shorter sides from {low:,} to {high:,} pixels; the longest side has "
+        f"{tally.long_side:,}.",
+        f"- The longest caption has {tally.longest_caption:,} characters.",
+    ]
+    counts = tally.counts
+    if index.job["resize"]:
+        lines.append(
+            f"- {counts['resized']:,} images were made smaller, to a shorter side of "
+            f"{index.job['resize']:,} pixels (bicubic; JPEG of quality {JPEG_QUALITY}, PNG where "
+            "transparent). The others have their bytes as they were."
+        )
+    else:
+        lines.append("- Images have their bytes as they were; each was decoded once as a check.")
+    if counts["animated"]:
+        lines.append(f"- {counts['animated']:,} are animated: their first frame is what is used.")
+    if counts["latin"]:
+        lines.append(
+            f"- {counts['latin']:,} texts were not in UTF-8 and were read as Windows-1252 "
+            "(Latin-1's letters), or UTF-16 where a mark says so."
+        )
+    if index.class_names:
+        many = " Images show any number of them." if index.multi_label else ""
+        lines.append(f"- {len(index.class_names):,} classes, in `index.json`.{many}")
+    return lines + [f"- {note}" for note in index.notes]
+
+
+def _left_out(index: Index, broken: Sequence[Broken], records: int) -> list[str]:
+    if not broken:
+        return ["Nothing."]
+    share = len(broken) / (records + len(broken))
+    kinds = Counter(re.sub(r"[\d,]+", "N", each.reason) for each in broken)
+    return [
+        f"{len(broken):,} of {records + len(broken):,} records ({share:.2%}), all of them in "
+        f"`{BROKEN}`. More than {MOST_PIXELS:,} pixels are not decoded.",
+        "",
+        *(f"- {count:,}: {_plain(kind)}" for kind, count in kinds.most_common(_SHOWN)),
+    ]
+
+
+def _plain(text: str) -> str:
+    """What comes from the input is no Markdown."""
+    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", " ".join(text.split()))[:200]

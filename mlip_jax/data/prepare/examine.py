@@ -1,0 +1,85 @@
+"""Every image is looked at once before it is kept: it must decode, and may be made smaller."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from mlip_jax.data.file_sources import MOST_BYTES
+from mlip_jax.data.images import UnreadableImage, eight_bits, open_image
+
+MOST_PIXELS = 89_478_485  # Pillow's own limit, past which training would refuse the image too
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An image to keep, and what the card counts."""
+
+    data: bytes
+    format: str  # as it was found: "JPEG", ...
+    mode: str  # Pillow's, as it was found: "RGB", "CMYK", "I;16", ...
+    animated: bool
+    resized: bool
+    short_side: int  # as it is kept
+    long_side: int
+
+
+def examine(data: bytes, resize: int = 0) -> Examined:
+    """Checks an image, and makes its shorter side `resize` pixels long where it is longer.
+
+    The header's number of pixels is checked before anything is decoded. Then the image is decoded
+    to its end, a JPEG at an eighth of its size (all of its data is read for that, at less cost).
+    Without `resize`, and where the image is small enough, its bytes are kept as they are. What is
+    made smaller (bicubic) becomes a JPEG of quality 92, or a PNG where it is transparent; CMYK and
+    palettes become RGB, 16 bits 8, an animation its first frame.
+
+    Raises:
+      UnreadableImage: when it is not of a known format, damaged or too large; says which.
+    """
+    if len(data) > MOST_BYTES:
+        raise UnreadableImage(f"the image has {len(data):,} bytes, at most {MOST_BYTES:,} are read")
+    if not data:
+        raise UnreadableImage("the image is empty")
+    try:
+        image = open_image(data)
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise UnreadableImage(
+                f"the image says to have {width} x {height} pixels, at most {MOST_PIXELS:,} are "
+                "decoded"
+            )
+        form, mode = image.format or "?", image.mode
+        animated = getattr(image, "is_animated", False)
+        short = min(width, height)
+        smaller = 0 < resize < short
+        if form == "JPEG":
+            side = resize if smaller else 1
+            image.draft(None, (width * side // short, height * side // short))
+        image.load()
+        if smaller:
+            width, height = (max(1, round(edge * resize / short)) for edge in (width, height))
+            data = _encode(eight_bits(image).resize((width, height), Image.Resampling.BICUBIC))
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombWarning as error:
+        raise UnreadableImage(f"the image says to have too many pixels: {error}") from None
+    # Pillow's plugins raise whatever they stumble over.
+    except Exception as error:
+        reason = "not an image of a known format" if "cannot identify" in str(error) else error
+        raise UnreadableImage(f"the image cannot be decoded: {reason}") from None
+    sides = min(width, height), max(width, height)
+    return Examined(data, "JPEG" if form == "MPO" else form, mode, animated, smaller, *sides)
+
+
+def _encode(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    if image.mode in ("RGBA", "LA"):
+        if image.getextrema()[-1][0] < 255:
+            image.save(stream, "PNG")
+            return stream.getvalue()
+        image = image.convert("RGB" if image.mode == "RGBA" else "L")
+    image.save(stream, "JPEG", quality=JPEG_QUALITY)
+    return stream.getvalue()

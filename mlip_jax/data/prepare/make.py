@@ -1,0 +1,280 @@
+"""One shard: its records read, looked at and written. This is what the worker processes run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mlip_jax.data.images import UnreadableImage
+from mlip_jax.data.prepare.examine import Examined, examine
+from mlip_jax.data.prepare.readers import Broken, Found, Reader
+from mlip_jax.data.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Shard, pack
+from mlip_jax.data.workers import end_with_parent
+
+DRAFTS = ".prepare"  # what has been made is noted here until the index is written
+# A record is read alone, and images are packed already. One thread is faster than several here.
+_WRITER = "group_size:1,uncompressed,max_parallelism:1"
+_TOLD_EVERY = 32  # records
+
+
+class Stopped(Exception):
+    """The main process wants no more shards."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one shard is made of."""
+
+    name: str
+    split: str
+    refs: Sequence[Any]
+
+    def digest(self) -> str:
+        """The same for the same records of the same input."""
+        return hashlib.sha256(repr(self.refs).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A shard, and what was left out of it."""
+
+    shard: Shard
+    broken: tuple[Broken, ...]
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Made:
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for other texts."""
+        values = json.loads(text)
+        shard = values["shard"]
+        shard |= {key: tuple(shard[key]) for key in ("sizes", "sums")}
+        return cls(Shard(**shard), tuple(Broken(**each) for each in values["broken"]))
+
+
+@dataclass
+class Tally:
+    """What the card counts."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    class_keys: set[str] = field(default_factory=set)
+    multi_label: bool = False
+    longest_caption: int = 0
+    short_sides: tuple[int, int] = (0, 0)  # the smallest and the largest
+    long_side: int = 0
+
+    def add(self, found: Found, image: Examined) -> None:
+        """Takes a record that is kept."""
+        example = found.example
+        self.counts.update(
+            {
+                "captions": len(example.captions),
+                "latin": found.latin,
+                "resized": image.resized,
+                "animated": image.animated,
+                "image_bytes": len(image.data),
+            }
+        )
+        self.formats[image.format] += 1
+        self.modes[image.mode] += 1
+        self.class_keys.update(example.labels, example.difficult)
+        self.multi_label |= found.multi_label
+        self.longest_caption = max([self.longest_caption, *map(len, example.captions)])
+        smallest, largest = self.short_sides
+        short = image.short_side
+        self.short_sides = min(smallest or short, short), max(largest, short)
+        self.long_side = max(self.long_side, image.long_side)
+
+    def merge(self, facts: Mapping[str, Any]) -> None:
+        """Takes what another has counted, as `facts` gives it."""
+        for counter in ("counts", "formats", "modes"):
+            getattr(self, counter).update(facts[counter])
+        self.class_keys.update(facts["class_keys"])
+        self.multi_label |= facts["multi_label"]
+        self.longest_caption = max(self.longest_caption, facts["longest_caption"])
+        smallest, largest = facts["short_sides"]
+        if largest:
+            own = self.short_sides
+            self.short_sides = min(own[0] or smallest, smallest), max(own[1], largest)
+        self.long_side = max(self.long_side, facts["long_side"])
+
+    def facts(self) -> dict[str, Any]:
+        """As plain values, in an order of their own."""
+        return {
+            "counts": dict(sorted(self.counts.items())),
+            "formats": dict(sorted(self.formats.items())),
+            "modes": dict(sorted(self.modes.items())),
+            "class_keys": sorted(self.class_keys),
+            "multi_label": self.multi_label,
+            "longest_caption": self.longest_caption,
+            "short_sides": list(self.short_sides),
+            "long_side": self.long_side,
+        }
+
+
+def _nobody(records: int) -> None:
+    """Is told of records and does nothing."""
+
+
+class Maker:
+    """Makes shards in a folder."""
+
+    def __init__(self, reader: Reader, folder: Path, resize: int) -> None:
+        """Takes where records are read, where shards go and how small images become."""
+        self._reader = reader
+        self._folder = folder
+        self._resize = resize
+        self._told: Callable[[int], None] = _nobody
+
+    def tell(self, told: Callable[[int], None]) -> None:
+        """Calls `told` with the number of records that are through since the last time."""
+        self._told = told
+
+    def make(self, piece: Piece) -> Made:
+        """Writes a shard, whole or not at all; what is said of it is noted last.
+
+        Raises:
+          OSError: when the disk is full or cannot be written.
+        """
+        tally, broken = Tally(), []
+        finals = [self._folder / f"{piece.name}{end}" for end in (SHARD_SUFFIX, TEXTS_SUFFIX)]
+        with contextlib.ExitStack() as held:
+            drafts = [held.enter_context(_draft(path)) for path in finals]
+            number = self._write(piece, *drafts, tally, broken)
+            shard = Shard(
+                name=piece.name,
+                split=piece.split,
+                records=number,
+                sizes=tuple(path.stat().st_size for path in drafts) if number else (0, 0),
+                sums=tuple(map(checksum, drafts)) if number else ("", ""),
+                made_of=piece.digest(),
+                facts=tally.facts(),
+            )
+            for draft, path in zip(drafts, finals, strict=True):
+                if number:
+                    _keep(draft, path)
+        made = Made(shard, tuple(broken))
+        write_whole(self._folder / DRAFTS / f"{piece.name}.json", made.to_json())
+        return made
+
+    def _write(
+        self, piece: Piece, records: Path, texts: Path, tally: Tally, broken: list[Broken]
+    ) -> int:
+        number = 0
+        with texts.open("wb") as said, _array_record(records) as writer:
+            for count, found in enumerate(self._reader.read(piece.refs), start=1):
+                kept = self._looked_at(found)
+                if isinstance(kept, Broken):
+                    broken.append(kept)
+                else:
+                    example, image = kept
+                    record, line = pack(example)
+                    writer.write(record)
+                    said.write(line)
+                    tally.add(found, image)
+                    number += 1
+                if count % _TOLD_EVERY == 0:
+                    self._told(_TOLD_EVERY)
+        self._told(len(piece.refs) % _TOLD_EVERY)
+        return number
+
+    def _looked_at(self, found: Found | Broken) -> tuple[Example, Examined] | Broken:
+        if isinstance(found, Broken):
+            return found
+        example = found.example
+        if not (example.captions or example.labels or found.multi_label):
+            return Broken(example.name, "has neither caption nor class")
+        try:
+            image = examine(example.image, self._resize)
+        except UnreadableImage as error:
+            return Broken(example.name, str(error))
+        said = {key: getattr(example, key) for key in ("captions", "tags", "labels", "difficult")}
+        return Example(example.name, image.data, **said), image
+
+
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A name for what is not finished; nothing is left under it in the end."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _keep(draft: Path, path: Path) -> None:
+    """Gives a finished file its name when it is on the disk."""
+    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    draft.rename(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with _draft(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+        _keep(draft, path)
+
+
+@contextlib.contextmanager
+def _array_record(path: Path) -> Iterator[ArrayRecordWriter]:
+    """A writer; its RuntimeError becomes an OSError that says whether the disk is full."""
+    writer = ArrayRecordWriter(str(path), _WRITER)
+    try:
+        try:
+            yield writer
+        finally:
+            writer.close()
+    except RuntimeError as error:
+        full = os.strerror(errno.ENOSPC) in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from None
+
+
+def checksum(path: Path) -> str:
+    """A file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_maker: Maker | None = None  # of this worker process
+
+
+def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
+    """Makes this process a worker, which adds to `done` and ends its shard when `stop` is set."""
+    global _maker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
+    end_with_parent()
+
+    def told(records: int) -> None:
+        with done.get_lock():
+            done.value += records
+        if stop.is_set():
+            raise Stopped
+
+    maker.tell(told)
+    _maker = maker
+
+
+def make_in_worker(piece: Piece) -> Made:
+    """A shard, made by this process."""
+    return _maker.make(piece)

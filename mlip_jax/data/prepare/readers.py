@@ -1,0 +1,174 @@
+"""What every kind of input offers to the preparation, and what all of them read alike."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlip_jax.data.file_sources import read_file
+from mlip_jax.data.shards import Example
+from mlip_jax.data.splits import canonical
+
+MOST_TEXT = 16 * 2**20  # bytes of a text or a JSON object
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_KIND = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", bytes: "bytes"}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A record that is left out."""
+
+    name: str  # its place in the input
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record as the input has it; its image is not looked at yet."""
+
+    example: Example
+    latin: int = 0  # texts that were not UTF-8
+    multi_label: bool = False  # whether it has a list of labels
+
+
+class Reader(ABC):
+    """An input.
+
+    `refs` is run in the main process and says where each record lies; `read` is run in the worker
+    processes, to which the reader is pickled before `refs` is called.
+    """
+
+    class_names: tuple[str, ...] = ()  # where records name classes by number; (): as they do
+    multi_label = False  # whether every record has any number of labels
+    attribution = ""
+
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """The files to which refs refer, as far as they are known."""
+
+    @abstractmethod
+    def total(self) -> int | None:
+        """How many records there are, or an estimate that gets better while `refs` is run."""
+
+    @abstractmethod
+    def refs(self) -> Iterator[tuple[str, Any]]:
+        """The split of each record and where it lies, or a Broken. Always the same, in order."""
+
+    @abstractmethod
+    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+        """The records that lie there; a Broken is handed through."""
+
+    def notes(self) -> Iterable[str]:
+        """What to tell about the input when `refs` is through."""
+        return ()
+
+
+def split_of_file(path: Path) -> str:
+    """The split that a file is called by, as in train-00001.tar or val/1.tar; else "train"."""
+    for name in (path.name, path.parent.name):
+        for word in re.split(r"[-_.]", name):
+            if split := canonical(word):
+                return split
+    return "train"
+
+
+def decode_text(data: bytes) -> tuple[str, bool]:
+    """A text, and whether it was not in UTF-8.
+
+    UTF-16 is told by its mark. Anything else is read as Windows-1252, of which Latin-1's letters
+    are a part, and where that has no character, as Latin-1: any bytes are a text then.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace"), True
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            return data.decode(encoding), encoding == "cp1252"
+        except UnicodeDecodeError:
+            continue
+    return data.decode("latin-1"), True
+
+
+def parse_object(data: bytes) -> tuple[dict[str, Any], bool]:
+    """A JSON object, and whether it was not in UTF-8.
+
+    Raises:
+      ValueError: when it is none, or has a key twice.
+    """
+    text, latin = decode_text(data)
+    try:
+        values = json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON of any use: nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {kind_of(values)}")
+    return values, latin
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is in it twice")
+    return found
+
+
+def texts_of(value: Any, what: str) -> tuple[str, ...]:
+    """A text, or a list of them, as a tuple; () for none.
+
+    Raises:
+      ValueError: when it is anything else.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    values = [each for each in values if each is not None]
+    for each in values:
+        if not isinstance(each, str):
+            raise ValueError(f"the {what} must be a text, found {kind_of(each)}")
+    # Half of a surrogate pair, which JSON can spell, is no character.
+    return tuple(each.encode("utf-8", "replace").decode() for each in values if each.strip())
+
+
+def keys_of(value: Any) -> tuple[str, ...]:
+    """A class, or a list of them, by number or by name; () for none, also for the number -1.
+
+    Raises:
+      ValueError: when it is anything else.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    keys = []
+    for each in values:
+        whole = isinstance(each, int) and not isinstance(each, bool)
+        if each is None or (whole and each < 0):
+            continue
+        keys += [str(each)] if whole else texts_of(each, "label")
+    return tuple(dict.fromkeys(key.strip() for key in keys))
+
+
+def image_at(folder: Path, file: str) -> bytes:
+    """The image file that a table names.
+
+    Raises:
+      OSError: when it cannot be read.
+    """
+    if _URL.match(file):
+        raise OSError("it is an address, and nothing is downloaded: fetch images with img2dataset")
+    try:
+        return read_file(folder / file)
+    except OSError as error:
+        reason = error.strerror.lower() if error.strerror else str(error)
+        raise OSError(f"cannot read the image {file}: {reason}") from None
+    except ValueError as error:  # a zero byte in the path
+        raise OSError(f"cannot read the image {file!r}: {error}") from None
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    return _KIND.get(type(value), "a number" if isinstance(value, (int, float)) else "something")

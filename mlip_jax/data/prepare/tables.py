@@ -1,0 +1,305 @@
+"""CSV, TSV and JSON Lines with paths of images: a row that is wrong is left out, no other."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from mlip_jax.config import UserError
+from mlip_jax.data.prepare import columns as column
+from mlip_jax.data.prepare.readers import (
+    Broken,
+    Found,
+    Reader,
+    decode_text,
+    image_at,
+    kind_of,
+    parse_object,
+)
+from mlip_jax.data.splits import canonical
+
+_MOST_LINE = 16 * 2**20  # bytes
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class JsonLines(Reader):
+    """A JSON object a line, with the path of an image; captions, classes, tags and a split."""
+
+    def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
+        """Takes a file. Raises UserError when it cannot be read."""
+        self._path = check_text(Path(where).expanduser())
+        self._columns = dict(columns)
+        self._split = split
+        self._size = max(1, self._path.stat().st_size)
+        self._seen = self._scanned = 0
+
+    def files(self) -> Sequence[Path]:
+        """The file."""
+        return (self._path,)
+
+    def total(self) -> int | None:
+        """By the share of the bytes that are scanned."""
+        return self._seen * self._size // self._scanned if self._scanned else None
+
+    def refs(self) -> Iterator[tuple[str, Any]]:
+        """Offset, length and number of each line."""
+        with self._path.open("rb") as file:
+            for number, (offset, line) in enumerate(_lines(file), start=1):
+                if not line.strip():
+                    continue
+                self._seen, self._scanned = self._seen + 1, offset + len(line)
+                split, reason = self._split or "train", ""
+                if not self._split and (b"split" in line or "split" in self._columns):
+                    split, reason = self._split_of(line)
+                name = f"{self._path}:{number}"
+                yield split, Broken(name, reason) if reason else (offset, len(line), number)
+
+    def _split_of(self, line: bytes) -> tuple[str, str]:
+        try:
+            values, _ = parse_object(line)
+        except ValueError:
+            return "train", ""  # told when the line is read
+        return _split(values, self._columns)
+
+    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+        """Reads the lines by their offsets, and their images."""
+        with self._path.open("rb") as file:
+            for ref in refs:
+                yield ref if isinstance(ref, Broken) else self._record(file, *ref)
+
+    def _record(self, file: BinaryIO, offset: int, length: int, number: int) -> Found | Broken:
+        place = f"{self._path}:{number}"
+        try:
+            file.seek(offset)
+            if length > _MOST_LINE:
+                raise ValueError(f"the line has {length:,} bytes, at most {_MOST_LINE:,} are read")
+            values, latin = parse_object(file.read(length))
+            image = _path_of(values, self._columns)
+            place = f"{place} {image}"
+            content = image_at(self._path.parent, image)
+            found = column.example(values, self._columns, image, content, int(latin))
+        except (ValueError, OSError) as error:
+            return Broken(place, str(error))
+        return found
+
+
+class _Row(NamedTuple):
+    """A row of a table, and what is wrong with it."""
+
+    start: int  # offset of its first line
+    end: int
+    line: int  # number of its first line
+    fields: list[str]
+    reason: str
+
+
+class Table(Reader):
+    """A CSV table, or one with tabs; rows of one image are one record with several captions."""
+
+    def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
+        """Takes a file with a header; .tsv and .tab have tabs.
+
+        Raises:
+          UserError: when it cannot be read, or its header lacks an image or what is said about it.
+        """
+        self._path = check_text(Path(where).expanduser())
+        self._tab = self._path.suffix.lower() in (".tsv", ".tab")
+        self._columns = dict(columns)
+        self._split = split
+        self._count: int | None = None
+        self._header: list[str] = []
+        with self._path.open("rb") as file:
+            header = next(self._rows(file, 0, 1), _Row(0, 0, 1, [], ""))
+        self._header = self._check(header.fields)
+        self._first, self._first_line = header.end, header.line + 1
+
+    def _check(self, header: list[str]) -> list[str]:
+        names = [name.strip() for name in header]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{self._path}:1: the column {twice!r} is there twice")
+        found = {role: column.choose(role, names, self._columns) for role in column.ROLES}
+        for role, name in self._columns.items():
+            if not found[role]:
+                raise UserError(
+                    f"{self._path}:1: there is no column {name!r} (--columns={role}={name}), only "
+                    f"{', '.join(names)}"
+                )
+        if not found["image"] or not (found["caption"] or found["label"]):
+            raise UserError(
+                f"{self._path}:1: needs a column file (or image, path) and a column caption (or "
+                f"text, label), found {', '.join(names)[:200] or 'nothing'}; name them by "
+                "--columns=image=NAME,caption=NAME"
+            )
+        return names
+
+    def files(self) -> Sequence[Path]:
+        """The file."""
+        return (self._path,)
+
+    def total(self) -> int | None:
+        """The number of images, when the rows have been scanned."""
+        return self._count
+
+    def refs(self) -> Iterator[tuple[str, Any]]:
+        """The offsets and lengths of an image's rows; of a row, some 40 bytes are kept."""
+        starts, lengths, lines = array("q"), array("q"), array("q")
+        keys, splits = array("Q"), array("B")
+        names: dict[str, int] = {}
+        broken: list[tuple[str, Broken]] = []
+        with self._path.open("rb") as file:
+            for row in self._rows(file, self._first, self._first_line):
+                split, image, reason = self._read(row)
+                if reason:
+                    broken.append((split, Broken(f"{self._path}:{row.line}", reason)))
+                    continue
+                starts.append(row.start)
+                lengths.append(row.end - row.start)
+                lines.append(row.line)
+                splits.append(names.setdefault(split, len(names)))
+                # Of 12 million images, two share 64 bits with a chance of 4 in a million.
+                digest = hashlib.blake2b(f"{split}\0{image}".encode(), digest_size=8).digest()
+                keys.append(int.from_bytes(digest, "little"))
+        order, groups = _by_first(np.array(keys, np.uint64))
+        self._count = len(groups) + len(broken)
+        yield from broken
+        words = list(names)
+        for rows in itertools.starmap(lambda a, b: order[a:b], groups):
+            yield (
+                words[splits[int(rows[0])]],
+                tuple((starts[i], lengths[i], lines[i]) for i in rows.tolist()),
+            )
+
+    def _read(self, row: _Row) -> tuple[str, str, str]:
+        """The split and the image of a row, and what is wrong with it."""
+        if row.reason:
+            return self._split or "train", "", row.reason
+        values = dict(zip(self._header, row.fields, strict=True))
+        split, reason = (self._split, "") if self._split else _split(values, self._columns)
+        try:
+            return split, _path_of(values, self._columns), reason
+        except ValueError as error:
+            return split, "", str(error)
+
+    def _rows(self, file: BinaryIO, start: int, line: int) -> Iterator[_Row]:
+        """The rows from an offset on, which is the beginning of a line."""
+        file.seek(start)
+        while True:
+            taken: list[int] = []  # bytes of the row's lines
+            try:
+                fields, reason = next(self._parsed(_texts(file, taken)), None), ""
+            except csv.Error as error:
+                fields, reason = [], str(error)
+            if fields is None:
+                return
+            if not reason and fields and self._header and len(fields) != len(self._header):
+                reason = f"has {len(fields)} columns, not {len(self._header)}"
+            if reason and len(taken) > 1:
+                # A quotation mark that is never closed takes no rows with it but its own.
+                del taken[1:]
+                file.seek(start + taken[0])
+            end = start + sum(taken)
+            if fields or reason:
+                yield _Row(start, end, line, fields, reason)
+            start, line = end, line + len(taken)
+
+    def _parsed(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        # A text may be longer than the 131,072 characters that the module takes by itself.
+        csv.field_size_limit(_MOST_LINE)
+        return csv.reader(lines, delimiter="\t" if self._tab else ",")
+
+    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+        """Reads the rows by their offsets, and their images."""
+        with self._path.open("rb") as file:
+            for ref in refs:
+                yield ref if isinstance(ref, Broken) else self._record(file, ref)
+
+    def _record(self, file: BinaryIO, rows: Sequence[tuple[int, int, int]]) -> Found | Broken:
+        place = f"{self._path}, row {rows[0][2]}"
+        merged: dict[str, list[str]] = {}
+        latin = 0
+        try:
+            for start, length, _ in rows:
+                file.seek(start)
+                text, other = decode_text(file.read(length))
+                latin += other
+                row = next(self._parsed(io.StringIO(text, newline="")))
+                for name, value in zip(self._header, row, strict=True):
+                    merged.setdefault(name, []).append(value)
+            image = _path_of({name: values[0] for name, values in merged.items()}, self._columns)
+            place = f"{place} {image}"
+            content = image_at(self._path.parent, image)
+            found = column.example(merged, self._columns, image, content, latin)
+        except (ValueError, OSError, csv.Error) as error:
+            return Broken(place, str(error))
+        return Found(found.example, latin)
+
+
+def _by_first(keys: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Rows in groups of one key, groups and rows in the order in which they come."""
+    if not len(keys):
+        return np.zeros(0, np.int64), []
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    rank = first[inverse]
+    order = np.argsort(rank, kind="stable")
+    edges = np.flatnonzero(np.diff(rank[order], prepend=-1, append=-1))
+    return order, list(itertools.pairwise(edges.tolist()))
+
+
+def check_text(path: Path) -> Path:
+    """The path of a text file that can be read line by line.
+
+    Raises:
+      UserError: when it cannot.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(2) in _UTF16:
+                raise UserError(f"{path} is in UTF-16: save it as UTF-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return path
+
+
+def _texts(file: BinaryIO, taken: list[int]) -> Iterator[str]:
+    """The lines of a file; their bytes are added to `taken`."""
+    for line in iter(lambda: file.readline(_MOST_LINE), b""):
+        taken.append(len(line))
+        yield decode_text(line)[0]
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    for line in iter(lambda: file.readline(_MOST_LINE + 1), b""):
+        yield offset, line
+        offset += len(line)
+
+
+def _split(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
+    """The split that a row names, "train" where it names none, and what is wrong with it."""
+    chosen = column.choose("split", values, columns)
+    value = values[chosen[0]] if chosen else None
+    if value is None or value == "":
+        return "train", ""
+    split = canonical(value) if isinstance(value, str) else None
+    return (split, "") if split else ("train", f"unknown split {value!r:.60}")
+
+
+def _path_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    chosen = column.choose("image", values, columns)
+    if not chosen:
+        raise ValueError('it names no image: "file", "image" or "path"')
+    path = values[chosen[0]]
+    if not isinstance(path, str):
+        raise ValueError(f"the path of the image must be a text, found {kind_of(path)}")
+    if not path.strip():
+        raise ValueError("the path of the image is empty")
+    return path.strip()

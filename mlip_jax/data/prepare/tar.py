@@ -1,0 +1,181 @@
+"""Where the members of a tar file lie (POSIX.1-2001 pax, ustar and GNU headers).
+
+Nothing is ever extracted. Python's own tarfile stops without a word at a damaged header, keeps
+every member in memory and takes 20 microseconds for one, which is why this is our own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mlip_jax.data.prepare.readers import Broken
+
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_SEARCHED = 2048 * _BLOCK  # bytes a step, when a header is damaged
+_MOST_NAME = 2**20  # bytes of a long name or of pax records
+_PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_SPECIAL = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+}
+_PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
+
+
+class Member(NamedTuple):
+    """A regular file."""
+
+    name: str
+    offset: int  # of its content
+    size: int
+
+
+class _Header(NamedTuple):
+    name: bytes
+    kind: bytes
+    size: int
+
+
+def members(path: Path) -> Iterator[Member | Broken]:
+    """The regular files in a tar file, in order, by their headers alone.
+
+    What is no regular file, leaves the archive by its name or reaches past its end is Broken; so is
+    a damaged header, after which the next good one is looked for. Folders are passed over.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        yield Broken(str(path), f"cannot read the tar file: {error.strerror}")
+        return
+    try:
+        yield from _members(path, descriptor, os.fstat(descriptor).st_size)
+    except OSError as error:
+        yield Broken(str(path), f"cannot read the tar file on: {error.strerror}")
+    finally:
+        os.close(descriptor)
+
+
+def _members(path: Path, file: int, end: int) -> Iterator[Member | Broken]:
+    position, ended = 0, False
+    given: dict[bytes, bytes] = {}  # what pax and GNU headers say of the next member
+    while position < end:
+        block = os.pread(file, _BLOCK, position)
+        if block == _ZEROS:
+            position, ended = position + _BLOCK, True
+            continue
+        header = _parse(block)
+        if header is None:
+            start, position = position, _next_header(file, position + _BLOCK, end)
+            yield Broken(f"{path} at byte {start}", _damage(block, start, position - start))
+            given, ended = {}, position >= end  # told once
+            continue
+        ended = False
+        data = position + _BLOCK
+        size = _number(given.get(b"size", b"")) or header.size
+        position = data + -(-size // _BLOCK) * _BLOCK
+        if header.kind in (b"x", b"L") and size <= _MOST_NAME and data + size <= end:
+            given |= _long(header.kind, os.pread(file, size, data))
+            continue
+        if header.kind in (b"g", b"K"):
+            continue
+        name = (given.get(b"path") or header.name).decode("utf-8", "backslashreplace")
+        sparse = any(key.startswith(b"GNU.sparse") for key in given)
+        given = {}
+        if header.kind == b"5" or (header.kind in (b"0", b"\0") and name.endswith("/")):
+            continue
+        if data + size > end:
+            yield Broken(
+                f"{path}/{name}",
+                f"says to have {size:,} bytes, but the tar file has {end - data:,} more: it is "
+                "cut short or damaged",
+            )
+            position = _next_header(file, data, end)
+            ended = position >= end  # told once
+            continue
+        kind = b"S" if sparse else header.kind
+        if reason := _refusal(name, kind):
+            yield Broken(f"{path}/{name}", reason)
+        else:
+            yield Member(name, data, size)
+    if not ended and end:
+        yield Broken(f"{path} at byte {end}", "the tar file has no end: it may be cut short")
+    if not end:
+        yield Broken(str(path), "the tar file is empty")
+
+
+def _parse(block: bytes) -> _Header | None:
+    """A header; None when its checksum or its size is wrong."""
+    stored = _number(block[148:156])
+    if len(block) < _BLOCK or stored is None:
+        return None
+    if sum(block) - sum(block[148:156]) + 256 != stored:
+        return None
+    size = _number(block[124:136])
+    if size is None:
+        return None
+    name = block[:100].partition(b"\0")[0]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    return _Header(name, block[156:157], size)
+
+
+def _number(text: bytes) -> int | None:
+    """Octal, decimal in pax records, or GNU's base 256; None when it is none of them."""
+    if text[:1] == b"\x80":
+        return int.from_bytes(text[1:], "big")
+    text = text.strip(b" \0")
+    try:
+        return int(text, 8)
+    except ValueError:
+        return None
+
+
+def _long(kind: bytes, data: bytes) -> dict[bytes, bytes]:
+    """What a GNU long name or pax records say."""
+    if kind == b"L":
+        return {b"path": data.partition(b"\0")[0]}
+    found, start = {}, 0
+    while match := _PAX_RECORD.match(data, start):
+        length = int(match[1])
+        if length <= match.end() - start or start + length > len(data):
+            break
+        value = data[match.end() : start + length - 1]
+        found[match[2]] = b"%o" % int(value) if match[2] == b"size" and value.isdigit() else value
+        start += length
+    return found
+
+
+def _next_header(file: int, position: int, end: int) -> int:
+    """Where the next good header is, or the end."""
+    while position < end:
+        part = os.pread(file, _SEARCHED, position)
+        for start in range(0, len(part) - _BLOCK + 1, _BLOCK):
+            if part[start + 257 : start + 262] == b"ustar":
+                if _parse(part[start : start + _BLOCK]) is not None:
+                    return position + start
+        position += _SEARCHED
+    return end
+
+
+def _damage(block: bytes, start: int, skipped: int) -> str:
+    if start == 0 and (packed := _PACKED.get(block[:2])):
+        return f"the tar file is packed by {packed}: unpack it first"
+    what = "not a tar file" if start == 0 else "damaged"
+    return f"the tar file is {what}: {skipped:,} bytes are passed over"
+
+
+def _refusal(name: str, kind: bytes) -> str:
+    if kind not in (b"0", b"\0", b"7"):
+        return f"{_SPECIAL.get(kind, 'of an unknown kind')}, not a regular file: refused"
+    parts = re.split(r"[/\\]", name)
+    if not parts[0] or ".." in parts or name[1:2] == ":":
+        return "its path leads out of the archive: refused"
+    return ""

@@ -1,0 +1,340 @@
+"""The verb: a source and a folder in, a prepared set and a line about it out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.data import shards
+from mlip_jax.data.prepare import card
+from mlip_jax.data.prepare import columns as column
+from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum, write_whole
+from mlip_jax.data.prepare.readers import Broken, Reader
+from mlip_jax.data.prepare.run import make_all
+from mlip_jax.data.prepare.sets import CocoCaptions, OpenedSet
+from mlip_jax.data.prepare.tables import JsonLines, Table
+from mlip_jax.data.prepare.webdataset import WebDataset
+from mlip_jax.data.shards import BROKEN, INDEX, Index
+from mlip_jax.data.sources import FILE_KINDS, NAMED
+from mlip_jax.data.splits import canonical
+from mlip_jax.data.workers import cores
+
+_JOB, _LOCK = "job.json", ".lock"
+_OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
+_OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
+_DEFAULT_RECORDS = 5000
+_SHOWN = 3
+
+
+def prepare(
+    config: None,
+    workdir: None,
+    *,
+    out: str,
+    source: str = "",
+    columns: str = "",
+    split: str = "",
+    classes: str = "",
+    resize: str = "0",
+    shard_records: str = str(_DEFAULT_RECORDS),
+    workers: str = "-1",
+    max_skipped_share: str = "0.01",
+    licence: str = "",
+    attribution: str = "",
+    check: bool = False,
+) -> int:
+    """Writes a prepared set, or goes on with one; prints what is in it.
+
+    The shards are a function of the source and of `columns`, `split`, `resize` and `shard_records`
+    alone. A run that is killed goes on with the shards that it has not finished, and ends with the
+    same bytes. A set that is finished is compared with its checksums, and what is damaged is made
+    again.
+
+    Args:
+      config: None.
+      workdir: None.
+      out: the set's folder.
+      source: KIND:PATH; see docs/data.md.
+      columns: ROLE=NAME,...; see `columns.read_columns`.
+      split: what all records belong to; "": as the source says.
+      classes: a file that names the classes; see `card.classes`.
+      resize: pixels of the shorter side of images that are larger; 0: none is changed.
+      shard_records: of a shard, at most.
+      workers: processes; -1: as many as there are cores.
+      max_skipped_share: more broken records than this share are an error in the end.
+      licence: for the card.
+      attribution: for the card, and to be shown wherever the set is used.
+      check: only compare a finished set with its checksums.
+
+    Returns:
+      0; with `check`, 1 when a file is damaged.
+
+    Raises:
+      UserError: for options or a source that cannot be used, a folder that holds something else, or
+        too many broken records.
+      RunError: when a worker process is killed.
+    """
+    del config, workdir
+    folder = Path(out).expanduser()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if check:
+        return _check(folder, console)
+    if not source:
+        raise UserError("prepare needs a source: add --source=KIND:PATH (--help shows more)")
+    records = _whole("shard-records", shard_records, 1)
+    smaller = _whole("resize", resize, 0)
+    processes = _whole("workers", workers, -1)
+    processes = processes if processes > 0 else cores()
+    share = _share(max_skipped_share)
+    chosen = column.read_columns(columns)
+    if split and canonical(split) is None:
+        raise UserError(f"--split={split}: expected train, validation or test")
+    reader = open_reader(source, chosen, canonical(split) if split else "")
+    job, inputs = _job(reader, source, chosen, split, smaller, records)
+    with _taken(folder, job):
+        done = _done(folder, job, console)
+        maker = Maker(reader, folder, smaller)
+        made = make_all(
+            reader,
+            maker,
+            records=records,
+            workers=processes,
+            done=done,
+            console=Console(stderr=True, highlight=False, markup=False),
+        )
+        keys, names = card.classes(
+            (key for each in made for key in each.shard.facts["class_keys"]),
+            reader.class_names,
+            classes,
+        )
+        index = Index(
+            job=job,
+            shards=tuple(each.shard for each in made),
+            class_keys=keys,
+            class_names=names,
+            multi_label=reader.multi_label or any(each.shard.facts["multi_label"] for each in made),
+            attribution=attribution or reader.attribution,
+            licence=licence,
+            notes=tuple(reader.notes()),
+            inputs=inputs,
+        )
+        _judge(made, share, source)
+        card.write(folder, index, made)
+        shutil.rmtree(folder / DRAFTS)
+    _tell(console, folder, index, made)
+    return 0
+
+
+def open_reader(source: str, columns: Mapping[str, str], split: str) -> Reader:
+    """The input that --source names.
+
+    Raises:
+      UserError: for an unknown kind, and what the kinds raise.
+    """
+    kind, colon, where = source.partition(":")
+    if kind in ("parquet", "huggingface", "hf") and where:
+        from mlip_jax.data.prepare import arrow  # here: its library takes its time
+
+        return (arrow.Parquet if kind == "parquet" else arrow.HuggingFace)(where, columns, split)
+    readers = {"webdataset": WebDataset, "wds": WebDataset, "csv": Table, "tsv": Table}
+    readers |= {"jsonl": JsonLines, "coco": CocoCaptions}
+    if kind in readers and where:
+        return readers[kind](where, columns, split)
+    if (kind in _OPENED and where) or source.partition("#")[0] in NAMED:
+        return OpenedSet(source, columns, split)
+    known = [f"{name}:" for name in (*_OWN, *_OPENED)]
+    raise UserError(
+        f"--source={source}: expected KIND:PATH with a KIND of "
+        f"{', '.join(name.rstrip(':') for name in known)}"
+        f"{suggestion(f'{kind}:' if colon else source, (*known, *NAMED))}"
+    )
+
+
+def _job(
+    reader: Reader, source: str, columns: Mapping[str, str], split: str, resize: int, records: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What the shards depend on, and the number and bytes of the files."""
+    try:
+        sizes = {str(file): file.stat().st_size for file in reader.files()}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    inputs = {"files": len(sizes), "bytes": sum(sizes.values())}
+    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    job = {
+        "source": source,
+        "columns": dict(columns),
+        "split": split,
+        "resize": resize,
+        "shard_records": records,
+        "files": digest,
+    }
+    return job, inputs
+
+
+@contextlib.contextmanager
+def _taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
+    """Holds the folder for this job; there may be nothing else in it.
+
+    Raises:
+      UserError: when there is, or another process prepares a set there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in folder.iterdir()} - {_LOCK}
+        lock = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process prepares a set in {folder} already") from None
+        noted = folder / DRAFTS / _JOB
+        if noted.is_file() or (folder / INDEX).is_file():
+            _same(folder, job, noted)
+        elif there - {DRAFTS}:
+            raise UserError(f"{folder} is not empty and holds no prepared set: give another --out")
+        (folder / DRAFTS).mkdir(exist_ok=True)
+        write_whole(noted, json.dumps(job))
+        yield
+
+
+def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
+    try:
+        former = json.loads(noted.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        former = dict(shards.read_index(folder).job)
+    words = {"files": "the source's files have changed"}
+    changed = [
+        words.get(key, f"{key}: {former.get(key)} -> {value}")
+        for key, value in job.items()
+        if former.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a set that is prepared otherwise ({'; '.join(changed)}): give another "
+            "--out, or the former options to go on"
+        )
+
+
+def _done(folder: Path, job: Mapping[str, Any], console: Console) -> dict[str, Made]:
+    """The shards that are there, whole; drafts of a killed run are removed."""
+    for draft in (*folder.glob(".*.*"), *(folder / DRAFTS).glob(".*")):
+        if draft.is_file():
+            draft.unlink()
+    done: dict[str, Made] = {}
+    if (folder / INDEX).is_file():
+        index = shards.read_index(folder)
+        damaged = set(_damaged(folder, index.shards, console))
+        for name in sorted(damaged):
+            console.print(f"{folder / name} is damaged: it is made again")
+        broken = card.read_broken(folder)
+        for shard in index.shards:
+            if not damaged & {name for name, *_ in shard.files()}:
+                done[shard.name] = Made(shard, tuple(broken.get(shard.name, ())))
+    for path in sorted((folder / DRAFTS).glob("*.json")):
+        if path.name == _JOB:
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            made = Made.from_json(path.read_text(encoding="utf-8"))
+            whole = all(
+                (folder / name).stat().st_size == size for name, size, _ in made.shard.files()
+            )
+            if whole:
+                done[made.shard.name] = made
+    return done
+
+
+def _damaged(folder: Path, parts: Sequence[shards.Shard], console: Console) -> list[str]:
+    """The files that are missing or whose checksum is another one."""
+    files = [each for shard in parts for each in shard.files()]
+    hidden = not console.is_terminal
+    found = []
+    for name, _, expected in track(
+        files, "comparing checksums", console=console, transient=True, disable=hidden
+    ):
+        try:
+            if checksum(folder / name) != expected:
+                found.append(name)
+        except OSError:
+            found.append(name)
+    return found
+
+
+def _check(folder: Path, console: Console) -> int:
+    index = shards.read_index(folder)
+    damaged = _damaged(folder, index.shards, console)
+    for name in damaged:
+        console.print(f"{folder / name} is damaged")
+    number = sum(len(shard.files()) for shard in index.shards)
+    console.print(f"{number - len(damaged):,} of {number:,} files have their checksums")
+    return 1 if damaged else 0
+
+
+def _judge(made: Sequence[Made], share: float, source: str) -> None:
+    """Raises UserError when too much is broken."""
+    broken = [each for shard in made for each in shard.broken]
+    records = sum(each.shard.records for each in made)
+    if not records and not broken:
+        raise UserError(f"--source={source} has no records")
+    if not records or len(broken) > share * (records + len(broken)):
+        raise UserError(
+            f"{_broken_line(broken, records)}; more than --max-skipped-share={share:g} allows. The "
+            "same command with a larger share keeps the shards and writes the index"
+        )
+
+
+def _broken_line(broken: Sequence[Broken], records: int) -> str:
+    total = records + len(broken)
+    first = "; ".join(f"{each.name} ({each.reason})" for each in broken[:_SHOWN])
+    more = "; ..." if len(broken) > _SHOWN else ""
+    share = len(broken) / total
+    return f"{len(broken):,} of {total:,} records ({share:.2%}) are broken: {first}{more}"
+
+
+def _tell(console: Console, folder: Path, index: Index, made: Sequence[Made]) -> None:
+    splits: dict[str, int] = {}
+    for shard in index.shards:
+        splits[shard.split] = splits.get(shard.split, 0) + shard.records
+    records = sum(splits.values())
+    size = sum(size for shard in index.shards for _, size, _ in shard.files())
+    each = ", ".join(f"{split} {count:,}" for split, count in splits.items())
+    console.print(f"{folder}: {records:,} images ({each}), {size / 2**20:,.1f} MiB")
+    broken = [b for one in made for b in one.broken]
+    if broken:
+        console.print(f"{_broken_line(broken, records)}\nall of them are in {folder / BROKEN}")
+    for note in index.notes:
+        console.print(note)
+    if not index.licence:
+        console.print("the card states no licence: add --licence=NAME to the same command")
+    console.print(f"train on it with --config.data.train=prepared:{folder}")
+
+
+def _whole(name: str, text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise UserError(f"--{name}={text}: expected a whole number, at least {least}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(f"--max-skipped-share={text}: expected a share in [0, 1]")
+    return value

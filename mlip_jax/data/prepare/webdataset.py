@@ -1,0 +1,265 @@
+"""WebDataset tars: members that share a name up to its first dot are one record."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlip_jax.config import UserError
+from mlip_jax.data.file_sources import IMAGE_SUFFIXES, MOST_BYTES
+from mlip_jax.data.prepare import columns as column
+from mlip_jax.data.prepare import tar
+from mlip_jax.data.prepare.readers import (
+    MOST_TEXT,
+    Broken,
+    Found,
+    Reader,
+    decode_text,
+    keys_of,
+    parse_object,
+    split_of_file,
+)
+from mlip_jax.data.shards import Example
+
+# As webdataset tells the key from the extension; "./" and the like are left out before.
+_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")
+_TEXTS = ("txt", "text", "caption", "captions")
+_LABELS = ("cls", "label", "class")
+_JSON = "json"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_MOST_FILES = 1_000_000
+_SHOWN = 10
+
+
+class _Sample(NamedTuple):
+    """The members of a key in one of the tar files: ending -> offset, size."""
+
+    tar: int
+    key: str
+    members: Mapping[str, tuple[int, int]]
+
+    def image(self) -> str | None:
+        """The ending of its image; of several, that which is the plainest ("jpg")."""
+        endings = (end for end in self.members if f".{end.rpartition('.')[2]}" in IMAGE_SUFFIXES)
+        return min(endings, key=lambda end: end.count("."), default=None)
+
+    def has_words(self) -> bool:
+        return any(end in self.members for end in (*_TEXTS, *_LABELS, _JSON))
+
+
+class WebDataset(Reader):
+    """Tar files, whose headers are read one after the other."""
+
+    def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
+        """Takes a tar file, a folder with some, or a pattern with *, ?, {a,b} or {000..123}.
+
+        Raises:
+          UserError: when there is no such file.
+        """
+        self._files = find_files(where, ".tar")
+        self._splits = [split or split_of_file(file) for file in self._files]
+        self._columns = dict(columns)
+        self._others: Counter[str] = Counter()
+        self._twice = 0
+        self._seen = self._scanned = 0
+        self._sizes = [file.stat().st_size for file in self._files]
+
+    def files(self) -> Sequence[Path]:
+        """The tar files."""
+        return self._files
+
+    def total(self) -> int | None:
+        """By the share of the bytes that are scanned."""
+        return self._seen * sum(self._sizes) // self._scanned if self._scanned else None
+
+    def notes(self) -> Iterable[str]:
+        """Members that are of no use, and keys that came twice."""
+        if self._others:
+            most = ", ".join(f"{end} ({n:,})" for end, n in self._others.most_common(_SHOWN))
+            more = ", ..." if len(self._others) > _SHOWN else ""
+            yield f"{self._others.total():,} members are neither image nor text: {most}{more}"
+        if self._twice:
+            yield f"{self._twice:,} keys came twice in a tar file; both records are kept"
+
+    def refs(self) -> Iterator[tuple[str, Any]]:
+        """A _Sample or Broken each."""
+        done = 0
+        for number, (file, split, size) in enumerate(
+            zip(self._files, self._splits, self._sizes, strict=True)
+        ):
+            for ref in self._samples(number, file):
+                self._seen += 1
+                if isinstance(ref, _Sample):
+                    last = max(offset + length for offset, length in ref.members.values())
+                    self._scanned = done + last
+                yield split, ref
+            done += size
+            self._scanned = done
+
+    def _samples(self, number: int, file: Path) -> Iterator[_Sample | Broken]:
+        keys: set[int] = set()  # hashes, of this tar file
+        waiting: dict[str, dict[str, tuple[int, int]]] = {}  # not whole: members are not adjacent
+        for sample in _grouped(number, self._known(file)):
+            if isinstance(sample, Broken):
+                yield sample
+                continue
+            if not (sample.image() and sample.has_words()):
+                former = waiting.pop(sample.key, {})
+                if former.keys() & sample.members.keys():
+                    yield _not_whole(file, _Sample(number, sample.key, former))
+                    former = {}
+                sample = sample._replace(members=former | sample.members)
+                if not (sample.image() and sample.has_words()):
+                    waiting[sample.key] = sample.members
+                    continue
+            self._twice += hash(sample.key) in keys
+            keys.add(hash(sample.key))
+            for ending in sample.members:
+                if ending != sample.image() and ending not in (*_TEXTS, *_LABELS, _JSON):
+                    self._others[ending] += 1
+            yield sample
+        for key, found in waiting.items():
+            yield _not_whole(file, _Sample(number, key, found))
+
+    def _known(self, file: Path) -> Iterator[tuple[str, str, tar.Member] | Broken]:
+        """Key, ending and member of what may belong to a record."""
+        for member in tar.members(file):
+            if isinstance(member, Broken):
+                yield member
+                continue
+            name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
+            match = _NAME.fullmatch(name)
+            ending = match["ending"].lower() if match else ""
+            plain = ending.rpartition(".")[2]
+            if match and (f".{plain}" in IMAGE_SUFFIXES or ending in (*_TEXTS, *_LABELS, _JSON)):
+                yield match["key"], ending, member
+            else:
+                self._others[plain or "without a key"] += 1
+
+    def read(self, refs: Sequence[_Sample | Broken]) -> Iterator[Found | Broken]:
+        """Reads the members by their offsets."""
+        for number, group in itertools.groupby(refs, lambda ref: getattr(ref, "tar", None)):
+            if number is None:
+                yield from group
+                continue
+            path = self._files[number]
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                for sample in group:
+                    yield Broken(f"{path}/{sample.key}", f"cannot read: {error.strerror}")
+                continue
+            try:
+                yield from (self._record(file, f"{path}/{sample.key}", sample) for sample in group)
+            finally:
+                os.close(file)
+
+    def _record(self, file: int, name: str, sample: _Sample) -> Found | Broken:
+        try:
+            return self._found(file, name, sample)
+        except (ValueError, OSError) as error:
+            return Broken(name, str(error))
+
+    def _found(self, file: int, name: str, sample: _Sample) -> Found:
+        image = _content(file, sample, sample.image())
+        captions, labels, latin = [], [], 0
+        for ending in _TEXTS:
+            if ending in sample.members:
+                text, other = decode_text(_content(file, sample, ending))
+                captions += [text] if text.strip() else []
+                latin += other
+        for ending in _LABELS:
+            if ending in sample.members:
+                text, _ = decode_text(_content(file, sample, ending))
+                labels += keys_of(int(text) if re.fullmatch(r"\s*-?\d{1,18}\s*", text) else text)
+        tags, multi_label = (), False
+        if _JSON in sample.members:
+            values, other = parse_object(_content(file, sample, _JSON))
+            found = column.example(values, self._columns, name, b"", int(other))
+            captions += found.example.captions
+            labels = labels or list(found.example.labels)
+            tags, multi_label, latin = found.example.tags, found.multi_label, latin + other
+        captions = tuple(dict.fromkeys(captions))
+        return Found(Example(name, image, captions, tags, tuple(labels)), latin, multi_label)
+
+
+def _content(file: int, sample: _Sample, ending: str | None) -> bytes:
+    offset, size = sample.members[ending]
+    most = MOST_TEXT if ending in (*_TEXTS, *_LABELS, _JSON) else MOST_BYTES
+    if size > most:
+        raise ValueError(f"its .{ending} has {size:,} bytes, at most {most:,} are read: refused")
+    data = os.pread(file, size, offset)
+    if len(data) < size:
+        raise ValueError(f"its .{ending} is cut short")
+    return data
+
+
+def _grouped(
+    number: int, known: Iterable[tuple[str, str, tar.Member] | Broken]
+) -> Iterator[_Sample | Broken]:
+    """Neighbours of one key; an ending that comes again begins another record."""
+    key, found = "", {}
+    for each in known:
+        if isinstance(each, Broken):
+            yield each
+            continue
+        if found and (each[0] != key or each[1] in found):
+            yield _Sample(number, key, found)
+            found = {}
+        key, ending, member = each
+        found[ending] = (member.offset, member.size)
+    if found:
+        yield _Sample(number, key, found)
+
+
+def _not_whole(file: Path, sample: _Sample) -> Broken:
+    reason = "has no image" if sample.image() is None else "has no caption, class or JSON"
+    return Broken(f"{file}/{sample.key}", reason)
+
+
+def find_files(where: str, suffix: str) -> list[Path]:
+    """The files that a pattern names, or those in a folder and below, sorted.
+
+    Raises:
+      UserError: when there is none.
+    """
+    found: list[Path] = []
+    for pattern in _braces(os.path.expanduser(where)):
+        path = Path(pattern)
+        if path.is_dir():
+            found += sorted(p for p in path.rglob(f"*{suffix}") if p.is_file())
+        elif path.is_file():
+            found.append(path)
+        else:
+            matches = sorted(p for p in map(Path, glob.glob(pattern)) if p.is_file())
+            if not matches:
+                raise UserError(f"no such file: {pattern}")
+            found += matches
+    if not found:
+        raise UserError(f"there is no file *{suffix} in {where}")
+    return list(dict.fromkeys(found))
+
+
+def _braces(pattern: str) -> list[str]:
+    """The patterns that {000..123} and {a,b} stand for."""
+    if Path(pattern).exists():
+        return [pattern]
+    match = _RANGE.search(pattern) or _CHOICE.search(pattern)
+    if match is None:
+        return [pattern]
+    if match.re is _RANGE:
+        first, last = int(match[1]), int(match[2])
+        if last < first or last - first >= _MOST_FILES:
+            raise UserError(f"{match[0]} in {pattern}: the second number must be the larger one")
+        words: Iterable[str] = (f"{i:0{len(match[1])}}" for i in range(first, last + 1))
+    else:
+        words = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [whole for word in words for whole in _braces(f"{before}{word}{after}")]

@@ -1,0 +1,139 @@
+"""Prepared sets on disk: ArrayRecord shards of encoded images with what is said about them.
+
+A folder holds SPLIT-NNNNN.array_record, beside each SPLIT-NNNNN.texts.jsonl with its texts alone,
+index.json, SHA256SUMS (as `sha256sum --check` reads it), broken.jsonl and a card, README.md. The
+format is ours: a record is the length of a JSON object (32 bits, little endian), the object in
+UTF-8, and then the image file as it was encoded. Nothing in it can be executed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlip_jax.config import UserError
+
+INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
+SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"
+FORMAT, VERSION = "mlip_jax prepared set", 1
+_LENGTH = struct.Struct("<I")
+_KEYS = ("captions", "tags", "labels", "difficult")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and what is said about it, as a shard keeps it."""
+
+    name: str
+    image: bytes = b""
+    captions: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # keys of the classes that it shows
+    difficult: tuple[str, ...] = ()  # keys of those that are too difficult to count
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's entry in the index."""
+
+    name: str  # of its files, without a suffix
+    split: str
+    records: int  # 0: it has no files
+    sizes: tuple[int, int]  # bytes of the shard, of its texts
+    sums: tuple[str, str]  # SHA-256 of the same
+    made_of: str  # a digest of what it was made from
+    facts: Mapping[str, Any]  # counts for the card
+
+    def files(self) -> tuple[tuple[str, int, str], ...]:
+        """Name, size and SHA-256 of its files."""
+        names = (f"{self.name}{SHARD_SUFFIX}", f"{self.name}{TEXTS_SUFFIX}")
+        return tuple(zip(names, self.sizes, self.sums, strict=True)) if self.records else ()
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json holds."""
+
+    job: Mapping[str, Any]  # the source and the options that the shards depend on
+    shards: tuple[Shard, ...]
+    class_keys: tuple[str, ...] = ()  # how records name their classes, in the order of the labels
+    class_names: tuple[str, ...] = ()
+    multi_label: bool = False
+    attribution: str = ""
+    licence: str = ""
+    notes: tuple[str, ...] = ()
+    inputs: Mapping[str, int] = field(default_factory=dict)  # number of files and their bytes
+
+    def to_json(self) -> str:
+        """As the text of index.json, the same for the same content."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a prepared set.
+
+    Raises:
+      UserError: when there is none, or it is damaged.
+    """
+    path = folder / INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"it is no index of a {FORMAT}")
+        version = content.pop("version")
+        if version != VERSION:
+            raise ValueError(f"it is of version {version}, this program reads {VERSION}")
+        shards = tuple(
+            Shard(**{**each, "sizes": tuple(each["sizes"]), "sums": tuple(each["sums"])})
+            for each in content.pop("shards")
+        )
+        tuples = {key: tuple(content.pop(key)) for key in ("class_keys", "class_names", "notes")}
+        return Index(shards=shards, **tuples, **content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} holds no prepared set: it has no {INDEX}. Prepare it by python -m "
+            f"mlip_jax.main prepare --source=KIND:PATH --out={folder}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def pack(example: Example) -> tuple[bytes, bytes]:
+    """A record, and its line of the texts."""
+    said = {"name": example.name}
+    said |= {key: texts for key in _KEYS if (texts := getattr(example, key))}
+    line = json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join((_LENGTH.pack(len(line)), line, example.image)), line + b"\n"
+
+
+def unpack(record: bytes) -> Example:
+    """The inverse of `pack`.
+
+    Raises:
+      ValueError: when it is no record.
+    """
+    if len(record) < _LENGTH.size:
+        raise ValueError("too short")
+    end = _LENGTH.size + _LENGTH.unpack_from(record)[0]
+    return said(record[_LENGTH.size : end], record[end:])
+
+
+def said(line: bytes, image: bytes = b"") -> Example:
+    """The example of a line of the texts.
+
+    Raises:
+      ValueError: when it is none.
+    """
+    try:
+        values = json.loads(line)
+        texts = {key: tuple(values.get(key, ())) for key in _KEYS}
+        return Example(values["name"], image, **texts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no record of a {FORMAT}: {error}") from None
