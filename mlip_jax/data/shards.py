@@ -22,6 +22,7 @@ SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"
 FORMAT, VERSION = "mlip_jax prepared set", 1
 _LENGTH = struct.Struct("<I")
 _KEYS = ("captions", "tags", "labels", "difficult")
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def pack(example: Example) -> tuple[bytes, bytes]:
     """A record, and its line of the texts."""
     said = {"name": example.name}
     said |= {key: texts for key in _KEYS if (texts := getattr(example, key))}
-    line = json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()
+    line = _JSON.encode(said).encode()
     return b"".join((_LENGTH.pack(len(line)), line, example.image)), line + b"\n"
 
 

@@ -104,8 +104,8 @@ def card(index: Index, broken: Sequence[Broken]) -> str:
     lines += ["| --- | --- | --- | --- | --- |"]
     for split in dict.fromkeys(shard.split for shard in index.shards):
         own = [shard for shard in index.shards if shard.split == split and shard.records]
-        counts = total(own).counts
-        numbers = sum(shard.records for shard in own), counts["captions"], counts["image_bytes"]
+        tallied = total(own)
+        numbers = sum(shard.records for shard in own), tallied.captions, tallied.image_bytes
         lines.append(f"| {split} | {' | '.join(f'{n:,}' for n in numbers)} | {len(own):,} |")
     lines += ["", "## Where it comes from", "", f"Source: `{job['source']}`."]
     if index.inputs.get("files"):
@@ -144,20 +144,19 @@ def _contents(index: Index, tally: Tally) -> list[str]:
         f"{tally.long_side:,}.",
         f"- The longest caption has {tally.longest_caption:,} characters.",
     ]
-    counts = tally.counts
     if index.job["resize"]:
         lines.append(
-            f"- {counts['resized']:,} images were made smaller, to a shorter side of "
+            f"- {tally.resized:,} images were made smaller, to a shorter side of "
             f"{index.job['resize']:,} pixels (bicubic; JPEG of quality {JPEG_QUALITY}, PNG where "
             "transparent). The others have their bytes as they were."
         )
     else:
         lines.append("- Images have their bytes as they were; each was decoded once as a check.")
-    if counts["animated"]:
-        lines.append(f"- {counts['animated']:,} are animated: their first frame is what is used.")
-    if counts["latin"]:
+    if tally.animated:
+        lines.append(f"- {tally.animated:,} are animated: their first frame is what is used.")
+    if tally.latin:
         lines.append(
-            f"- {counts['latin']:,} texts were not in UTF-8 and were read as Windows-1252 "
+            f"- {tally.latin:,} texts were not in UTF-8 and were read as Windows-1252 "
             "(Latin-1's letters), or UTF-16 where a mark says so."
         )
     if index.class_names:

@@ -28,6 +28,7 @@ DRAFTS = ".prepare"  # what has been made is noted here until the index is writt
 # A record is read alone, and images are packed already. One thread is faster than several here.
 _WRITER = "group_size:1,uncompressed,max_parallelism:1"
 _TOLD_EVERY = 32  # records
+_COUNTS = ("captions", "latin", "resized", "animated", "image_bytes")
 
 
 class Stopped(Exception):
@@ -41,10 +42,7 @@ class Piece:
     name: str
     split: str
     refs: Sequence[Any]
-
-    def digest(self) -> str:
-        """The same for the same records of the same input."""
-        return hashlib.sha256(repr(self.refs).encode("utf-8", "backslashreplace")).hexdigest()
+    digest: str  # the same for the same records of the same input
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,11 @@ class Made:
 class Tally:
     """What the card counts."""
 
-    counts: Counter[str] = field(default_factory=Counter)
+    captions: int = 0
+    latin: int = 0  # texts that were not UTF-8
+    resized: int = 0
+    animated: int = 0
+    image_bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     class_keys: set[str] = field(default_factory=set)
@@ -83,28 +85,28 @@ class Tally:
     def add(self, found: Found, image: Examined) -> None:
         """Takes a record that is kept."""
         example = found.example
-        self.counts.update(
-            {
-                "captions": len(example.captions),
-                "latin": found.latin,
-                "resized": image.resized,
-                "animated": image.animated,
-                "image_bytes": len(image.data),
-            }
-        )
+        self.captions += len(example.captions)
+        self.latin += found.latin
+        self.resized += image.resized
+        self.animated += image.animated
+        self.image_bytes += len(image.data)
         self.formats[image.format] += 1
         self.modes[image.mode] += 1
         self.class_keys.update(example.labels, example.difficult)
         self.multi_label |= found.multi_label
-        self.longest_caption = max([self.longest_caption, *map(len, example.captions)])
+        for caption in example.captions:
+            self.longest_caption = max(self.longest_caption, len(caption))
         smallest, largest = self.short_sides
         short = image.short_side
-        self.short_sides = min(smallest or short, short), max(largest, short)
+        if not smallest <= short <= largest:
+            self.short_sides = min(smallest or short, short), max(largest, short)
         self.long_side = max(self.long_side, image.long_side)
 
     def merge(self, facts: Mapping[str, Any]) -> None:
         """Takes what another has counted, as `facts` gives it."""
-        for counter in ("counts", "formats", "modes"):
+        for number in _COUNTS:
+            setattr(self, number, getattr(self, number) + facts[number])
+        for counter in ("formats", "modes"):
             getattr(self, counter).update(facts[counter])
         self.class_keys.update(facts["class_keys"])
         self.multi_label |= facts["multi_label"]
@@ -118,7 +120,7 @@ class Tally:
     def facts(self) -> dict[str, Any]:
         """As plain values, in an order of their own."""
         return {
-            "counts": dict(sorted(self.counts.items())),
+            **{number: getattr(self, number) for number in _COUNTS},
             "formats": dict(sorted(self.formats.items())),
             "modes": dict(sorted(self.modes.items())),
             "class_keys": sorted(self.class_keys),
@@ -164,7 +166,7 @@ class Maker:
                 records=number,
                 sizes=tuple(path.stat().st_size for path in drafts) if number else (0, 0),
                 sums=tuple(map(checksum, drafts)) if number else ("", ""),
-                made_of=piece.digest(),
+                made_of=piece.digest,
                 facts=tally.facts(),
             )
             for draft, path in zip(drafts, finals, strict=True):

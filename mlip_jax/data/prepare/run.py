@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,9 @@ def pieces(reader: Reader, records: int) -> Iterator[Piece]:
     def piece(split: str) -> Piece:
         number = numbers.get(split, 0)
         numbers[split] = number + 1
-        return Piece(f"{split}-{number:05d}", split, waiting.pop(split))
+        refs = waiting.pop(split)
+        digest = hashlib.sha256(repr(refs).encode("utf-8", "backslashreplace")).hexdigest()
+        return Piece(f"{split}-{number:05d}", split, refs, digest)
 
     for split, ref in reader.refs():
         refs = waiting.setdefault(split, [])
@@ -81,7 +84,7 @@ def make_all(
         for piece in pieces(reader, records):
             order.append(piece.name)
             former = done.get(piece.name)
-            if former is not None and former.shard.made_of == piece.digest():
+            if former is not None and former.shard.made_of == piece.digest:
                 made[piece.name] = former
                 bar.kept += len(piece.refs)
                 bar.broken += len(former.broken)

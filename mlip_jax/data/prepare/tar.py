@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -116,7 +117,10 @@ def _parse(block: bytes) -> _Header | None:
     stored = _number(block[148:156])
     if len(block) < _BLOCK or stored is None:
         return None
-    if sum(block) - sum(block[148:156]) + 256 != stored:
+    # The checksum is the sum of all bytes with its own field as spaces. Adler-32's lower half is 1
+    # more, modulo 65,521, and takes a tenth of the time of Python's sum.
+    summed = zlib.adler32(b"".join((block[:148], b" " * 8, block[156:]))) & 0xFFFF
+    if summed != (stored + 1) % 65_521:
         return None
     size = _number(block[124:136])
     if size is None:

@@ -32,6 +32,7 @@ _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")
 _TEXTS = ("txt", "text", "caption", "captions")
 _LABELS = ("cls", "label", "class")
 _JSON = "json"
+_SAID = frozenset((*_TEXTS, *_LABELS, _JSON))
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _MOST_FILES = 1_000_000
@@ -43,15 +44,19 @@ class _Sample(NamedTuple):
 
     tar: int
     key: str
+    image: str  # the ending of its image; "": it has none
     members: Mapping[str, tuple[int, int]]
 
-    def image(self) -> str | None:
-        """The ending of its image; of several, that which is the plainest ("jpg")."""
-        endings = (end for end in self.members if f".{end.rpartition('.')[2]}" in IMAGE_SUFFIXES)
-        return min(endings, key=lambda end: end.count("."), default=None)
+    def is_whole(self) -> bool:
+        """Whether there is an image and something is said about it."""
+        return bool(self.image) and not _SAID.isdisjoint(self.members)
 
-    def has_words(self) -> bool:
-        return any(end in self.members for end in (*_TEXTS, *_LABELS, _JSON))
+
+def _sample(number: int, key: str, members: Mapping[str, tuple[int, int]]) -> _Sample:
+    """Of several images that with the plainest ending is taken, such as "jpg"."""
+    images = [ending for ending in members if ending not in _SAID]
+    image = min(images, key=lambda ending: ending.count("."), default="")
+    return _Sample(number, key, image, members)
 
 
 class WebDataset(Reader):
@@ -110,23 +115,22 @@ class WebDataset(Reader):
             if isinstance(sample, Broken):
                 yield sample
                 continue
-            if not (sample.image() and sample.has_words()):
+            if not sample.is_whole():
                 former = waiting.pop(sample.key, {})
                 if former.keys() & sample.members.keys():
-                    yield _not_whole(file, _Sample(number, sample.key, former))
+                    yield _not_whole(file, _sample(number, sample.key, former))
                     former = {}
-                sample = sample._replace(members=former | sample.members)
-                if not (sample.image() and sample.has_words()):
+                sample = _sample(number, sample.key, former | sample.members)
+                if not sample.is_whole():
                     waiting[sample.key] = sample.members
                     continue
             self._twice += hash(sample.key) in keys
             keys.add(hash(sample.key))
-            for ending in sample.members:
-                if ending != sample.image() and ending not in (*_TEXTS, *_LABELS, _JSON):
-                    self._others[ending] += 1
+            if len(sample.members) > 2:
+                self._others.update(e for e in sample.members if e not in _SAID | {sample.image})
             yield sample
         for key, found in waiting.items():
-            yield _not_whole(file, _Sample(number, key, found))
+            yield _not_whole(file, _sample(number, key, found))
 
     def _known(self, file: Path) -> Iterator[tuple[str, str, tar.Member] | Broken]:
         """Key, ending and member of what may belong to a record."""
@@ -134,12 +138,15 @@ class WebDataset(Reader):
             if isinstance(member, Broken):
                 yield member
                 continue
-            name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
+            name = member.name
+            if "./" in name or "//" in name:
+                name = "/".join(part for part in name.split("/") if part not in ("", "."))
             match = _NAME.fullmatch(name)
-            ending = match["ending"].lower() if match else ""
+            key, ending = match.groups() if match else ("", "")
+            ending = ending.lower()
             plain = ending.rpartition(".")[2]
-            if match and (f".{plain}" in IMAGE_SUFFIXES or ending in (*_TEXTS, *_LABELS, _JSON)):
-                yield match["key"], ending, member
+            if match and (ending in _SAID or f".{plain}" in IMAGE_SUFFIXES):
+                yield key, ending, member
             else:
                 self._others[plain or "without a key"] += 1
 
@@ -168,7 +175,7 @@ class WebDataset(Reader):
             return Broken(name, str(error))
 
     def _found(self, file: int, name: str, sample: _Sample) -> Found:
-        image = _content(file, sample, sample.image())
+        image = _content(file, sample, sample.image)
         captions, labels, latin = [], [], 0
         for ending in _TEXTS:
             if ending in sample.members:
@@ -190,9 +197,9 @@ class WebDataset(Reader):
         return Found(Example(name, image, captions, tags, tuple(labels)), latin, multi_label)
 
 
-def _content(file: int, sample: _Sample, ending: str | None) -> bytes:
+def _content(file: int, sample: _Sample, ending: str) -> bytes:
     offset, size = sample.members[ending]
-    most = MOST_TEXT if ending in (*_TEXTS, *_LABELS, _JSON) else MOST_BYTES
+    most = MOST_TEXT if ending in _SAID else MOST_BYTES
     if size > most:
         raise ValueError(f"its .{ending} has {size:,} bytes, at most {most:,} are read: refused")
     data = os.pread(file, size, offset)
@@ -211,16 +218,16 @@ def _grouped(
             yield each
             continue
         if found and (each[0] != key or each[1] in found):
-            yield _Sample(number, key, found)
+            yield _sample(number, key, found)
             found = {}
         key, ending, member = each
         found[ending] = (member.offset, member.size)
     if found:
-        yield _Sample(number, key, found)
+        yield _sample(number, key, found)
 
 
 def _not_whole(file: Path, sample: _Sample) -> Broken:
-    reason = "has no image" if sample.image() is None else "has no caption, class or JSON"
+    reason = "has no image" if not sample.image else "has no caption, class or JSON"
     return Broken(f"{file}/{sample.key}", reason)
 
 
