@@ -70,12 +70,9 @@ class Reader(ABC):
 
 
 def split_of_file(path: Path) -> str:
-    """The split that a file is called by, as in train-00001.tar or val/1.tar; else "train"."""
-    for name in (path.name, path.parent.name):
-        for word in re.split(r"[-_.]", name):
-            if split := canonical(word):
-                return split
-    return "train"
+    """The split that a file is called by, as in cc3m-train-00001.tar or val/1.tar; else "train"."""
+    words = (*re.split(r"[-_.]", path.name), path.parent.name)
+    return next(filter(None, map(canonical, words)), "train")
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:

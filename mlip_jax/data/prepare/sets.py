@@ -66,29 +66,17 @@ class CocoCaptions(Reader):
             captions: list[list[str]] = []
             names: list[str] = []
             for index, image in enumerate(images):
-                if not (
-                    isinstance(image, CocoImage) and is_id(image.id) and is_text(image.file_name)
-                ):
-                    reason = 'needs "id" and "file_name", a text'
-                elif image.id in places:
-                    reason = f"has the id {image.id!r} of another image"
+                if reason := _wrong_image(image, places):
+                    yield split, Broken(f"{file}: images[{index}]", reason)
                 else:
-                    places[image.id] = len(names)
-                    names.append(image.file_name)
+                    places[image.id] = len(captions)
                     captions.append([])
-                    continue
-                yield split, Broken(f"{file}: images[{index}]", reason)
+                    names.append(image.file_name)
             for index, annotation in enumerate(annotations):
-                if not (
-                    isinstance(annotation, CocoAnnotation) and isinstance(annotation.caption, str)
-                ):
-                    reason = 'needs "image_id" and "caption", a text'
-                elif not (is_id(annotation.image_id) and annotation.image_id in places):
-                    reason = f'is of the image {annotation.image_id!r}, which is not among "images"'
+                if reason := _wrong_annotation(annotation, places):
+                    yield split, Broken(f"{file}: annotations[{index}]", reason)
                 else:
-                    captions[places[annotation.image_id]].append(said)
-                    continue
-                yield split, Broken(f"{file}: annotations[{index}]", reason)
+                    captions[places[annotation.image_id]].append(annotation.caption)
             found = _beside(file, names)
             for index, texts in enumerate(captions):
                 yield split, (found.name(index), tuple(texts))
@@ -195,6 +183,20 @@ class OpenedSet(Reader):
                 ),
                 multi_label=self.multi_label,
             )
+
+
+def _wrong_image(image: Any, places: Mapping[Any, int]) -> str:
+    if not (isinstance(image, CocoImage) and is_id(image.id) and is_text(image.file_name)):
+        return 'needs "id" and "file_name", a text'
+    return f"has the id {image.id!r} of another image" if image.id in places else ""
+
+
+def _wrong_annotation(annotation: Any, places: Mapping[Any, int]) -> str:
+    if not (isinstance(annotation, CocoAnnotation) and isinstance(annotation.caption, str)):
+        return 'needs "image_id" and "caption", a text'
+    image = annotation.image_id
+    known = is_id(image) and image in places
+    return "" if known else f'is of the image {image!r}, which is not among "images"'
 
 
 def _beside(file: Path, names: list[str]) -> Any:

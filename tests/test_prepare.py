@@ -1,0 +1,356 @@
+"""The verb prepare on inputs that are as they should be, and what comes back of each."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mlip_jax import main as door
+from mlip_jax.data.prepared import open_prepared
+from mlip_jax.data.sources import open_evaluation, open_source
+from mlip_jax.data.splits import Wanted
+
+ROOT = Path(__file__).parents[1]
+
+
+def picture(seed=0, size=(40, 30), form="JPEG", mode="RGB"):
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, form)
+    return stream.getvalue()
+
+
+def pictures(folder, number, suffix=".jpg"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        (folder / f"{index}{suffix}").write_bytes(picture(index))
+
+
+def run(*arguments):
+    return door.main(["mlip", "prepare", "--workers=1", *arguments])
+
+
+def prepare(tmp_path, source, *options, code=0):
+    out = tmp_path / "out"
+    assert run(f"--source={source}", f"--out={out}", *options) == code
+    return out
+
+
+def contents(folder):
+    """The files that count: without the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def broken(out):
+    return [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
+
+
+def index(out):
+    return json.loads((out / "index.json").read_text())
+
+
+def test_class_folders_come_back_as_they_are(tmp_path):
+    for name in ("train/big_cat", "train/dog", "val/dog"):
+        pictures(tmp_path / "in" / name, 3)
+    before = open_source(f"folder:{tmp_path / 'in'}", "train")
+    out = prepare(tmp_path, f"folder:{tmp_path / 'in'}", "--shard-records=4", "--licence=CC0")
+    after = open_source(f"prepared:{out}", "train")
+    assert after.class_names == before.class_names == ("big cat", "dog")
+    assert [after[i] for i in range(len(after))] == [before[i] for i in range(len(before))]
+    assert list(after.captions()) == list(before.captions())
+    assert len(open_source(f"prepared:{out}", "validation")) == 3
+    assert "Licence: CC0." in (out / "README.md").read_text()
+    assert [shard["records"] for shard in index(out)["shards"]] == [4, 2, 3]
+
+
+def test_several_classes_an_image(tmp_path):
+    pictures(tmp_path, 3)
+    rows = [{"image": f"{i}.jpg", "labels": labels} for i, labels in enumerate(["a", "ab", ""])]
+    rows = [{**row, "labels": list(row["labels"])} for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = open_source(f"jsonl:{tmp_path / 'pairs.jsonl'}", "train")
+    after = open_source(f"prepared:{prepare(tmp_path, f'jsonl:{tmp_path}/pairs.jsonl')}", "train")
+    assert after.class_names == before.class_names
+    assert (after.targets() == before.targets()).all()
+    assert [after[i].captions for i in range(3)] == [before[i].captions for i in range(3)]
+
+
+def test_difficult_classes_stay_difficult(tmp_path):
+    lists = tmp_path / "VOC2007/ImageSets/Main"
+    lists.mkdir(parents=True)
+    pictures(tmp_path / "VOC2007/JPEGImages", 4)
+    for split, images in (("trainval", "01"), ("train", "0"), ("val", "1"), ("test", "23")):
+        for name in ("cat", "dog"):
+            lines = [f"{i} {(int(i) + (name == 'dog')) % 3 - 1}" for i in images]
+            (lists / f"{name}_{split}.txt").write_text("\n".join(lines))
+    spec = f"voc:{tmp_path / 'VOC2007'}"
+    out = prepare(tmp_path, spec)
+    for opener in (lambda s: open_source(s, "train"), open_evaluation):
+        before, after = opener(spec), opener(f"prepared:{out}")
+        assert (after.targets() == before.targets()).all()
+        assert after[1].image == before[1].image
+
+
+def test_tables_group_rows_of_an_image(tmp_path):
+    pictures(tmp_path, 3)
+    table = tmp_path / "pairs.tsv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["Image", "caption", "split"])
+        writer.writerows(
+            [
+                ["0.jpg", 'one,\n"two lines"', "train"],
+                ["1.jpg", "other", ""],
+                ["2.jpg", "held out", "val"],
+                ["0.jpg", "again", "train"],
+                ["0.jpg", "again", "train"],
+            ]
+        )
+    out = prepare(tmp_path, f"csv:{table}")
+    train = open_source(f"prepared:{out}", "train")
+    assert [train[i].captions for i in range(2)] == [('one, "two lines"', "again"), ("other",)]
+    assert train.name_of(0) == "0.jpg" and not broken(out)
+    assert open_source(f"prepared:{out}", "validation")[0].captions == ("held out",)
+
+
+def test_columns_can_be_named(tmp_path):
+    pictures(tmp_path, 1)
+    (tmp_path / "t.csv").write_text("where,what,caption\n0.jpg,this,not this\n")
+    source = f"csv:{tmp_path / 't.csv'}"
+    out = prepare(tmp_path, source, "--columns=image=where,caption=what")
+    assert open_source(f"prepared:{out}", "train")[0].captions == ("this",)
+
+
+def test_coco_captions(tmp_path):
+    for year in ("train2017", "val2017"):
+        pictures(tmp_path / year, 2)
+        images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)]
+        said = [{"image_id": i % 2, "caption": f"{year} {i}"} for i in range(4)]
+        said += [{"image_id": 9, "caption": "of no image"}, {"image_id": 1, "caption": 3}]
+        file = tmp_path / "annotations" / f"captions_{year}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"images": images, "annotations": said}))
+    out = prepare(tmp_path, f"coco:{tmp_path}", "--max-skipped-share=0.5")
+    train = open_source(f"prepared:{out}", "train")
+    assert [train[i].captions for i in range(2)] == [
+        ("train2017 0", "train2017 2"),
+        ("train2017 1", "train2017 3"),
+    ]
+    assert train.name_of(1) == str(tmp_path / "train2017/1.jpg")
+    assert len(open_source(f"prepared:{out}", "validation")) == 2
+    assert [each["record"].partition(": ")[2] for each in broken(out)[:2]] == [
+        "annotations[4]",
+        "annotations[5]",
+    ]
+
+
+def parquet_table(number=5, **extra):
+    images = [{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(number)]
+    return pa.table(
+        {
+            "image": pa.array(images),
+            "caption": pa.array([[f"one {i}", f"two {i}"] for i in range(number)]),
+            "label": pa.array([i % 2 for i in range(number)], pa.int64()),
+            **extra,
+        }
+    )
+
+
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"names": ["tabby_cat", "dog"], "_type": "ClassLabel"},
+}
+
+
+def test_parquet(tmp_path):
+    told = {b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()}
+    table = parquet_table().replace_schema_metadata(told)
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}-00000.parquet", row_group_size=2)
+    out = prepare(tmp_path, f"parquet:{tmp_path}", "--shard-records=3")
+    train = open_source(f"prepared:{out}", "train")
+    assert [train[i].captions for i in (0, 4)] == [("one 0", "two 0"), ("one 4", "two 4")]
+    assert train.class_names == ("tabby cat", "dog") and train[3].label == 1
+    assert train[4].image == picture(4)
+    assert train.name_of(4) == f"{tmp_path}/train-00000.parquet[4]"
+    assert len(open_source(f"prepared:{out}", "validation")) == 5
+
+
+def test_parquet_with_columns_of_other_names(tmp_path):
+    table = pa.table({"blob": [picture(1)], "ALT": ["a"], "split": ["validation"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    out = prepare(tmp_path, f"parquet:{tmp_path / 'x.parquet'}", "--columns=caption=ALT")
+    assert open_source(f"prepared:{out}", "validation")[0].captions == ("a",)
+
+
+def save_to_disk(folder, table, batch=2):
+    folder.mkdir(parents=True)
+    half = table.num_rows // 2
+    names = []
+    for number, part in enumerate((table.slice(0, half), table.slice(half))):
+        names.append(f"data-{number:05d}-of-00002.arrow")
+        sink = str(folder / names[-1])
+        with pa.OSFile(sink, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(part, max_chunksize=batch)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
+
+
+def test_huggingface_on_disk(tmp_path):
+    for split in ("train", "validation"):
+        save_to_disk(tmp_path / "in" / split, parquet_table(7))
+    (tmp_path / "in/dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    out = prepare(tmp_path, f"huggingface:{tmp_path / 'in'}", "--shard-records=3")
+    train = open_source(f"prepared:{out}", "train")
+    assert len(train) == len(open_source(f"prepared:{out}", "validation")) == 7
+    assert [train[i].image for i in range(7)] == [picture(i) for i in range(7)]
+    assert train[6].captions == ("one 6", "two 6") and train.class_names[train[1].label] == "dog"
+
+
+def test_images_beside_a_huggingface_set(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(picture())
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": None, "path": "0.jpg"}], kind)
+    pq.write_table(pa.table({"image": images, "text": ["a"]}), tmp_path / "x.parquet")
+    out = prepare(tmp_path, f"parquet:{tmp_path / 'x.parquet'}")
+    assert open_source(f"prepared:{out}", "train")[0].image == picture()
+
+
+def test_classes_by_number_take_names_of_a_file(tmp_path):
+    pictures(tmp_path, 2)
+    (tmp_path / "t.csv").write_text("file,label\n0.jpg,2\n1.jpg,0\n")
+    (tmp_path / "classes.json").write_text('["ant", "bee", "red_cat"]')
+    source = f"csv:{tmp_path / 't.csv'}"
+    out = prepare(tmp_path, source)
+    assert open_source(f"prepared:{out}", "train").class_names == ("0", "1", "2")
+    # The shards stay as they are.
+    assert run(f"--source={source}", f"--out={out}", f"--classes={tmp_path}/classes.json") == 0
+    train = open_source(f"prepared:{out}", "train")
+    assert (train[0].captions, train[0].label) == (("red cat",), 2)
+
+
+def test_resize(tmp_path):
+    folder = tmp_path / "in/a"
+    folder.mkdir(parents=True)
+    (folder / "large.jpg").write_bytes(picture(1, (400, 200)))
+    (folder / "small.jpg").write_bytes(picture(2, (50, 40)))
+    Image.new("RGBA", (200, 100), (255, 0, 0, 9)).save(folder / "transparent.png")
+    Image.new("CMYK", (200, 100), (9, 0, 200, 0)).save(folder / "cmyk.jpg")
+    Image.fromarray(np.full((100, 120), 40000, np.uint16)).save(folder / "deep.png")
+    out = prepare(tmp_path, f"folder:{tmp_path / 'in'}", "--resize=64")
+    train = open_source(f"prepared:{out}", "train")
+    images = {Path(train.name_of(i)).stem: train[i].image for i in range(len(train))}
+    opened = {name: Image.open(io.BytesIO(data)) for name, data in images.items()}
+    found = {name: (image.format, image.mode, image.size) for name, image in opened.items()}
+    assert found == {
+        "large": ("JPEG", "RGB", (128, 64)),
+        "small": ("JPEG", "RGB", (50, 40)),
+        "transparent": ("PNG", "RGBA", (128, 64)),
+        "cmyk": ("JPEG", "RGB", (128, 64)),
+        "deep": ("JPEG", "L", (77, 64)),
+    }
+    assert images["small"] == (folder / "small.jpg").read_bytes()
+    assert "4 images were made smaller" in (out / "README.md").read_text()
+
+
+def test_what_is_prepared_trains(
+    tmp_path, tiny, pairs, monkeypatch, on_one_device
+):
+    on_one_device(monkeypatch)
+    out = prepare(tmp_path, f"jsonl:{pairs}")
+    workdir = tmp_path / "run"
+    spec = f"--config.data.train=prepared:{out}"
+    assert door.main(["mlip", f"--config={tiny}", f"--workdir={workdir}", spec]) == 0
+    results = json.loads((workdir / "results.json").read_text())
+    assert "retrieval/out/text_to_image_recall@1" in results
+
+
+def test_the_same_bytes_whatever_the_workers_and_the_folder(tmp_path):
+    pictures(tmp_path / "in/a", 9)
+    common = [f"--source=folder:{tmp_path / 'in'}", "--shard-records=2"]
+    assert door.main(["mlip", "prepare", *common, f"--out={tmp_path / 'x'}", "--workers=2"]) == 0
+    assert run(*common, f"--out={tmp_path / 'y'}") == 0
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
+    sums = [line.split("  ") for line in (tmp_path / "x/SHA256SUMS").read_text().splitlines()]
+    found = contents(tmp_path / "x")
+    assert {name for _, name in sums} == found.keys() - {"SHA256SUMS"}
+    assert all(hashlib.sha256(found[name]).hexdigest() == sum_ for sum_, name in sums)
+
+
+def start(*arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "mlip_jax.main", "prepare", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, how):
+    pictures(tmp_path / "in/a", 400, ".png")
+    common = [f"--source=folder:{tmp_path / 'in'}", "--shard-records=25"]
+    out = tmp_path / "out"
+    job = start(*common, f"--out={out}", "--workers=2")
+    try:
+        while not list(out.glob("train-*.array_record")):
+            assert job.poll() is None
+            time.sleep(0.005)
+        os.kill(job.pid, how)
+        assert job.wait(60) in (-9, 130)
+    finally:
+        job.kill()
+    if how == signal.SIGINT:
+        assert not (out / "index.json").exists()
+    former = {path.name: path.stat().st_mtime_ns for path in (out / ".prepare").glob("train*.json")}
+    assert former
+    kept = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "/" not in name}
+    assert run(*common, f"--out={out}") == 0
+    assert run(*common, f"--out={tmp_path / 'whole'}") == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    for name in former:
+        shard = f"{Path(name).stem}.array_record"
+        assert (out / shard).stat().st_mtime_ns == kept[shard]
+
+
+def test_a_damaged_shard_is_named_and_made_again(tmp_path, capsys):
+    pictures(tmp_path / "in/a", 6)
+    source = f"folder:{tmp_path / 'in'}"
+    out = prepare(tmp_path, source, "--shard-records=2")
+    before = contents(out)
+    capsys.readouterr()
+    shard = out / "train-00001.array_record"
+    shard.write_bytes(before[shard.name][:-1000])
+    assert door.main(["mlip", f"--config={ROOT}/configs/clip.py:data=prepared:{out}"]) == 2
+    assert f"{out} is damaged: train-00001.array_record has" in capsys.readouterr().err
+
+    flipped = bytearray(before[shard.name])
+    flipped[200] ^= 255
+    shard.write_bytes(flipped)
+    source_now = open_prepared(out, Wanted("train"), 0.0)
+    with pytest.raises(OSError, match="train-00001.array_record is damaged at record 0"):
+        source_now[2]
+    assert source_now.name_of(2) == f"{shard}[0]"
+    assert source_now[4].captions == ("a",)
+
+    assert run("--check", f"--out={out}") == 1
+    assert "train-00001.array_record is damaged\n5 of 6 files" in capsys.readouterr().out
+    prepare(tmp_path, source, "--shard-records=2")
+    assert contents(out) == before
+    assert run("--check", f"--out={out}") == 0
+    shard.unlink()
+    assert run("--check", f"--out={out}") == 1
