@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from preparing import broken, contents, index, picture, pictures, prepare, run
 
 from mlip_jax import main as door
 from mlip_jax.data.prepared import open_prepared
@@ -23,47 +24,6 @@ from mlip_jax.data.sources import open_evaluation, open_source
 from mlip_jax.data.splits import Wanted
 
 ROOT = Path(__file__).parents[1]
-
-
-def picture(seed=0, size=(40, 30), form="JPEG", mode="RGB"):
-    rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size).convert(mode)
-    stream = io.BytesIO()
-    image.save(stream, form)
-    return stream.getvalue()
-
-
-def pictures(folder, number, suffix=".jpg"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in range(number):
-        (folder / f"{index}{suffix}").write_bytes(picture(index))
-
-
-def run(*arguments):
-    return door.main(["mlip", "prepare", "--workers=1", *arguments])
-
-
-def prepare(tmp_path, source, *options, code=0):
-    out = tmp_path / "out"
-    assert run(f"--source={source}", f"--out={out}", *options) == code
-    return out
-
-
-def contents(folder):
-    """The files that count: without the lock."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
-
-def broken(out):
-    return [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
-
-
-def index(out):
-    return json.loads((out / "index.json").read_text())
 
 
 def test_class_folders_come_back_as_they_are(tmp_path):
@@ -271,9 +231,7 @@ def test_resize(tmp_path):
     assert "4 images were made smaller" in (out / "README.md").read_text()
 
 
-def test_what_is_prepared_trains(
-    tmp_path, tiny, pairs, monkeypatch, on_one_device
-):
+def test_what_is_prepared_trains(tmp_path, tiny, pairs, monkeypatch, on_one_device):
     on_one_device(monkeypatch)
     out = prepare(tmp_path, f"jsonl:{pairs}")
     workdir = tmp_path / "run"

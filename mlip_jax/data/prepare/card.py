@@ -153,11 +153,11 @@ def _contents(index: Index, tally: Tally) -> list[str]:
     else:
         lines.append("- Images have their bytes as they were; each was decoded once as a check.")
     if tally.animated:
-        lines.append(f"- {tally.animated:,} are animated: their first frame is what is used.")
+        lines.append(f"- Animations: {tally.animated:,}; of each the first frame is used.")
     if tally.latin:
         lines.append(
-            f"- {tally.latin:,} texts were not in UTF-8 and were read as Windows-1252 "
-            "(Latin-1's letters), or UTF-16 where a mark says so."
+            f"- Texts that were not in UTF-8: {tally.latin:,}. They were read as Windows-1252 "
+            "(Latin-1's letters), or as UTF-16 where a mark says so."
         )
     if index.class_names:
         many = " Images show any number of them." if index.multi_label else ""

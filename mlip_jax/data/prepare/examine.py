@@ -64,7 +64,7 @@ def examine(data: bytes, resize: int = 0) -> Examined:
             data = _encode(eight_bits(image).resize((width, height), Image.Resampling.BICUBIC))
     except UnreadableImage:
         raise
-    except Image.DecompressionBombWarning as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"the image says to have too many pixels: {error}") from None
     # Pillow's plugins raise whatever they stumble over.
     except Exception as error:

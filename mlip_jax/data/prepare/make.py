@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -25,6 +26,10 @@ from mlip_jax.data.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Shard, pac
 from mlip_jax.data.workers import end_with_parent
 
 DRAFTS = ".prepare"  # what has been made is noted here until the index is written
+LOCK = ".lock"
+# Bytes of the lock: of the process that prepares, and of its workers together. After a kill they
+# may live for a moment longer than it.
+MAIN_BYTE, WORKERS_BYTE = 0, 1
 # A record is read alone, and images are packed already. One thread is faster than several here.
 _WRITER = "group_size:1,uncompressed,max_parallelism:1"
 _TOLD_EVERY = 32  # records
@@ -144,10 +149,16 @@ class Maker:
         self._folder = folder
         self._resize = resize
         self._told: Callable[[int], None] = _nobody
+        self._lock: TextIO | None = None
 
     def tell(self, told: Callable[[int], None]) -> None:
         """Calls `told` with the number of records that are through since the last time."""
         self._told = told
+
+    def hold(self) -> None:
+        """Locks the folder, as one of several workers, as long as this process lives."""
+        self._lock = (self._folder / LOCK).open("r")
+        fcntl.lockf(self._lock, fcntl.LOCK_SH, 1, WORKERS_BYTE)
 
     def make(self, piece: Piece) -> Made:
         """Writes a shard, whole or not at all; what is said of it is noted last.
@@ -201,12 +212,13 @@ class Maker:
         if isinstance(found, Broken):
             return found
         example = found.example
+        place = found.place or example.name
         if not (example.captions or example.labels or found.multi_label):
-            return Broken(example.name, "has neither caption nor class")
+            return Broken(place, "has neither caption nor class")
         try:
             image = examine(example.image, self._resize)
         except UnreadableImage as error:
-            return Broken(example.name, str(error))
+            return Broken(place, str(error))
         said = {key: getattr(example, key) for key in ("captions", "tags", "labels", "difficult")}
         return Example(example.name, image.data, **said), image
 
@@ -273,6 +285,7 @@ def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
         if stop.is_set():
             raise Stopped
 
+    maker.hold()
     maker.tell(told)
     _maker = maker
 

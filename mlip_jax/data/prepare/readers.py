@@ -35,6 +35,7 @@ class Found:
     example: Example
     latin: int = 0  # texts that were not UTF-8
     multi_label: bool = False  # whether it has a list of labels
+    place: str = ""  # in the input, where the name does not tell
 
 
 class Reader(ABC):

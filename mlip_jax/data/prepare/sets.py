@@ -169,7 +169,7 @@ class OpenedSet(Reader):
             try:
                 record = source[index]
             except OSError as error:
-                yield Broken(source.name_of(index), str(error))
+                yield Broken(source.name_of(index), error.strerror or str(error))
                 continue
             labels = shown or ((record.label,) if record.label >= 0 else ())
             yield Found(

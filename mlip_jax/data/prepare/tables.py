@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -88,7 +89,7 @@ class JsonLines(Reader):
             found = column.example(values, self._columns, image, content, int(latin))
         except (ValueError, OSError) as error:
             return Broken(place, str(error))
-        return found
+        return dataclasses.replace(found, place=place)
 
 
 class _Row(NamedTuple):
@@ -223,7 +224,7 @@ class Table(Reader):
                 yield ref if isinstance(ref, Broken) else self._record(file, ref)
 
     def _record(self, file: BinaryIO, rows: Sequence[tuple[int, int, int]]) -> Found | Broken:
-        place = f"{self._path}, row {rows[0][2]}"
+        place = f"{self._path}:{rows[0][2]}"
         merged: dict[str, list[str]] = {}
         latin = 0
         try:
@@ -240,7 +241,7 @@ class Table(Reader):
             found = column.example(merged, self._columns, image, content, latin)
         except (ValueError, OSError, csv.Error) as error:
             return Broken(place, str(error))
-        return Found(found.example, latin)
+        return Found(found.example, latin, place=place)
 
 
 def _by_first(keys: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:

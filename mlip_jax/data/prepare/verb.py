@@ -18,7 +18,16 @@ from mlip_jax.config import UserError, suggestion
 from mlip_jax.data import shards
 from mlip_jax.data.prepare import card
 from mlip_jax.data.prepare import columns as column
-from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum, write_whole
+from mlip_jax.data.prepare.make import (
+    DRAFTS,
+    LOCK,
+    MAIN_BYTE,
+    WORKERS_BYTE,
+    Made,
+    Maker,
+    checksum,
+    write_whole,
+)
 from mlip_jax.data.prepare.readers import Broken, Reader
 from mlip_jax.data.prepare.run import make_all
 from mlip_jax.data.prepare.sets import CocoCaptions, OpenedSet
@@ -29,7 +38,7 @@ from mlip_jax.data.sources import FILE_KINDS, NAMED
 from mlip_jax.data.splits import canonical
 from mlip_jax.data.workers import cores
 
-_JOB, _LOCK = "job.json", ".lock"
+_JOB = "job.json"
 _OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
 _OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
 _DEFAULT_RECORDS = 5000
@@ -190,15 +199,18 @@ def _taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in folder.iterdir()} - {_LOCK}
-        lock = (folder / _LOCK).open("a")
+        there = {path.name for path in folder.iterdir()} - {LOCK}
+        lock = (folder / LOCK).open("a+")
     except OSError as error:
         raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
     with lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
         except OSError:
             raise UserError(f"another process prepares a set in {folder} already") from None
+        # Waits for the workers of one that was killed: what they write is not this one's.
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, WORKERS_BYTE)
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, WORKERS_BYTE)
         noted = folder / DRAFTS / _JOB
         if noted.is_file() or (folder / INDEX).is_file():
             _same(folder, job, noted)
