@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -286,6 +287,9 @@ def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
             raise Stopped
 
     maker.hold()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(0)  # it was killed before the lock was taken: another one may be at work by now
     maker.tell(told)
     _maker = maker
 
