@@ -25,6 +25,8 @@ from mlip_jax.config import UserError
 from mlip_jax.data import captions
 from mlip_jax.data.augment import augment, short_side
 from mlip_jax.data.images import Preprocessing, decode, flatten
+from mlip_jax.data.mixtures import neighbours
+from mlip_jax.data.order import order
 from mlip_jax.data.records import Record, Source
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.data.workers import cores, end_with_parent
@@ -46,8 +48,8 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The training batches of one process, from a step on, without end.
 
-    The source is shuffled anew in each epoch. Close the iterator, or use it up to the end of the
-    program, to stop its workers.
+    The source is shuffled anew in each epoch, and so is each set of a mixture. Close the iterator,
+    or use it up to the end of the program, to stop its workers.
 
     Args:
       config: the run's config: batch_size, seed, data, model.image.image_size,
@@ -73,8 +75,7 @@ def train_batches(
     if not len(source):
         raise UserError(f"the training set {source.name!r} is empty")
     fed = tuple(range(config.batch_size) if rows is None else map(int, rows))
-    positions = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
-    examples = positions.random_map(_Example(config, source))
+    examples = order(source, config.seed).random_map(_Example(config, source))
     workers = worker_count(config.data.workers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
@@ -138,11 +139,12 @@ class _Example:
         return example
 
     def _readable(self, index: int) -> tuple[Record, Image.Image, int]:
-        """The record, or the next one whose image can be read."""
+        """The record, or the next one of its set whose image can be read."""
         first_error = None
-        for step in range(min(_MAX_REPLACEMENTS, len(self._source))):
+        own = neighbours(self._source, index)
+        for step in range(min(_MAX_REPLACEMENTS, len(own))):
             try:
-                record, image = self._decoded((index + step) % len(self._source))
+                record, image = self._decoded(own[(index - own.start + step) % len(own)])
             except OSError as error:
                 first_error = first_error or error
                 continue

@@ -6,6 +6,8 @@ into the processes that decode, and images are read when asked for.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -18,6 +20,7 @@ from mlip_jax.data import (
     idx,
     jsonl,
     karpathy,
+    mixtures,
     objects,
     prepared,
     tables,
@@ -58,7 +61,8 @@ def open_source(
 
     Args:
       spec: "emoji", "coco", or KIND:PATH with KIND one of KINDS (docs/data.md). With #SPLIT after
-        it, that split is opened, whatever `split` says; #all is every split together.
+        it, that split is opened, whatever `split` says; #all is every split together. For training
+        also mix:SPEC*WEIGHT+SPEC*WEIGHT.
       split: "train" or "validation". Sets that name no splits are all "train".
       cache_dir: where sets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
       max_skipped_share: more rows without a usable caption than this are an error.
@@ -95,13 +99,19 @@ def split_spec(spec: str) -> tuple[str, str]:
     "coco#val" -> ("coco", "val"). A path that exists is taken as it is, whatever it holds.
     """
     base, mark, split = spec.rpartition("#")
-    if not mark or Path(spec.partition(":")[2] or spec).expanduser().exists():
+    if (
+        not mark
+        or mixtures.is_mixture(spec)
+        or Path(spec.partition(":")[2] or spec).expanduser().exists()
+    ):
         return spec, ""
     return base, split
 
 
 def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str) -> Source:
     check_cleaning(cleaning)
+    if mixtures.is_mixture(spec):
+        return _open_mixture(spec, role, cache_dir, max_skipped_share, cleaning)
     base, name = split_spec(spec)
     wanted = Wanted(role, name)
     kind, colon, where = base.partition(":")
@@ -126,6 +136,18 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
     return source
 
 
+def _open_mixture(
+    spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str
+) -> Source:
+    if role != "train":
+        raise UserError(f"the mixture {spec!r} is for training: name one set to evaluate on")
+    parts = mixtures.parse(spec)
+    opened = [_open(part.spec, role, cache_dir, max_skipped_share, cleaning) for part in parts]
+    if len(opened) == 1:
+        return opened[0]
+    return mixtures.Mixture(opened, [part.weight for part in parts])
+
+
 def _unknown(spec: str, kind: str, colon: str) -> UserError:
     prefixes = [f"{kind}:" for kind in KINDS]
     near = suggestion(f"{kind}:" if colon else spec, (*NAMED, *prefixes))
@@ -139,7 +161,8 @@ def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source |
     """The set that `config.data.validation` names, or None.
 
     "auto" is the training set's own validation split, None when it has none or when training is
-    pinned to another split than its training split; "" is None; of any other set it is the
+    pinned to another split than its training split; of a mixture, that of its first set that has
+    one; "" is None; of any other set it is the
     validation split, or what `open_evaluation` opens where it has none. Captions are cleaned as by
     `open_source`.
 
@@ -155,10 +178,30 @@ def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source |
             return open_source(config_data.validation, "validation", **how)
         except MissingSplit:
             return open_evaluation(config_data.validation, **how)
-    base, pinned = split_spec(config_data.train)
-    if pinned and canonical(pinned) != "train":
-        return None
-    try:
-        return open_source(base, "validation", **how)
-    except MissingSplit:
-        return None
+    for spec in _own_sets(config_data.train):
+        with contextlib.suppress(MissingSplit):
+            return open_source(spec, "validation", **how)
+    return None
+
+
+def own_set(config_data: ConfigDict) -> str:
+    """The training set; of a mixture, the set whose validation split is the run's own.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    if mixtures.is_mixture(config_data.train):
+        for spec in _own_sets(config_data.train):
+            with contextlib.suppress(MissingSplit):
+                open_source(spec, "validation", cache_dir=config_data.cache_dir)
+                return spec
+    return config_data.train
+
+
+def _own_sets(train: str) -> Iterator[str]:
+    """Sets whose validation split may be the run's own: those that are trained on as a whole."""
+    parts = mixtures.parse(train) if mixtures.is_mixture(train) else ()
+    for spec in [part.spec for part in parts] or [train]:
+        base, pinned = split_spec(spec)
+        if not pinned or canonical(pinned) == "train":
+            yield base

@@ -13,7 +13,13 @@ from ml_collections import ConfigDict
 from mlip_jax.config import UserError
 from mlip_jax.data.pipeline import evaluation_batches
 from mlip_jax.data.records import MissingSplit, Source
-from mlip_jax.data.sources import open_evaluation, open_source, open_validation, split_spec
+from mlip_jax.data.sources import (
+    open_evaluation,
+    open_source,
+    open_validation,
+    own_set,
+    split_spec,
+)
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.progress import track
 
@@ -126,7 +132,7 @@ class Sets:
             opened = None
             own = spec == "validation"
             if not own or self.config.data.validation == "auto":
-                named = self.config.data.train if own else split_spec(spec)[0]
+                named = own_set(self.config.data) if own else split_spec(spec)[0]
                 try:
                     opened = open_source(named, "train", **self._how)
                 except MissingSplit:

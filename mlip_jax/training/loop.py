@@ -14,6 +14,7 @@ from rich.console import Console
 from mlip_jax import cluster, parallel, processes
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.mixtures import samples_by_set
 from mlip_jax.data.pipeline import SkipCounter, train_batches
 from mlip_jax.data.records import Source
 from mlip_jax.data.sources import open_source, open_validation
@@ -230,7 +231,8 @@ def run_steps(
                 run.stop.asked = True  # by a process that may be another one
             pauses = saves or stops
             if pauses or done % config.log_every == 0:
-                log.interval(done, clock.lap(log.pending))
+                counts = samples_by_set(run.source, done * config.batch_size)
+                log.interval(done, clock.lap(log.pending) | counts)
             if pauses:
                 log.flush()
                 results = evaluate_unless_stopped(run, state) if evaluates else None

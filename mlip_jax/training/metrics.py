@@ -239,7 +239,7 @@ def _is_kept(line: str, step: int) -> bool:
 
 
 def describe(scalars: Mapping[str, float]) -> str:
-    """One line for people: the loss, the loss of each perspective, the speed, the data wait."""
+    """One line for people: the losses, the speed, the data wait, the samples of each set."""
     parts = [f"loss {scalars['loss']:.3f}"] if "loss" in scalars else []
     views = {key[5:]: value for key, value in scalars.items() if key.startswith("loss/")}
     if len(views) > 1:
@@ -249,6 +249,9 @@ def describe(scalars: Mapping[str, float]) -> str:
         parts.append(f"{scalars['images_per_second']:,.0f} images/s")
     if "data_wait" in scalars:
         parts.append(f"data wait {100 * scalars['data_wait']:.0f} %")
+    sets = {key[8:]: count for key, count in scalars.items() if key.startswith("samples/")}
+    if sets:
+        parts.append("of " + ", ".join(f"{name} {count:,.0f}" for name, count in sets.items()))
     return "  ".join(parts)
 
 
