@@ -39,6 +39,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
         "Pillow>=10.3",
+        "pyarrow>=17.0",  # tensorflow-datasets needs it anyway
         "safetensors>=0.5",
         "tokenizers>=0.21",
         # The embedded data.

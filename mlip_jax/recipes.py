@@ -7,6 +7,20 @@ from ml_collections import ConfigDict
 from mlip_jax import config as schema
 from mlip_jax.models import presets
 
+# Images for training of the sets that are named by one word (mlip_jax.data.named says where they
+# lie); of what is fetched from the web, some are gone each year.
+_PAIRS = {
+    "coco": 118_287,
+    "flickr30k": 29_000,
+    "cc3m": 2_900_000,
+    "cc12m": 10_000_000,
+    "yfcc15m": 15_000_000,
+    "imagenet": 1_281_167,
+    "voc": 5_011,
+}
+_EPOCHS = 32
+_SMALL = 2_000_000  # pairs, below which batches are of 1,024
+
 
 def recipe(size: str, data: str) -> ConfigDict:
     """A CLIP config of that size on that data; what the quick start and the large runs share.
@@ -27,6 +41,8 @@ def recipe(size: str, data: str) -> ConfigDict:
         _large(config)
     if data == "emoji":
         _drawings(config)
+    elif data in _PAIRS:
+        _named(config, data, schedule=size != presets.QUICK)
     return config
 
 
@@ -129,3 +145,32 @@ def _drawings(config: ConfigDict) -> None:
     caption.first = 0.9
     caption.tags = 0.1
     config.model.text.context_length = 16
+
+
+def _named(config: ConfigDict, data: str, schedule: bool) -> None:
+    """The data section of a public set, and for a large size its schedule (choices)."""
+    augment, caption, evaluation = config.data.augment, config.data.caption, config.evaluation
+    pairs = _PAIRS[data]
+    caption.tags = 0.0  # they have none
+    augment.flip = data != "flickr30k"
+    augment.crop = (0.5, 1.0)
+    if data == "flickr30k":
+        evaluation.retrieval = ("validation", "flickr30k#test")
+    elif data == "imagenet":
+        # Captions are the classes' names: there is nothing to retrieve by.
+        evaluation.retrieval = ()
+        evaluation.class_names = "imagenet1k"
+        evaluation.templates = "clip_80"
+        evaluation.linear_probe = ("validation",)
+        augment.crop = (0.2, 1.0)
+    elif data == "voc":
+        # Several classes an image; trained on trainval, tested on test.
+        evaluation.retrieval = evaluation.zero_shot = ()
+        evaluation.svm = ("voc",)
+        augment.crop = (0.2, 1.0)
+    if schedule:
+        config.batch_size = 1024 if pairs < _SMALL else 4096
+        config.samples = _EPOCHS * pairs
+        config.optimizer.warmup_samples = min(2500 * 4096, config.samples // 20)
+        config.evaluation.every_samples = pairs
+        config.checkpoint.every_samples = min(4096 * 1000, pairs)

@@ -21,18 +21,18 @@ from mlip_jax.data import (
     jsonl,
     karpathy,
     mixtures,
+    named,
     objects,
     prepared,
     tables,
     voc,
 )
-from mlip_jax.data.cache import cache_folder
 from mlip_jax.data.captions import check_cleaning
 from mlip_jax.data.records import MissingSplit, Source
 from mlip_jax.data.splits import Wanted, canonical
 
 SPLITS = ("train", "validation")
-NAMED = ("emoji", "coco")
+NAMED = ("emoji", *named.PLACES)
 FILE_KINDS = {
     "jsonl": jsonl.open_jsonl,
     "csv": tables.open_csv,
@@ -60,7 +60,7 @@ def open_source(
     """Opens a split of a set.
 
     Args:
-      spec: "emoji", "coco", or KIND:PATH with KIND one of KINDS (docs/data.md). With #SPLIT after
+      spec: one of NAMED, or KIND:PATH with KIND one of KINDS (docs/data.md). With #SPLIT after
         it, that split is opened, whatever `split` says; #all is every split together. For training
         also mix:SPEC*WEIGHT+SPEC*WEIGHT.
       split: "train" or "validation". Sets that name no splits are all "train".
@@ -125,11 +125,12 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
         else:
             source = tfds_sources.open_tfds(where, wanted, cleaning)
     else:
-        if base == "coco":
-            where = str(cache_folder(cache_dir) / "coco")
-        elif not colon or kind not in FILE_KINDS or not where:
+        if base in named.PLACES:
+            kind, path = named.find(base, cache_dir)
+        elif colon and kind in FILE_KINDS and where:
+            path = Path(where).expanduser()
+        else:
             raise _unknown(spec, kind, colon)
-        path = Path(where).expanduser()
         source = FILE_KINDS[kind](path, wanted, max_skipped_share, cleaning)
     if not len(source):
         raise UserError(f"the {source.split} split of the set {spec!r} is empty")
@@ -152,8 +153,8 @@ def _unknown(spec: str, kind: str, colon: str) -> UserError:
     prefixes = [f"{kind}:" for kind in KINDS]
     near = suggestion(f"{kind}:" if colon else spec, (*NAMED, *prefixes))
     return UserError(
-        f"unknown data set {spec!r}: expected emoji, {'PATH, '.join(prefixes[:-1])}PATH, coco or "
-        f"tfds:NAME{near}"
+        f"unknown data set {spec!r}: expected emoji, {'PATH, '.join(prefixes[:-1])}PATH, "
+        f"{', '.join(named.PLACES)} or tfds:NAME{near}"
     )
 
 
