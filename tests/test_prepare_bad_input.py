@@ -231,17 +231,22 @@ def test_images_of_every_kind(tmp_path):
     (folder / "script.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
     )
+    with open(os.fsencode(folder) + b"/sch\xf6n.jpg", "wb") as file:
+        file.write(picture(7))
+    with open(os.fsencode(folder) + b"/b\xf6se.jpg", "wb") as file:
+        file.write(b"no image")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (folder / "endless.jpg").symlink_to("/dev/zero")
     out = prepare(tmp_path, f"folder:{tmp_path / 'in'}", LENIENT)
     kept = {name.rpartition("/")[2]: record.image for name, record in records(out).items()}
+    assert kept.pop("sch?n.jpg") == picture(7)
     assert set(kept) == {"0.jpg", "cmyk.jpg", "deep.png", "moving.gif"}
     assert all(kept[name] == (folder / name).read_bytes() for name in kept)
     told = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
     assert all("says to have" in told[f"bomb{side}.png"] for side in (9_500, 60_000))
     assert "truncated" in told["truncated.jpg"] and told["wide.bmp"] == "the image is empty"
-    for name in ("text.jpg", "script.jpg"):
+    for name in ("text.jpg", "script.jpg", "b?se.jpg"):
         assert told[name] == "the image cannot be decoded: not an image of a known format"
     assert "is not a file" in told["pipe.jpg"] and "is not a file" in told["endless.jpg"]
     assert told["gone.jpg"] == "No such file or directory"

@@ -106,12 +106,12 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def pack(example: Example) -> tuple[bytes, bytes]:
-    """A record, and its line of the texts."""
+def pack(example: Example, image: bytes) -> tuple[bytes, bytes]:
+    """A record of an example with this image, and its line of the texts."""
     said = {"name": example.name}
     said |= {key: texts for key in _KEYS if (texts := getattr(example, key))}
-    line = _JSON.encode(said).encode()
-    return b"".join((_LENGTH.pack(len(line)), line, example.image)), line + b"\n"
+    line = _JSON.encode(said).encode("utf-8", "replace")
+    return b"".join((_LENGTH.pack(len(line)), line, image)), line + b"\n"
 
 
 def unpack(record: bytes) -> Example:

@@ -26,6 +26,7 @@ from mlip_jax.data.prepare.webdataset import find_files
 from mlip_jax.data.splits import canonical
 
 _BATCH = 64  # rows that are in memory at a time, where the file allows it
+_BUFFER = 2**20  # bytes; without one, or with pre_buffer, a whole row group is in memory
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
@@ -179,7 +180,7 @@ class Parquet(_Columns):
     def _batches(
         self, number: int, names: list[str], first: int, end: int
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        with pq.ParquetFile(self._files[number], buffer_size=1 << 20) as opened:
+        with pq.ParquetFile(self._files[number], buffer_size=_BUFFER, pre_buffer=False) as opened:
             start, groups, begin = 0, [], 0
             for group in range(opened.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows

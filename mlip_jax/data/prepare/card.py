@@ -12,7 +12,7 @@ from pathlib import Path
 from mlip_jax.config import UserError
 from mlip_jax.data.classes import read_classes
 from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
-from mlip_jax.data.prepare.make import Made, Tally, write_whole
+from mlip_jax.data.prepare.make import Made, Tally, encoded, write_whole
 from mlip_jax.data.prepare.readers import Broken
 from mlip_jax.data.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
 
@@ -71,7 +71,7 @@ def write(folder: Path, index: Index, made: Sequence[Made]) -> None:
         INDEX: index.to_json(),
     }
     sums = {name: sum_ for shard in index.shards for name, _, sum_ in shard.files()}
-    sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    sums |= {name: hashlib.sha256(encoded(text)).hexdigest() for name, text in texts.items()}
     texts = {SUMS: "".join(f"{sum_}  {name}\n" for name, sum_ in sums.items()), **texts}
     for name, text in texts.items():
         write_whole(folder / name, text)

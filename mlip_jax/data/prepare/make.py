@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mlip_jax.data.images import UnreadableImage
 from mlip_jax.data.prepare.examine import Examined, examine
 from mlip_jax.data.prepare.readers import Broken, Found, Reader
-from mlip_jax.data.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Shard, pack
+from mlip_jax.data.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Shard, pack
 from mlip_jax.data.workers import end_with_parent
 
 DRAFTS = ".prepare"  # what has been made is noted here until the index is written
@@ -184,7 +184,8 @@ class Maker:
             for draft, path in zip(drafts, finals, strict=True):
                 if number:
                     _keep(draft, path)
-        made = Made(shard, tuple(broken))
+        plain = (Broken(encoded(b.name).decode(), encoded(b.reason).decode()) for b in broken)
+        made = Made(shard, tuple(plain))
         write_whole(self._folder / DRAFTS / f"{piece.name}.json", made.to_json())
         return made
 
@@ -198,18 +199,17 @@ class Maker:
                 if isinstance(kept, Broken):
                     broken.append(kept)
                 else:
-                    example, image = kept
-                    record, line = pack(example)
+                    record, line = pack(found.example, kept.data)
                     writer.write(record)
                     said.write(line)
-                    tally.add(found, image)
+                    tally.add(found, kept)
                     number += 1
                 if count % _TOLD_EVERY == 0:
                     self._told(_TOLD_EVERY)
         self._told(len(piece.refs) % _TOLD_EVERY)
         return number
 
-    def _looked_at(self, found: Found | Broken) -> tuple[Example, Examined] | Broken:
+    def _looked_at(self, found: Found | Broken) -> Examined | Broken:
         if isinstance(found, Broken):
             return found
         example = found.example
@@ -217,11 +217,9 @@ class Maker:
         if not (example.captions or example.labels or found.multi_label):
             return Broken(place, "has neither caption nor class")
         try:
-            image = examine(example.image, self._resize)
+            return examine(example.image, self._resize)
         except UnreadableImage as error:
             return Broken(place, str(error))
-        said = {key: getattr(example, key) for key in ("captions", "tags", "labels", "difficult")}
-        return Example(example.name, image.data, **said), image
 
 
 @contextlib.contextmanager
@@ -247,15 +245,20 @@ def _keep(draft: Path, path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with _draft(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(encoded(text))
         _keep(draft, path)
+
+
+def encoded(text: str) -> bytes:
+    """A text in UTF-8; half of a surrogate pair, as in a file's name of other bytes, is a "?"."""
+    return text.encode("utf-8", "replace")
 
 
 @contextlib.contextmanager
 def _array_record(path: Path) -> Iterator[ArrayRecordWriter]:
     """A writer; its RuntimeError becomes an OSError that says whether the disk is full."""
-    writer = ArrayRecordWriter(str(path), _WRITER)
     try:
+        writer = ArrayRecordWriter(str(path), _WRITER)
         try:
             yield writer
         finally:

@@ -80,7 +80,7 @@ def _members(path: Path, file: int, end: int) -> Iterator[Member | Broken]:
             continue
         ended = False
         data = position + _BLOCK
-        size = _number(given.get(b"size", b"")) or header.size
+        size = (_number(given[b"size"]) if b"size" in given else None) or header.size
         position = data + -(-size // _BLOCK) * _BLOCK
         if header.kind in (b"x", b"L") and size <= _MOST_NAME and data + size <= end:
             given |= _long(header.kind, os.pread(file, size, data))
@@ -88,7 +88,7 @@ def _members(path: Path, file: int, end: int) -> Iterator[Member | Broken]:
         if header.kind in (b"g", b"K"):
             continue
         name = (given.get(b"path") or header.name).decode("utf-8", "backslashreplace")
-        sparse = any(key.startswith(b"GNU.sparse") for key in given)
+        sparse = given and any(key.startswith(b"GNU.sparse") for key in given)
         given = {}
         if header.kind == b"5" or (header.kind in (b"0", b"\0") and name.endswith("/")):
             continue
@@ -179,6 +179,8 @@ def _damage(block: bytes, start: int, skipped: int) -> str:
 def _refusal(name: str, kind: bytes) -> str:
     if kind not in (b"0", b"\0", b"7"):
         return f"{_SPECIAL.get(kind, 'of an unknown kind')}, not a regular file: refused"
+    if name[0:1] not in ("/", "\\", "") and ".." not in name and name[1:2] != ":":
+        return ""
     parts = re.split(r"[/\\]", name)
     if not parts[0] or ".." in parts or name[1:2] == ":":
         return "its path leads out of the archive: refused"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import shutil
@@ -12,33 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.config import RunError, UserError, suggestion
 from mlip_jax.data import shards
-from mlip_jax.data.prepare import card
+from mlip_jax.data.prepare import card, folders
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.make import (
     DRAFTS,
-    LOCK,
-    MAIN_BYTE,
-    WORKERS_BYTE,
     Made,
     Maker,
-    checksum,
-    write_whole,
 )
 from mlip_jax.data.prepare.readers import Broken, Reader
 from mlip_jax.data.prepare.run import make_all
 from mlip_jax.data.prepare.sets import CocoCaptions, OpenedSet
 from mlip_jax.data.prepare.tables import JsonLines, Table
 from mlip_jax.data.prepare.webdataset import WebDataset
-from mlip_jax.data.shards import BROKEN, INDEX, Index
+from mlip_jax.data.shards import BROKEN, Index
 from mlip_jax.data.sources import FILE_KINDS, NAMED
 from mlip_jax.data.splits import canonical
 from mlip_jax.data.workers import cores
 
-_JOB = "job.json"
 _OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
 _OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
 _DEFAULT_RECORDS = 5000
@@ -91,7 +84,7 @@ def prepare(
     Raises:
       UserError: for options or a source that cannot be used, a folder that holds something else, or
         too many broken records.
-      RunError: when a worker process is killed.
+      RunError: when a worker process is killed, or a file cannot be written.
     """
     del config, workdir
     folder = Path(out).expanduser()
@@ -110,15 +103,13 @@ def prepare(
         raise UserError(f"--split={split}: expected train, validation or test")
     reader = open_reader(source, chosen, canonical(split) if split else "")
     job, inputs = _job(reader, source, chosen, split, smaller, records)
-    with _taken(folder, job):
-        done = _done(folder, job, console)
-        maker = Maker(reader, folder, smaller)
+    with folders.taken(folder, job), _writing(folder):
         made = make_all(
             reader,
-            maker,
+            Maker(reader, folder, smaller),
             records=records,
             workers=processes,
-            done=done,
+            done=folders.done_before(folder, console),
             console=Console(stderr=True, highlight=False, markup=False),
         )
         keys, names = card.classes(
@@ -142,6 +133,17 @@ def prepare(
         shutil.rmtree(folder / DRAFTS)
     _tell(console, folder, index, made)
     return 0
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Gives an error of the disk one line, but for a full disk, of which the front door tells."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"cannot write {error.filename or folder}: {error.strerror}") from error
 
 
 def open_reader(source: str, columns: Mapping[str, str], split: str) -> Reader:
@@ -190,102 +192,9 @@ def _job(
     return job, inputs
 
 
-@contextlib.contextmanager
-def _taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
-    """Holds the folder for this job; there may be nothing else in it.
-
-    Raises:
-      UserError: when there is, or another process prepares a set there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in folder.iterdir()} - {LOCK}
-        lock = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
-        except OSError:
-            raise UserError(f"another process prepares a set in {folder} already") from None
-        # Waits for the workers of one that was killed: what they write is not this one's.
-        fcntl.lockf(lock, fcntl.LOCK_EX, 1, WORKERS_BYTE)
-        fcntl.lockf(lock, fcntl.LOCK_UN, 1, WORKERS_BYTE)
-        noted = folder / DRAFTS / _JOB
-        if noted.is_file() or (folder / INDEX).is_file():
-            _same(folder, job, noted)
-        elif there - {DRAFTS}:
-            raise UserError(f"{folder} is not empty and holds no prepared set: give another --out")
-        (folder / DRAFTS).mkdir(exist_ok=True)
-        write_whole(noted, json.dumps(job))
-        yield
-
-
-def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
-    try:
-        former = json.loads(noted.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        former = dict(shards.read_index(folder).job)
-    words = {"files": "the source's files have changed"}
-    changed = [
-        words.get(key, f"{key}: {former.get(key)} -> {value}")
-        for key, value in job.items()
-        if former.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} holds a set that is prepared otherwise ({'; '.join(changed)}): give another "
-            "--out, or the former options to go on"
-        )
-
-
-def _done(folder: Path, job: Mapping[str, Any], console: Console) -> dict[str, Made]:
-    """The shards that are there, whole; drafts of a killed run are removed."""
-    for draft in (*folder.glob(".*.*"), *(folder / DRAFTS).glob(".*")):
-        if draft.is_file():
-            draft.unlink()
-    done: dict[str, Made] = {}
-    if (folder / INDEX).is_file():
-        index = shards.read_index(folder)
-        damaged = set(_damaged(folder, index.shards, console))
-        for name in sorted(damaged):
-            console.print(f"{folder / name} is damaged: it is made again")
-        broken = card.read_broken(folder)
-        for shard in index.shards:
-            if not damaged & {name for name, *_ in shard.files()}:
-                done[shard.name] = Made(shard, tuple(broken.get(shard.name, ())))
-    for path in sorted((folder / DRAFTS).glob("*.json")):
-        if path.name == _JOB:
-            continue
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            made = Made.from_json(path.read_text(encoding="utf-8"))
-            whole = all(
-                (folder / name).stat().st_size == size for name, size, _ in made.shard.files()
-            )
-            if whole:
-                done[made.shard.name] = made
-    return done
-
-
-def _damaged(folder: Path, parts: Sequence[shards.Shard], console: Console) -> list[str]:
-    """The files that are missing or whose checksum is another one."""
-    files = [each for shard in parts for each in shard.files()]
-    hidden = not console.is_terminal
-    found = []
-    for name, _, expected in track(
-        files, "comparing checksums", console=console, transient=True, disable=hidden
-    ):
-        try:
-            if checksum(folder / name) != expected:
-                found.append(name)
-        except OSError:
-            found.append(name)
-    return found
-
-
 def _check(folder: Path, console: Console) -> int:
     index = shards.read_index(folder)
-    damaged = _damaged(folder, index.shards, console)
+    damaged = folders.damaged_files(folder, index.shards, console)
     for name in damaged:
         console.print(f"{folder / name} is damaged")
     number = sum(len(shard.files()) for shard in index.shards)

@@ -102,8 +102,7 @@ class WebDataset(Reader):
             for ref in self._samples(number, file):
                 self._seen += 1
                 if isinstance(ref, _Sample):
-                    last = max(offset + length for offset, length in ref.members.values())
-                    self._scanned = done + last
+                    self._scanned = done + sum(next(reversed(ref.members.values())))
                 yield split, ref
             done += size
             self._scanned = done
