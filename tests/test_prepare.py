@@ -265,7 +265,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, how):
     out = tmp_path / "out"
     job = start(*common, f"--out={out}", "--workers=2")
     try:
-        while not list(out.glob("train-*.array_record")):
+        while not list((out / ".prepare").glob("train-*.json")):
             assert job.poll() is None
             time.sleep(0.005)
         os.kill(job.pid, how)
@@ -312,3 +312,26 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path, capsys):
     assert run("--check", f"--out={out}") == 0
     shard.unlink()
     assert run("--check", f"--out={out}") == 1
+
+
+def test_a_source_that_has_changed_is_noticed(tmp_path, capsys):
+    pictures(tmp_path, 4)
+    table = tmp_path / "t.csv"
+    table.write_text("file,caption\n0.jpg,a\n1.jpg,b\n")
+    out = prepare(tmp_path, f"csv:{table}")
+    table.write_text("file,caption\n0.jpg,a\n1.jpg,c\n")
+    assert run(f"--source=csv:{table}", f"--out={out}") == 2
+    assert "the source's files have changed" in capsys.readouterr().err
+
+
+def test_shards_of_files_that_have_changed_are_made_again(tmp_path):
+    pictures(tmp_path / "in/a", 4)
+    (tmp_path / "in/a/x.jpg").write_bytes(b"no image")
+    common = (f"--source=folder:{tmp_path / 'in'}", "--shard-records=2")
+    out = tmp_path / "out"
+    assert run(*common, f"--out={out}") == 2  # its shards are kept
+    (tmp_path / "in/a/x.jpg").unlink()
+    (tmp_path / "in/a/3.jpg").rename(tmp_path / "in/a/00.jpg")
+    assert run(*common, f"--out={out}") == 0
+    assert run(*common, f"--out={tmp_path / 'new'}") == 0
+    assert contents(out) == contents(tmp_path / "new")

@@ -76,7 +76,7 @@ class ImageFiles:
         return str(self._folder / self._files[index])
 
 
-class _ImageSource(ABC):
+class ImageSource(ABC):
     """Images, and what `_said` says about each of them."""
 
     attribution = ""
@@ -121,7 +121,7 @@ class _ImageSource(ABC):
         """Captions and label."""
 
 
-class CaptionSource(_ImageSource):
+class CaptionSource(ImageSource):
     """Images with captions of their own, held in memory."""
 
     def __init__(
@@ -141,7 +141,7 @@ class CaptionSource(_ImageSource):
         return tuple(self._captions[index].split("\n")), -1
 
 
-class ClassSource(_ImageSource):
+class ClassSource(ImageSource):
     """Images of one class each, whose name is the caption."""
 
     def __init__(
@@ -181,7 +181,7 @@ class ClassSource(_ImageSource):
         return self._captions[label], label
 
 
-class MultiLabelSource(_ImageSource):
+class MultiLabelSource(ImageSource):
     """Images of any number of classes each; the names of those that are present are captions."""
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,13 @@ def done_before(folder: Path, console: Console) -> dict[str, Made]:
             if whole:
                 done[made.shard.name] = made
     return done
+
+
+def remove_others(folder: Path, done: Iterable[Made], made: Iterable[Made]) -> None:
+    """Removes shards of an earlier run that are none now, because files of the source are gone."""
+    kept = {name for each in made for name, *_ in each.shard.files()}
+    for name in {name for each in done for name, *_ in each.shard.files()} - kept:
+        (folder / name).unlink(missing_ok=True)
 
 
 def damaged_files(folder: Path, parts: Sequence[shards.Shard], console: Console) -> list[str]:

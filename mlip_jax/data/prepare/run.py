@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from mlip_jax.config import RunError
 from mlip_jax.data.prepare.make import Made, Maker, Piece, make_in_worker, start_worker
@@ -142,7 +143,6 @@ class _Bar:
                 TextColumn("preparing"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
                 console=console,
                 transient=True,
             )
@@ -169,7 +169,10 @@ class _Bar:
         rate = new / max(now - self._started, 1e-9)
         of = f" of {max(total, count):,}" if total else ""
         broken = f", {self.broken:,} broken" if self.broken else ""
-        words = f"{count:,}{of} records{broken}, {rate:,.0f} a second"
+        # rich's own estimate begins anew with each new total.
+        left = max(total - count, 0) / rate if total and rate else 0
+        time_left = f", {timedelta(seconds=round(left))} left" if left else ""
+        words = f"{count:,}{of} records{broken}, {rate:,.0f} a second{time_left}"
         if self._bar:
             self._bar.update(self._task, completed=count, total=total, description=words)
         elif now - self._told > _LINE:

@@ -19,7 +19,7 @@ from mlip_jax.data.coco_json import (
     read_json,
     slim,
 )
-from mlip_jax.data.file_sources import find_images
+from mlip_jax.data.file_sources import ImageSource, find_images
 from mlip_jax.data.prepare.readers import Broken, Found, Reader, image_at, split_of_file
 from mlip_jax.data.records import MissingSplit, Source
 from mlip_jax.data.shards import Example
@@ -154,17 +154,20 @@ class OpenedSet(Reader):
             yield f"splits that are left out: {', '.join(self._left_out)}; name one after #"
 
     def refs(self) -> Iterator[tuple[str, Any]]:
-        """Number of the source, index in it, and of several classes those that are there."""
+        """Number of the source, index in it, the classes that are there, and a file's name."""
         for number, (split, source) in enumerate(self._parts):
+            # By the name it is noticed when another file has come to stand here.
+            has_files = isinstance(source, ImageSource)
             targets = source.targets() if self.multi_label else itertools.repeat(None)
             for index, row in zip(range(len(source)), targets, strict=False):
                 shown = () if row is None else tuple(map(int, np.flatnonzero(row == 1)))
                 difficult = () if row is None else tuple(map(int, np.flatnonzero(row == 0)))
-                yield split, (number, index, shown, difficult)
+                name = source.name_of(index) if has_files else ""
+                yield split, (number, index, shown, difficult, name)
 
     def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
         """Reads the records."""
-        for number, index, shown, difficult in refs:
+        for number, index, shown, difficult, _ in refs:
             source = self._parts[number][1]
             try:
                 record = source[index]

@@ -17,11 +17,7 @@ from mlip_jax.config import RunError, UserError, suggestion
 from mlip_jax.data import shards
 from mlip_jax.data.prepare import card, folders
 from mlip_jax.data.prepare import columns as column
-from mlip_jax.data.prepare.make import (
-    DRAFTS,
-    Made,
-    Maker,
-)
+from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum
 from mlip_jax.data.prepare.readers import Broken, Reader
 from mlip_jax.data.prepare.run import make_all
 from mlip_jax.data.prepare.sets import CocoCaptions, OpenedSet
@@ -34,6 +30,7 @@ from mlip_jax.data.workers import cores
 
 _OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
 _OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
+_WITH_IMAGES = (".tar", ".parquet", ".arrow")
 _DEFAULT_RECORDS = 5000
 _SHOWN = 3
 
@@ -104,14 +101,16 @@ def prepare(
     reader = open_reader(source, chosen, canonical(split) if split else "")
     job, inputs = _job(reader, source, chosen, split, smaller, records)
     with folders.taken(folder, job), _writing(folder):
+        done = folders.done_before(folder, console)
         made = make_all(
             reader,
             Maker(reader, folder, smaller),
             records=records,
             workers=processes,
-            done=folders.done_before(folder, console),
+            done=done,
             console=Console(stderr=True, highlight=False, markup=False),
         )
+        folders.remove_others(folder, done.values(), made)
         keys, names = card.classes(
             (key for each in made for key in each.shard.facts["class_keys"]),
             reader.class_names,
@@ -180,7 +179,9 @@ def _job(
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     inputs = {"files": len(sizes), "bytes": sum(sizes.values())}
-    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    # Of texts the content counts; images are too many to be read for this alone.
+    texts = {str(f): checksum(f) for f in reader.files() if f.suffix.lower() not in _WITH_IMAGES}
+    digest = hashlib.sha256(json.dumps([sizes, texts]).encode()).hexdigest()
     job = {
         "source": source,
         "columns": dict(columns),
