@@ -79,7 +79,7 @@ def default() -> ConfigDict:
     config.sharding = ()  # texts: rules PATTERN=AXES before the usual ones: see parallel.py
 
     config.data = data = ConfigDict()
-    data.train = "emoji"  # a named set, or KIND:PATH such as jsonl:pairs.jsonl
+    data.train = "emoji"  # a named set, KIND:PATH, or mix:SET*WEIGHT+SET*WEIGHT (docs/data.md)
     data.validation = "auto"  # the same grammar; "auto": the training set's own split; "": none
     data.cache_dir = ""  # "": $MLIP_JAX_CACHE, else ~/.cache/mlip_jax
     data.workers = -1  # processes that decode and augment; -1: by the number of cores
