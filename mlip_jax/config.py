@@ -27,7 +27,9 @@ PERSPECTIVES = {
 IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
 LOSSES = ("softmax", "sigmoid", "jsd")
 OPTIMIZERS = ("adamw", "muon", "sgd")
-CLEANINGS = ("none", "clip_lite")
+CLEANINGS = ("none", "clip_lite", "whitespace", "canonicalize", "siglip")
+NORMALIZATIONS = ("clip", "imagenet", "siglip")
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 GUIDANCES = ("none", "spatial", "frequency", "both")
 PROBES = ("lbfgs", "ridge", "sgd")
@@ -108,14 +110,18 @@ def default() -> ConfigDict:
     config.model = model = ConfigDict()
     model.embed_dim = 256
     model.token_dim = 256
-    model.head = "linear"  # of the global views; "projection_block": CLIP-Lite's
+    # A folder of weights that the encoders start from: an exported model's, open_clip's, or
+    # Hugging Face's of CLIP or SigLIP. `interop.pretrained.adopt` sets the sizes to go with it.
+    model.pretrained = ""
+    # Of the global views; "linear_bias": with a bias; "projection_block": CLIP-Lite's
+    model.head = "linear"
     model.critic = "dot"  # "concat": an MLP on both features; scores pairs, cannot retrieve
     model.prior_weight = 0.0  # CLIP-Lite's prior matching; the losses keep 1 - this
     model.image = ConfigDict(
         {
             "architecture": "vit",  # or "resnet"
             "pretrained": "",  # resnet: a safetensors file in torchvision's layout
-            "normalization": "clip",  # whose pixel mean and deviation; or "imagenet"
+            "normalization": "clip",  # whose pixel mean and deviation; "imagenet", "siglip"
             "image_size": 48,
             "patch_size": 8,  # vit
             "width": 192,  # resnet: channels of the first stage, 64 in the literature
@@ -125,7 +131,10 @@ def default() -> ConfigDict:
             # vit: "patch", one linear map, or "conv", stacked 3x3 convolutions; resnet: "imagenet",
             # which reduces by 4 before the stages, or "small", which keeps the resolution.
             "stem": "patch",
-            "activation": "gelu",  # or "quick_gelu"
+            "activation": "gelu",  # or "quick_gelu", OpenAI's; "gelu_tanh", SigLIP's
+            "pre_norm": False,  # vit: a norm before the Spatial Stage, as CLIP's have
+            "pooling": "class",  # vit: the class token, or "attention", SigLIP's
+            "norm_epsilon": 1e-5,  # vit
             "dropout": 0.0,
             "drop_path": 0.0,
             "patch_dropout": 0.0,  # vit: share of the patches left out in training
@@ -150,20 +159,24 @@ def default() -> ConfigDict:
             "architecture": "clip",  # pre-LN; or "bert": post-LN, both directions
             "pretrained": "",  # bert: a Hugging Face folder of config.json and safetensors
             # "clip"; "clip_8k": its 8,192 most frequent tokens; "wordpiece": trained on the
-            # captions; "wordpiece:PATH": of a vocab.txt or a folder that holds one
+            # captions; "wordpiece:PATH": of a vocab.txt or a folder that holds one;
+            # "folder:PATH": the one that a model's folder holds
             "tokenizer": "clip",
             "vocab_size": 8192,  # the most that a trained vocabulary may have
-            "cleaning": "none",  # "clip_lite": lower case, no punctuation, 30 words
+            # "clip_lite": lower case, no punctuation, 30 words; others: `data.text.Tokenizer`
+            "cleaning": "none",
             "context_length": 77,
             "width": 192,
             "depth": 3,
             "heads": 6,
             "mlp_ratio": 4.0,
             "causal": True,  # clip
-            # "last": the end-of-text token; "mean": over all words; bert also "first" and "tanh",
-            # its pooler on the first token
+            "attend_padding": False,  # clip: padding is attended to like words
+            # "last": the end-of-text token; "mean": over all words; "first"; clip also "highest",
+            # the highest id, and "final", the last place; bert also "tanh", its pooler on the first
             "pooling": "last",
             "activation": "gelu",
+            "norm_epsilon": 1e-5,  # clip
             "dropout": 0.0,
             "drop_path": 0.0,
             "remat": False,

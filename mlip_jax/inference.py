@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from PIL import Image
 from mlip_jax import config as schema
 from mlip_jax import parallel
 from mlip_jax.config import UserError
+from mlip_jax.data.cache import cache_folder
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
+from mlip_jax.interop import folders, positions
 from mlip_jax.models import two_tower
 from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize
 from mlip_jax.models.vit import ImageViews
-from mlip_jax.storage.checkpoint import restore_fields, served
+from mlip_jax.progress import track
 from mlip_jax.validation import validate
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -33,6 +37,9 @@ ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 class Model:
     """Images and texts to L2-normalised float32 embeddings in one space.
+
+    Any number of threads may call the methods of one model. Inputs of any number go through in
+    batches of `config.evaluation.batch_size`.
 
     Attributes:
       config: the config it was trained by; it holds every key.
@@ -155,17 +162,57 @@ class Model:
         log_scale = self._variables["params"].get(f"log_scale_{self._view}", 0.0)
         return float(np.exp(jax.device_get(log_scale)))
 
-    def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "images width"]:
+    @property
+    def logit_bias(self) -> float:
+        """What is added to scaled cosines, where the sigmoid loss has learned it; else 0."""
+        bias = self._variables["params"].get(f"bias_{self._view}", 0.0)
+        return float(jax.device_get(bias))
+
+    def encode_image(
+        self, images: Sequence[ImageLike], *, progress: bool = False
+    ) -> Float[np.ndarray, "images width"]:
         """Embeds images: paths, encoded bytes, Pillow images or uint8 arrays.
+
+        A batch is decoded, by several threads, while the one before it is embedded; no more than
+        two are in memory.
+
+        Args:
+          images: of any size and number.
+          progress: whether to draw a bar, where standard error is a terminal.
 
         Raises:
           OSError: for a file that cannot be read or holds no image.
+          UserError: for a model that scores pairs, or whose folder does not say how images are
+            prepared.
         """
-        return self.encode_image_pixels(self._pixels(_listed(images)))
+        images = _listed(images)
+        self._check_joint_space()
+        size = self._size(len(images))
+        if not images:
+            return self.encode_image_pixels(self._pixels([]))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return self._over(self._embed_pixels, self._decoded(images, size, pool, progress), size)
 
-    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
-        """Embeds texts."""
-        return self.encode_token_ids(self.tokenize(_listed(texts)))
+    def encode_text(
+        self, texts: Sequence[str], *, progress: bool = False
+    ) -> Float[np.ndarray, "texts width"]:
+        """Embeds texts.
+
+        Args:
+          texts: of any length and number; what is longer than the model's context is cut off.
+          progress: whether to draw a bar, where standard error is a terminal.
+
+        Raises:
+          UserError: for a model that scores pairs, or whose folder holds no tokenizer.
+        """
+        texts = _listed(texts)
+        size = self._size(len(texts))
+        if not progress or not texts:
+            return self.encode_token_ids(self.tokenize(texts))
+        self._check_joint_space()
+        starts = track(range(0, len(texts), size), "embedding texts")
+        batches = ((self.tokenize(texts[start : start + size]),) for start in starts)
+        return self._over(self._embed_texts, batches, size)
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "texts context"]:
         """Token ids as the model takes them."""
@@ -273,13 +320,35 @@ class Model:
         pixels = [self.preprocess(image) for image in images]
         return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
 
+    def _decoded(
+        self, images: list[ImageLike], size: int, pool: ThreadPoolExecutor, progress: bool
+    ) -> Iterator[tuple[np.ndarray]]:
+        """Batches of pixels, each decoded when it is asked for."""
+        done = iter(track(range(len(images)), "embedding images", shown=progress))
+        for start in range(0, len(images), size):
+            pixels = []
+            for image in pool.map(self.preprocess, images[start : start + size]):
+                pixels.append(image)
+                next(done)
+            yield (np.stack(pixels),)
+        next(done, None)  # takes the bar away
+
     def _embedded(self, embed: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
+        self._check_joint_space()
+        return self._batched(embed, rows)
+
+    def _check_joint_space(self) -> None:
         if self.pairwise:
             raise UserError(
                 "this model scores pairs and has no joint space (config.model.critic='concat'): "
                 "use score_pairs(images, texts)"
             )
-        return self._batched(embed, rows)
+
+    def _size(self, total: int) -> int:
+        """Rows of a batch; a few rows cost no whole one."""
+        if self._mesh:
+            return self._batch_size
+        return min(self._batch_size, 1 << max(total - 1, 0).bit_length())
 
     def _batched(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
         """Calls `function` on batches of few sizes, as each is compiled; the last is filled up."""
@@ -287,20 +356,26 @@ class Model:
         if not total:
             result = jax.eval_shape(function, self._variables, *map(jnp.asarray, arrays))
             return np.zeros(result.shape, result.dtype)
-        size = self._batch_size
-        if not self._mesh:  # a single text costs no whole batch
-            size = min(size, 1 << max(total - 1, 0).bit_length())
+        size = self._size(total)
+        starts = range(0, total, size)
+        batches = (tuple(rows[start : start + size] for rows in arrays) for start in starts)
+        return self._over(function, batches, size)
+
+    def _over(
+        self,
+        function: Callable[..., jax.Array],
+        batches: Iterable[tuple[np.ndarray, ...]],
+        size: int,
+    ) -> np.ndarray:
+        """Calls `function` on each batch, filled up to `size` rows; its rows, one after another."""
         results = []
-        for start in range(0, total, size):
-            parts = {
-                str(index): _filled(rows[start : start + size], size)
-                for index, rows in enumerate(arrays)
-            }
+        for batch in batches:
+            parts = {str(index): _filled(rows, size) for index, rows in enumerate(batch)}
             placed = (
                 parallel.global_batch(parts, self._mesh) if self._mesh else jax.device_put(parts)
             )
             result = function(self._variables, *(placed[index] for index in parts))
-            results.append((result, min(size, total - start)))
+            results.append((result, len(batch[0])))
             if len(results) > 1:
                 # One batch ahead of the device, not all of them.
                 results[-2] = (jax.device_get(results[-2][0]), results[-2][1])
@@ -346,38 +421,71 @@ def load(
     step: int | None = None,
     config: ConfigDict | None = None,
     overrides: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Model:
-    """Loads a trained model.
+    """Loads a trained model. Any number of threads may do so at once.
+
+    Compiled code is kept on the disk, beside the data cache, unless JAX has been told of another
+    place (JAX_COMPILATION_CACHE_DIR).
 
     Args:
-      path: a workdir; its newest good checkpoint is taken.
-      step: another checkpoint of it.
-      config: a config in place of the workdir's, such as one with another merging rate.
+      path: a workdir, whose newest good checkpoint is taken; an exported model; or a folder of
+        open_clip's (open_clip_config.json and safetensors) or of Hugging Face's CLIP or SigLIP
+        (config.json and safetensors). Pickles are never read.
+      step: another checkpoint of a workdir.
+      config: a config in place of the folder's, such as one with another merging rate.
       overrides: values by dotted key on top of the config, such as
         {"model.image.merging.rate": 0.5}.
+      image_size: pixels along a side of the images, in place of the model's own: position
+        embeddings are resampled.
+      tokenizer: in place of the folder's.
+      preprocessing: in place of the folder's.
 
     Returns:
-      The model, on one device. Averaged parameters are taken where training kept them.
+      The model, on one device. Averaged parameters are taken where training kept them. What the
+      folder does not say, such as how images are prepared, is not guessed: methods that need it
+      raise UserError.
 
     Raises:
-      UserError: if the path holds no run, or a checkpoint of another model.
+      UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
+    _keep_compiled()
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{path} is not a folder: give the workdir of a run")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json: it is not the workdir of a run")
-    fields, extras = restore_fields(folder, ("step", "params", "batch_stats", "ema", "slow"), step)
-    variables, tokenizer = served(fields), Tokenizer.from_json(extras["tokenizer"])
-    asked = schema.from_json(extras["config"] if config is None else schema.to_json(config))
-    for key, value in (overrides or {}).items():
+    kind = folders.kind(folder)
+    found = folders.read(folder, step)
+    asked = schema.from_json(schema.to_json(found.config if config is None else config))
+    overrides = dict(overrides or {})
+    if image_size is not None:
+        overrides["model.image.image_size"] = image_size
+    for key, value in overrides.items():
         schema.set_key(asked, key, value)
+    variables = dict(found.variables)
+    tokenizer = tokenizer or found.tokenizer
     if config is not None or overrides:
         validate(asked)
+        if asked.model.image.architecture == "vit":
+            variables["params"] = positions.fit(variables["params"], two_tower.grid(asked))
+    if config is not None or overrides or kind != "workdir":
         _check_parameters(asked, variables["params"], tokenizer, folder)
-    model = Model(asked, variables, tokenizer, Preprocessing.from_dict(extras["preprocessing"]))
-    model.step = int(fields["step"])
+    prepared = _sized(preprocessing or found.preprocessing, asked.model.image.image_size)
+    model = Model(asked, variables, tokenizer, prepared)
+    model.step = found.step
     return model
+
+
+def _keep_compiled() -> None:
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("") / "compiled"))
+
+
+def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
+    """The same for images of another size."""
+    if preprocessing.image_size == image_size:
+        return preprocessing
+    short = round(preprocessing.short_side * image_size / preprocessing.image_size)
+    return dataclasses.replace(preprocessing, image_size=image_size, short_side=short)
 
 
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mlip_jax.config import (
+    ACTIVATIONS,
     CLEANINGS,
     GUIDANCES,
     IMAGE_VIEWS,
     LOSSES,
+    NORMALIZATIONS,
     OPTIMIZERS,
     PROBES,
     RESNET_DEPTHS,
@@ -31,7 +33,6 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "at least 2 (a contrastive loss compares pairs)": lambda value: value >= 2,
     "at least 3 (a text has a start, a word and an end)": lambda value: value >= 3,
     "above 0 and at most 1": lambda value: 0 < value <= 1,
-    "at least 64 (letters alone need as many)": lambda value: value >= 64,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 2]": lambda value: 0 <= value <= 2,
@@ -43,10 +44,9 @@ _RULES = (
     (r"samples|log_every|token_chunk|evaluation\.batch_size|checkpoint\.keep_last", "at least 1"),
     (r"accumulation|evaluation\.probe\.draws", "at least 1"),
     (r"evaluation\.box_threshold", "in [0, 1)"),
-    (r"model\.text\.vocab_size", "at least 64 (letters alone need as many)"),
     (r"model\..*(width|heads|_size|_dim)|model\.image\.depth", "at least 1"),
     (r"optimizer\.max_scale|.*\.init_scale", "at least 1"),
-    (r"optimizer\.(learning_rate|eps)|model\..*\.mlp_ratio", "above 0"),
+    (r"optimizer\.(learning_rate|eps)|model\..*\.(mlp_ratio|norm_epsilon)", "above 0"),
     (r"optimizer\.lookahead\.alpha", "above 0 and at most 1"),
     (r"optimizer\.(b1|b2|ema|momentum)|model\..*(dropout|drop_path|prior_weight)", "in [0, 1)"),
     (r"data\.caption\..*|data\.augment\.(flip|trim|grayscale|blur|morphology)", "in [0, 1]"),
@@ -78,7 +78,7 @@ def validate(config: ConfigDict) -> None:
             "above 0 and at most 1"
         )
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
-    choose("model.head", config.model.head, ("linear", "projection_block"))
+    choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
     choose("ring", config.ring, ("auto", "always", "never"))
     choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)
     if not config.evaluation.probe.shots or min(config.evaluation.probe.shots) < 1:
@@ -97,15 +97,17 @@ def validate(config: ConfigDict) -> None:
 def _check_image(config: ConfigDict) -> None:
     image = config.model.image
     choose("model.image.architecture", image.architecture, ("vit", "resnet"))
-    choose("model.image.normalization", image.normalization, ("clip", "imagenet"))
+    choose("model.image.normalization", image.normalization, NORMALIZATIONS)
     choose("model.image.frequency.transform", image.frequency.transform, ("auto", "fft", "matmul"))
     choose("model.image.merging.guidance", image.merging.guidance, GUIDANCES)
-    choose("model.image.activation", image.activation, ("gelu", "quick_gelu"))
+    choose("model.image.activation", image.activation, ACTIVATIONS)
     if image.architecture == "resnet":
         _check_resnet(config)
         return
     choose("model.image.stem", image.stem, ("patch", "conv"))
+    choose("model.image.pooling", image.pooling, ("class", "attention"))
     _check_heads(config, "image")
+    _check_guidance(config)
     if image.pretrained:
         raise UserError("config.model.image.pretrained is for ResNets; leave it '' for a ViT")
     if image.image_size % image.patch_size:
@@ -123,12 +125,24 @@ def _check_image(config: ConfigDict) -> None:
             f"config.model.image.frequency.depth={image.frequency.depth} must be from 0 to "
             f"{image.depth - 1}: the Spatial Stage needs at least one of the {image.depth} blocks"
         )
-    if image.frequency.depth == 0 and image.merging.rate > 0:
-        if image.merging.guidance in ("frequency", "both"):
-            raise UserError(
-                f"config.model.image.merging.guidance={image.merging.guidance!r} needs a Frequency "
-                "Stage (config.model.image.frequency.depth > 0); use 'spatial' or 'none'"
-            )
+
+
+def _check_guidance(config: ConfigDict) -> None:
+    """Finds a guidance of the merging that the encoder cannot give."""
+    image = config.model.image
+    if image.merging.rate <= 0:
+        return
+    guidance = image.merging.guidance
+    if image.frequency.depth == 0 and guidance in ("frequency", "both"):
+        raise UserError(
+            f"config.model.image.merging.guidance={guidance!r} needs a Frequency "
+            "Stage (config.model.image.frequency.depth > 0); use 'spatial' or 'none'"
+        )
+    if image.pooling != "class" and guidance in ("spatial", "both"):
+        raise UserError(
+            f"config.model.image.merging.guidance={guidance!r} needs a class token, which "
+            f"config.model.image.pooling={image.pooling!r} goes without; use 'frequency' or 'none'"
+        )
 
 
 def _check_resnet(config: ConfigDict) -> None:
@@ -143,6 +157,7 @@ def _check_resnet(config: ConfigDict) -> None:
         ("dropout", "it has none"),
         ("drop_path", "it has none"),
         ("patch_dropout", "it has no patches"),
+        ("pre_norm", "it has none"),
     ):
         value = flatten(image.to_dict())[key]
         if value:
@@ -155,11 +170,16 @@ def _check_resnet(config: ConfigDict) -> None:
 def _check_text(config: ConfigDict) -> None:
     text = config.model.text
     choose("model.text.architecture", text.architecture, ("clip", "bert"))
-    choose("model.text.activation", text.activation, ("gelu", "quick_gelu"))
+    choose("model.text.activation", text.activation, ACTIVATIONS)
     choose("model.text.cleaning", text.cleaning, CLEANINGS)
-    if not text.tokenizer.startswith("wordpiece:"):
-        tokenizers = ("clip", "clip_8k", "wordpiece", "wordpiece:PATH")
+    if not text.tokenizer.startswith(("wordpiece:", "folder:")):
+        tokenizers = ("clip", "clip_8k", "wordpiece", "wordpiece:PATH", "folder:PATH")
         choose("model.text.tokenizer", text.tokenizer, tokenizers)
+    if not text.tokenizer.startswith("folder:") and text.vocab_size < 64:
+        raise UserError(
+            f"config.model.text.vocab_size={text.vocab_size} must be at least 64 (letters alone "
+            "need as many)"
+        )
     _check_heads(config, "text")
     if text.architecture == "bert":
         choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "last"))
@@ -168,7 +188,7 @@ def _check_text(config: ConfigDict) -> None:
                 f"config.model.text.drop_path={text.drop_path} does not go with 'bert': set it to 0"
             )
         return
-    choose("model.text.pooling", text.pooling, ("last", "mean"))
+    choose("model.text.pooling", text.pooling, ("last", "mean", "first", "highest", "final"))
     if text.pretrained:
         raise UserError(
             "config.model.text.pretrained is for config.model.text.architecture='bert'; leave it "

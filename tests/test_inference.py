@@ -21,6 +21,7 @@ from mlip_jax.data.text import load_tokenizer
 from mlip_jax.evaluations.workdir import changes, results_name
 from mlip_jax.models import resnet, two_tower
 from mlip_jax.models.grad_cam import grad_cam
+from mlip_jax.storage.checkpoint import restore_fields
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_what_is_no_image_is_an_error(model, tmp_path):
 
 
 def test_averaged_parameters_are_served(trained, model, paths):
-    fields, _ = inference.restore_fields(trained, ("params", "ema"))
+    fields, _ = restore_fields(trained, ("params", "ema"))
     raw = model.with_variables({"params": fields["params"]}).encode_image(paths)
     averaged = model.with_variables({"params": fields["ema"]}).encode_image(paths)
     np.testing.assert_array_equal(averaged, model.encode_image(paths))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,6 +15,7 @@ from mlip_jax.config import CLEANINGS, choose
 
 _MAX_WORDS = 30
 _DELETED_OR_SPACED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -35,6 +38,33 @@ def clean_caption(text: str) -> str:
         letters = unicodedata.normalize("NFKD", text)
         text = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return text
+
+
+def clean(text: str, cleaning: str) -> str:
+    """A text as `cleaning` gives it to the tokenizer.
+
+    Args:
+      text: a caption, prompt or query.
+      cleaning: "none"; "clip_lite" (`clean_caption`); those of open_clip's tokenizers, "whitespace"
+        (HTML escapes undone, single spaces) and "canonicalize" (also lower case and without
+        punctuation, underscores as spaces); "siglip", Hugging Face's of SigLIP: lower case, without
+        punctuation, single spaces.
+    """
+    if cleaning == "none":
+        return text
+    if cleaning == "clip_lite":
+        return clean_caption(text)
+    if cleaning == "siglip":
+        return _single_spaces(text.lower().translate(_PUNCTUATION))
+    text = _single_spaces(unescape(text))
+    if cleaning == "canonicalize":
+        text = _single_spaces(text.replace("_", " ").translate(_PUNCTUATION).lower())
+    return text
+
+
+def unescape(text: str) -> str:
+    """Undoes HTML escapes, twice, as CLIP does: web captions are often escaped twice."""
+    return html.unescape(html.unescape(text)) if "&" in text else text
 
 
 def check_cleaning(cleaning: str) -> None:

@@ -18,7 +18,19 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_NORMALIZATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
+_HALF = (0.5, 0.5, 0.5)
+NORMALIZATIONS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "siglip": (_HALF, _HALF),
+}
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+RESIZES = ("shortest", "longest", "squash")
 
 # A file of a few kilobytes can unfold to gigabytes: Pillow's warning about it becomes the error by
 # which such a file counts as unreadable.
@@ -107,12 +119,26 @@ class Preprocessing:
 
     The short side is resized to `image_size` (bicubic), the centre is cut out, pixels / 255 are
     normalised by `mean` and `std`: CLIP's preprocessing, equal to open_clip's with the defaults.
+
+    Attributes:
+      image_size: of the square.
+      mean: of each channel.
+      std: of each channel.
+      transparency: "drop" takes the colours as they are stored, "white" lays the image on white
+        (see `flatten`); "drop_first" drops before the image is resized, as Hugging Face does.
+      interpolation: one of `INTERPOLATIONS`.
+      resize: "shortest", the short side is brought to size and the rest cut off; "longest", the
+        long side, and the rest is black; "squash", both.
+      short_side: what "shortest" brings the short side to; 0: `image_size`.
     """
 
     image_size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    transparency: str = "drop"  # or "white": see `flatten`
+    transparency: str = "drop"
+    interpolation: str = "bicubic"
+    resize: str = "shortest"
+    short_side: int = 0
 
     @classmethod
     def of(cls, config: ConfigDict) -> Preprocessing:
@@ -122,7 +148,7 @@ class Preprocessing:
         more often than not, and would be black on black.
         """
         image = config.model.image
-        mean, std = _NORMALIZATIONS[image.normalization]
+        mean, std = NORMALIZATIONS[image.normalization]
         return cls(image.image_size, mean, std, transparency="white")
 
     def __call__(self, image: bytes | str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -138,20 +164,30 @@ class Preprocessing:
           ValueError: for an array of another type or shape.
         """
         pixels = _open(image)
-        if self.transparency == "white":
-            pixels = flatten(pixels, "white")
+        if self.transparency != "drop":
+            pixels = flatten(pixels, "white" if self.transparency == "white" else "drop")
         size = self.image_size
         width, height = pixels.size
-        if max(width, height) > _MAX_ASPECT * min(width, height):
+        if self.resize == "shortest" and max(width, height) > _MAX_ASPECT * min(width, height):
             reach = _MAX_ASPECT * min(width, height)
             pixels = _cut_centre(pixels, min(width, reach), min(height, reach))
-            width, height = pixels.size
-        # Rounded as by torchvision, pixel for pixel.
-        wide = size if width <= height else size * width // height
-        high = size if height <= width else size * height // width
-        if (wide, high) != (width, height):
-            pixels = pixels.resize((wide, high), Image.Resampling.BICUBIC)
+        resized = self._resized_to(*pixels.size)
+        if resized != pixels.size:
+            pixels = pixels.resize(resized, INTERPOLATIONS[self.interpolation])
         return np.asarray(flatten(_cut_centre(pixels, size, size), "drop"))
+
+    def _resized_to(self, width: int, height: int) -> tuple[int, int]:
+        """Rounded as by torchvision and, for "longest", open_clip, pixel for pixel."""
+        size = self.image_size
+        if self.resize == "squash":
+            return size, size
+        if self.resize == "longest":
+            ratio = max(width, height) / size
+            return max(round(width / ratio), 1), max(round(height / ratio), 1)
+        short = self.short_side or size
+        wide = short if width <= height else short * width // height
+        high = short if height <= width else short * height // width
+        return wide, high
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """uint8 [..., height, width, 3] -> float32 of the same shape, as the model takes it."""
@@ -171,8 +207,13 @@ class Preprocessing:
 def _cut_centre(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    left, top = _margin(image.width - width), _margin(image.height - height)
+    return image.crop((left, top, left + width, top + height))  # black where the image ends
+
+
+def _margin(excess: int) -> int:
+    """What to cut off on one side, or, below 0, to add; rounded as by open_clip."""
+    return round(excess / 2) if excess >= 0 else -(-excess // 2)
 
 
 def _open(image: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:

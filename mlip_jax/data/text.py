@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import gzip
-import html
 import importlib.resources
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data import wordpiece
-from mlip_jax.data.captions import check_cleaning, clean_caption
+from mlip_jax.data import hugging_face, wordpiece
+from mlip_jax.data.captions import check_cleaning, clean, clean_caption, unescape
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
 # fork and warn about it.
@@ -28,9 +28,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CLIP_SIZES = {"clip": 49_408, "clip_8k": 8_192}
 TOKENIZERS = (*_CLIP_SIZES, "wordpiece")
 
+OWN_FILE = "mlip_tokenizer.json"  # of a folder that this package writes
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class Affixes(NamedTuple):
+    """What a tokenizer puts around the words of a text, where that is not CLIP's or BERT's."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]  # at least one
+    pad: int
+    vocab_size: int  # of the model: its table may have rows that no word has
 
 
 class Tokenizer:
@@ -38,7 +48,8 @@ class Tokenizer:
 
     Ids are those of CLIP's tokenizer (Radford et al. 2021) as open_clip gives them, or of BERT's
     (Devlin et al. 2019) as Hugging Face gives them, but that a special token written in a text,
-    such as "<|endoftext|>" or "[SEP]", is spelled like any other word.
+    such as "<|endoftext|>" or "[SEP]", is spelled like any other word. With `Affixes` they are
+    those of another library's tokenizer, as it gives them.
 
     Attributes:
       vocab_size: how many ids there are.
@@ -48,8 +59,15 @@ class Tokenizer:
       cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
     """
 
-    def __init__(self, encoder: _Encoder, cleaning: str = "none") -> None:
+    def __init__(
+        self, encoder: _Encoder, cleaning: str = "none", affixes: Affixes | None = None
+    ) -> None:
         """Takes a `tokenizers.Tokenizer` whose vocabulary has CLIP's or BERT's special tokens.
+
+        Args:
+          encoder: from texts to ids.
+          cleaning: of texts, see `captions.clean`.
+          affixes: of an encoder with other special tokens.
 
         Raises:
           UserError: for an unknown cleaning.
@@ -57,15 +75,24 @@ class Tokenizer:
         check_cleaning(cleaning)
         self._encoder = encoder
         self.cleaning = cleaning
+        self._affixes = affixes
+        if affixes:
+            self._start, self._end, self.pad, self.vocab_size = affixes
+            self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
+            self.eot = affixes.end[0]
+            self._unescapes = False
+            return
         self.vocab_size: int = encoder.get_vocab_size()
-        self._is_clip = encoder.token_to_id(_SOT) is not None
-        start, end = (_SOT, _EOT) if self._is_clip else (wordpiece.START, wordpiece.END)
+        is_clip = encoder.token_to_id(_SOT) is not None
+        self._unescapes = is_clip
+        start, end = (_SOT, _EOT) if is_clip else (wordpiece.START, wordpiece.END)
         sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
         if sot is None or eot is None:
             raise ValueError(f"a tokenizer without {start} and {end}")
         self.sot: int = sot
         self.eot: int = eot
-        self.pad: int = 0 if self._is_clip else encoder.token_to_id(wordpiece.PAD) or 0
+        self._start, self._end = (sot,), (eot,)
+        self.pad: int = 0 if is_clip else encoder.token_to_id(wordpiece.PAD) or 0
 
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
         """Token ids, int32 [texts, context_length]: start, words, end, padding.
@@ -76,14 +103,14 @@ class Tokenizer:
         prepared = [self._prepared(text) for text in texts]
         encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
         for row, encoding in zip(ids, encodings, strict=True):
-            words = encoding.ids[: context_length - 2]
-            row[: len(words) + 2] = (self.sot, *words, self.eot)
+            words = encoding.ids[: context_length - len(self._start) - len(self._end)]
+            whole = (*self._start, *words, *self._end)
+            row[: len(whole)] = whole
         return ids
 
     def _prepared(self, text: str) -> str:
-        if self.cleaning == "clip_lite":
-            text = clean_caption(text)
-        return _unescape(text) if self._is_clip else text
+        text = clean(text, self.cleaning)
+        return unescape(text) if self._unescapes else text
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end of text; lower case, single spaces."""
@@ -97,9 +124,10 @@ class Tokenizer:
     def to_json(self) -> str:
         """All of the tokenizer as text: the `tokenizers` library's JSON, wrapped if it cleans."""
         encoder = self._encoder.to_str()
-        if self.cleaning == "none":
+        if self.cleaning == "none" and not self._affixes:
             return encoder
-        return json.dumps({"cleaning": self.cleaning, "encoder": encoder})
+        values = {"cleaning": self.cleaning, "encoder": encoder}
+        return json.dumps(values | ({"affixes": self._affixes} if self._affixes else {}))
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -107,7 +135,11 @@ class Tokenizer:
         values = json.loads(text)
         if "encoder" not in values:
             return cls(_Encoder.from_str(text))
-        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"])
+        affixes = values.get("affixes")
+        if affixes:
+            start, end, pad, vocab_size = affixes
+            affixes = Affixes(tuple(start), tuple(end), pad, vocab_size)
+        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"], affixes)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer.from_json, (self.to_json(),)
@@ -123,11 +155,12 @@ def load_tokenizer(
     """The tokenizer that `config.model.text.tokenizer` names.
 
     Args:
-      name: "clip"; "clip_8k"; "wordpiece", trained on `captions`; or "wordpiece:PATH" of a
-        vocab.txt or a folder that holds one.
+      name: "clip"; "clip_8k"; "wordpiece", trained on `captions`; "wordpiece:PATH" of a
+        vocab.txt or a folder that holds one; or "folder:PATH" of a model's folder.
       cleaning: `config.model.text.cleaning`; the tokenizer cleans whatever it encodes, and what it
         is trained on.
-      vocab_size: the most entries of a trained vocabulary.
+      vocab_size: the most entries of a trained vocabulary; of a "folder:PATH" the rows of the
+        model's table.
       captions: gives the texts to train on, such as the method `captions` of the training set; it
         is called twice.
 
@@ -141,10 +174,12 @@ def load_tokenizer(
     kind, _, path = name.partition(":")
     if kind == "wordpiece" and path:
         return Tokenizer(wordpiece.read(Path(path).expanduser()), cleaning)
+    if kind == "folder" and path:
+        return folder_tokenizer(Path(path).expanduser(), cleaning, vocab_size)
     if name != "wordpiece":
         raise UserError(
-            f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}, wordpiece:PATH"
-            f"{suggestion(kind, TOKENIZERS)}"
+            f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}, wordpiece:PATH, "
+            f"folder:PATH{suggestion(kind, TOKENIZERS)}"
         )
     if captions is None:
         raise UserError(
@@ -153,6 +188,36 @@ def load_tokenizer(
         )
     clean = clean_caption if cleaning == "clip_lite" else str
     return Tokenizer(wordpiece.train(lambda: map(clean, captions()), vocab_size), cleaning)
+
+
+def folder_tokenizer(
+    folder: Path, cleaning: str | None = None, vocab_size: int | None = None
+) -> Tokenizer:
+    """The tokenizer that a model's folder holds: this package's, or Hugging Face's files.
+
+    Args:
+      folder: with this package's `OWN_FILE`, Hugging Face's tokenizer.json, or CLIP's vocab.json and
+        merges.txt.
+      cleaning: of texts; None: as the folder's files say.
+      vocab_size: rows of the model's table; None: as many as there are tokens.
+
+    Raises:
+      UserError: for a folder without a tokenizer, or with one that is damaged or too large.
+    """
+    own = folder / OWN_FILE
+    if not own.is_file():
+        encoder, cleaning, start, end, pad = hugging_face.read(folder, cleaning)
+        size = encoder.get_vocab_size()
+        if vocab_size is not None and vocab_size < size:
+            raise UserError(
+                f"{folder}: its tokenizer has {size} tokens, its model only {vocab_size}: get "
+                "both from one place"
+            )
+        return Tokenizer(encoder, cleaning, Affixes(start, end, pad, vocab_size or size))
+    try:
+        return Tokenizer.from_json(own.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"{own}: damaged: {error}; export the model again") from None
 
 
 @functools.cache
@@ -189,8 +254,3 @@ def _byte_letters() -> list[str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = range(256 - len(printable))
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in others]
-
-
-def _unescape(text: str) -> str:
-    # Twice, as CLIP does: web captions are often escaped twice.
-    return html.unescape(html.unescape(text)) if "&" in text else text

@@ -12,6 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from mlip_jax.config import UserError
 
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_NO_PICKLES = (
+    "pickles can run code and are never read: where torch is, convert it by "
+    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -46,6 +51,10 @@ def read(path: str | Path, skip: Callable[[str], bool]) -> dict[str, np.ndarray]
                         )
                     tensors[name] = opened.get_tensor(name).astype(np.float32)
         except (OSError, SafetensorError) as error:
+            if _is_pickle(file):
+                raise UserError(
+                    f"{file}: is a pickle by content, not safetensors; {_NO_PICKLES}"
+                ) from None
             raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
     return tensors
 
@@ -59,14 +68,30 @@ def _files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if not index.is_file():
-        raise UserError(
-            f"{path}: the folder has no model.safetensors; pickled weights are not read"
-        )
+        raise UserError(f"{path}: {_lacking(path)}")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [path / name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged: {error!r}; get it again") from None
+
+
+def _lacking(path: Path) -> str:
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if not pickles:
+        return "the folder has no model.safetensors; pickled weights are not read"
+    return f"the folder has no model.safetensors, only {pickles[0]}, a pickle; {_NO_PICKLES}"
+
+
+def _is_pickle(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(10)
+    except OSError:
+        return False
+    # torch.save's zip, or a bare pickle of protocol 2 to 5: of safetensors, byte 8 opens a JSON.
+    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return start[:4] == b"PK\x03\x04" or (bare and start[8:9] != b"{")
 
 
 def build(
@@ -106,7 +131,7 @@ def build(
                 f"wants {shape}: {hint(name, tensors[name].shape, shape)}"
             )
     return {
-        key: np.ascontiguousarray(recipe.build(*(tensors[name] for name in recipe.names)))
+        key: np.asarray(recipe.build(*(tensors[name] for name in recipe.names)), order="C")
         for key, recipe in recipes.items()
     }
 

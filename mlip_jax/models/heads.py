@@ -20,10 +20,11 @@ def normalize(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
 
 
 class LinearHead(nn.Module):
-    """Linear projection without bias, then L2 norm."""
+    """Linear projection, without bias unless it is asked for, then L2 norm."""
 
     dim: int
     dtype: jnp.dtype
+    bias: bool = False
 
     @nn.compact
     def __call__(
@@ -32,7 +33,7 @@ class LinearHead(nn.Module):
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
         x = x.astype(self.dtype)
         return normalize(
-            dense(x, self.dim, "projection", self.dtype, use_bias=False, kernel_init=init)
+            dense(x, self.dim, "projection", self.dtype, use_bias=self.bias, kernel_init=init)
         )
 
 

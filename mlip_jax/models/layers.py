@@ -14,6 +14,7 @@ from mlip_jax.models.dropout import Dropout, DropPath
 
 TOKEN_INIT = nn.initializers.normal(0.02)
 KERNEL_INIT = nn.initializers.xavier_uniform()
+EPSILON = 1e-5  # CLIP's, of its norms
 
 
 def quick_gelu(x: Array) -> Array:
@@ -30,12 +31,21 @@ def exact_gelu(x: Array) -> Array:
     return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": exact_gelu, "quick_gelu": quick_gelu}
+def tanh_gelu(x: Array) -> Array:
+    """GELU by its tanh approximation (arXiv 1606.08415), in float32: SigLIP's activation."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    """LayerNorm with statistics in float32 and CLIP's epsilon."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": exact_gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": tanh_gelu,
+}
+
+
+def layer_norm(name: str, dtype: jnp.dtype, epsilon: float = EPSILON) -> nn.LayerNorm:
+    """LayerNorm with statistics in float32."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
 def dense(
@@ -173,6 +183,45 @@ class Attention(nn.Module):
         return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(weights[:, :, 0], axis=1)
 
 
+class AttentionPool(nn.Module):
+    """One learned query that attends over all tokens, then an MLP with a residual.
+
+    The multi-head attention pooling of SigLIP's image encoder (arXiv 2303.15343, after
+    arXiv 2106.04560).
+    """
+
+    heads: int
+    mlp_ratio: float
+    activation: str
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        deterministic: bool,
+        size: Float[Array, "batch tokens"] | None = None,
+    ) -> Float[Array, "batch width"]:
+        """Pools; the log of `size`, patches behind each token, is added to the logits."""
+        width = x.shape[-1]
+        probe = self.param("probe", KERNEL_INIT, (1, width))
+        q = dense(probe.astype(self.dtype), width, "query", self.dtype)
+        k, v = jnp.split(dense(x, 2 * width, "key_value", self.dtype), 2, axis=-1)
+        q = rearrange(q, "one (h d) -> h (one d)", h=self.heads)
+        k, v = (rearrange(part, "b t (h d) -> b h t d", h=self.heads) for part in (k, v))
+        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        logits = jnp.einsum("hd,bhkd->bhk", q, k, preferred_element_type=jnp.float32)
+        if size is not None:
+            logits = logits + jnp.log(size)[:, None, :]
+        weights = jax.nn.softmax(logits, axis=-1)
+        pooled = jnp.einsum("bhk,bhkd->bhd", weights.astype(self.dtype), v)
+        pooled = dense(rearrange(pooled, "b h d -> b 1 (h d)"), width, "out", self.dtype)
+        y = layer_norm("norm_mlp", self.dtype, self.epsilon)(pooled)
+        y = MLP(self.mlp_ratio, self.activation, 0.0, self.dtype, name="mlp")(y, deterministic)
+        return (pooled + y)[:, 0]
+
+
 class Block(nn.Module):
     """A pre-LN transformer block without merging."""
 
@@ -182,6 +231,7 @@ class Block(nn.Module):
     dropout: float
     drop_path: float
     dtype: jnp.dtype
+    epsilon: float = EPSILON  # of the norms
 
     @nn.compact
     def __call__(
@@ -190,12 +240,12 @@ class Block(nn.Module):
         deterministic: bool,
         mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        y = layer_norm("norm_attention", self.dtype)(x)
+        y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
         y, _, _ = Attention(self.heads, self.dropout, self.dtype, name="attention")(
             y, deterministic, mask
         )
         x = x + DropPath(self.drop_path)(y, deterministic)
-        y = layer_norm("norm_mlp", self.dtype)(x)
+        y = layer_norm("norm_mlp", self.dtype, self.epsilon)(x)
         y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(
             y, deterministic
         )

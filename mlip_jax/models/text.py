@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mlip_jax.models.dropout import Dropout
-from mlip_jax.models.layers import TOKEN_INIT, Block, layer_norm, recomputed
+from mlip_jax.models.layers import EPSILON, TOKEN_INIT, Block, layer_norm, recomputed
 
 
 class TextViews(NamedTuple):
@@ -41,7 +41,12 @@ def spans(token_ids: Int[Array, "batch context"], start_id: int, end_id: int) ->
 def pool(
     x: Float[Array, "batch context width"], pooling: str, tokens: Spans
 ) -> Float[Array, "batch width"]:
-    """The token at the end (pooling "last"), or the mean over words and end (pooling "mean")."""
+    """The token at the end ("last"), the mean over words and end ("mean"), or a fixed place.
+
+    The first place is "first", the last one, padding or not, "final".
+    """
+    if pooling in ("first", "final"):
+        return x[:, 0 if pooling == "first" else -1]
     if pooling == "last":
         return jnp.take_along_axis(x, tokens.end[:, None, None], axis=1)[:, 0]
     weight = tokens.spoken.astype(jnp.float32)
@@ -53,7 +58,8 @@ class TextEncoder(nn.Module):
     """CLIP's pre-LN transformer over token ids, causal or bidirectional.
 
     Ids are [start, words..., end, padding...]. The global view is the token at `end_id`
-    (pooling "last", as CLIP) or the mean over the words and the end (pooling "mean").
+    (pooling "last", as CLIP), the token whose id is the highest ("highest", as CLIP's first
+    code), the last place ("final", as SigLIP), or the mean over the words and the end ("mean").
     `drop_path` is the same in every block.
     """
 
@@ -72,6 +78,8 @@ class TextEncoder(nn.Module):
     drop_path: float
     dtype: jnp.dtype
     remat: bool = False  # blocks are computed again for their gradient
+    attend_padding: bool = False  # padding is attended to like words
+    norm_epsilon: float = EPSILON
 
     @nn.compact
     def __call__(
@@ -79,7 +87,8 @@ class TextEncoder(nn.Module):
     ) -> TextViews:
         """Encodes token ids; `deterministic` means no dropout and no stochastic depth."""
         tokens = spans(token_ids, self.start_id, self.end_id)
-        mask = tokens.valid[:, None, None, :]
+        valid = jnp.ones_like(tokens.valid) if self.attend_padding else tokens.valid
+        mask = valid[:, None, None, :]
         if self.causal:
             index = jnp.arange(self.context_length)
             mask = mask & (index[:, None] >= index[None, :])
@@ -99,7 +108,11 @@ class TextEncoder(nn.Module):
                 dropout=self.dropout,
                 drop_path=self.drop_path,
                 dtype=self.dtype,
+                epsilon=self.norm_epsilon,
                 name=f"block_{layer}",
             )(x, deterministic, mask)
-        x = layer_norm("norm", self.dtype)(x)
+        x = layer_norm("norm", self.dtype, self.norm_epsilon)(x)
+        if self.pooling == "highest":
+            end = tokens._replace(end=jnp.argmax(token_ids, axis=-1))
+            return TextViews(pool(x, "last", end), x, tokens.words)
         return TextViews(pool(x, self.pooling, tokens), x, tokens.words)

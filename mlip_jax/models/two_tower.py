@@ -98,8 +98,9 @@ class TwoTower(nn.Module):
             return LinearHead(self.token_dim, self.dtype)
         if self.critic == "concat":
             return None
-        kind = ProjectionHead if self.head == "projection_block" else LinearHead
-        return kind(self.embed_dim, self.dtype)
+        if self.head == "projection_block":
+            return ProjectionHead(self.embed_dim, self.dtype)
+        return LinearHead(self.embed_dim, self.dtype, bias=self.head == "linear_bias")
 
     def __call__(
         self,
@@ -258,8 +259,9 @@ def evidence_layers(config: ConfigDict) -> dict[Path, Tokens]:
 
     Of a ResNet this is its last grid. Of a ViT it is the normalised patch tokens that the last
     block attends to: its class token reads nothing else, and its own patch tokens reach no global
-    embedding. The frequency view is a mean over the tokens of the Frequency Stage, which come in
-    addition. The layers of a ViT are our choice.
+    embedding. With attention pooling it is the tokens that are pooled. The frequency view is a mean
+    over the tokens of the Frequency Stage, which come in addition. The layers of a ViT are our
+    choice.
 
     Returns:
       By the module's path, how to bring its output to [batch, tokens, width].
@@ -272,6 +274,8 @@ def evidence_layers(config: ConfigDict) -> dict[Path, Tokens]:
     layers: dict[Path, Tokens] = {
         ("image_encoder", f"spatial_{last}", "norm_attention"): lambda tokens: tokens[:, 1:]
     }
+    if image.pooling == "attention":
+        layers = {("image_encoder", "norm_spatial"): lambda tokens: tokens}
     if image.frequency.depth:
         layers["image_encoder", "norm_frequency"] = lambda tokens: tokens
     return layers
@@ -395,7 +399,7 @@ def _text_fields(config: ConfigDict) -> dict[str, Any]:
     for name in ("pretrained", "tokenizer", "vocab_size", "cleaning"):
         text.pop(name)
     if text["architecture"] == "bert":
-        for name in ("causal", "drop_path"):
+        for name in ("causal", "drop_path", "attend_padding", "norm_epsilon"):
             text.pop(name)
     return text
 

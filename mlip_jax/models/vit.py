@@ -15,9 +15,11 @@ from mlip_jax.models import merging
 from mlip_jax.models.dropout import DropPath, random_patches
 from mlip_jax.models.frequency import FrequencyBlock
 from mlip_jax.models.layers import (
+    EPSILON,
     MLP,
     TOKEN_INIT,
     Attention,
+    AttentionPool,
     PatchEmbedding,
     layer_norm,
     recomputed,
@@ -38,7 +40,8 @@ class ImageViews(NamedTuple):
     # On request only:
     source: Float[Array, "batch merged patches"] | None  # which patches each token stands for
     importance: Float[Array, "batch patches"] | None  # guidance in the first merging block
-    # As `source`, of the tokens that enter the last block:
+    # As `source`, of the tokens that the global view reads: those that enter the last block, or,
+    # with attention pooling, those that leave it.
     last_source: Float[Array, "batch tokens patches"] | None
 
 
@@ -57,6 +60,8 @@ class SpatialBlock(nn.Module):
     importance_penalty: float
     proportional_attention: bool
     dtype: jnp.dtype
+    class_token: bool = True  # the first token is one
+    epsilon: float = EPSILON  # of the norms
 
     @nn.compact
     def __call__(
@@ -67,7 +72,7 @@ class SpatialBlock(nn.Module):
         deterministic: bool,
     ) -> tuple[Array, Array, Array | None, merging.Plan | None, Array | None]:
         """Returns tokens, sizes and frequency features after the block, the plan, the guidance."""
-        y = layer_norm("norm_attention", self.dtype)(x)
+        y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
         y, keys, class_attention = Attention(
             self.heads, self.dropout, self.dtype, name="attention"
         )(y, deterministic, size=size if self.proportional_attention else None)
@@ -80,14 +85,15 @@ class SpatialBlock(nn.Module):
                 self.r,
                 guidance=guidance,
                 features=features if self.guidance in ("frequency", "both") else None,
+                class_token=self.class_token,
                 similarity_mix=self.similarity_mix,
                 importance_penalty=self.importance_penalty,
             )
             x, merged_size = merging.merge(plan, x, size)
             if features is not None:
-                features = _merge_features(plan, features, size)
+                features = _merge_features(plan, features, size, int(self.class_token))
             size = merged_size
-        y = layer_norm("norm_mlp", self.dtype)(x)
+        y = layer_norm("norm_mlp", self.dtype, self.epsilon)(x)
         y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(
             y, deterministic
         )
@@ -117,15 +123,18 @@ def frequency_importance(
     return jax.nn.softmax(cosine / GUIDANCE_TEMPERATURE, axis=-1)
 
 
-def _merge_features(plan: merging.Plan, features: Array, size: Array) -> Array:
-    """Carries the patch tokens' features through a merge: the plan without its class token."""
-    patches = merging.Plan(plan.slot[:, 1:], plan.count)
+def _merge_features(plan: merging.Plan, features: Array, size: Array, first: int) -> Array:
+    """Carries the patch tokens' features through a merge: the plan from token `first` on.
+
+    That is 1 where there is a class token.
+    """
+    patches = merging.Plan(plan.slot[:, first:], plan.count)
     # Slots are numbered with the class token's in place; it alone gets no patch and is dropped.
     to_slot = merging.assignment(patches)
-    weight = to_slot * size[:, None, 1:]
+    weight = to_slot * size[:, None, first:]
     share = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1.0)
     merged = jnp.einsum("bst,btd->bsd", share, features.astype(jnp.float32))
-    return jax.lax.stop_gradient(merged[:, 1:].astype(features.dtype))
+    return jax.lax.stop_gradient(merged[:, first:].astype(features.dtype))
 
 
 def _take(
@@ -166,6 +175,9 @@ class ImageEncoder(nn.Module):
     proportional_attention: bool
     dtype: jnp.dtype
     remat: bool = False  # blocks are computed again for their gradient
+    pre_norm: bool = False  # a norm before the Spatial Stage, as CLIP's ViTs have
+    pooling: str = "class"  # the global view: the class token, or "attention", as SigLIP's
+    norm_epsilon: float = EPSILON  # of the Spatial Stage's norms
 
     @nn.compact
     def __call__(
@@ -216,10 +228,14 @@ class ImageEncoder(nn.Module):
             features = None if features is None else _take(features, kept)
             merge_counts = self.training_merge_counts
 
-        # The class token brings its own position; a sum of two parameters would be one.
-        class_token = self.param("class_token", TOKEN_INIT, (self.width,))
-        class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
-        x = jnp.concatenate([class_token, x], axis=1)
+        first = int(self.pooling == "class")  # the first patch token
+        if first:
+            # The class token brings its own position; a sum of two parameters would be one.
+            class_token = self.param("class_token", TOKEN_INIT, (self.width,))
+            class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
+            x = jnp.concatenate([class_token, x], axis=1)
+        if self.pre_norm:
+            x = layer_norm("norm_pre", self.dtype, self.norm_epsilon)(x)
         size = jnp.ones(x.shape[:2], jnp.float32)
         origin = last_origin = first_guidance = None
         for index, r in enumerate(merge_counts):
@@ -237,20 +253,34 @@ class ImageEncoder(nn.Module):
                 similarity_mix=self.similarity_mix,
                 importance_penalty=self.importance_penalty,
                 proportional_attention=self.proportional_attention,
+                class_token=bool(first),
+                epsilon=self.norm_epsilon,
                 name=f"spatial_{index}",
             )(x, size, features, deterministic)
             if inspect and plan is not None:
                 origin = merging.source(plan, origin)
                 if first_guidance is None:
                     first_guidance = guidance
-        x = layer_norm("norm_spatial", self.dtype)(x)
+        x = layer_norm("norm_spatial", self.dtype, self.norm_epsilon)(x)
+        if first:
+            spatial_global = x[:, 0]
+        else:
+            last_origin = origin
+            spatial_global = AttentionPool(
+                self.heads,
+                self.mlp_ratio,
+                self.activation,
+                self.norm_epsilon,
+                self.dtype,
+                name="pool",
+            )(x, deterministic, size if self.proportional_attention else None)
         return ImageViews(
-            spatial_global=x[:, 0],
-            spatial_tokens=x[:, 1:],
-            sizes=size[:, 1:],
+            spatial_global=spatial_global,
+            spatial_tokens=x[:, first:],
+            sizes=size[:, first:],
             frequency_global=frequency_global,
             frequency_tokens=frequency_tokens,
-            source=None if origin is None else origin[:, 1:, 1:],
+            source=None if origin is None else origin[:, first:, first:],
             importance=first_guidance,
-            last_source=None if last_origin is None else last_origin[:, 1:, 1:],
+            last_source=None if last_origin is None else last_origin[:, first:, first:],
         )

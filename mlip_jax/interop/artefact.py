@@ -1,0 +1,89 @@
+"""A model as this package keeps it outside of a run: safetensors, its config, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.text import OWN_FILE, Tokenizer
+from mlip_jax.interop import tensors
+
+CONFIG = "mlip_config.json"
+WEIGHTS = "model.safetensors"
+_FORMAT = 1
+
+
+class Artefact(NamedTuple):
+    """All that a model's embeddings depend on."""
+
+    config: ConfigDict
+    variables: Mapping[str, Any]  # "params" and "batch_stats"
+    tokenizer: Tokenizer
+    preprocessing: Preprocessing
+    step: int | None  # of the checkpoint that it was; None when it was none
+    about: Mapping[str, Any]  # what else is known of it, for its card: plain values
+
+
+def write(folder: Path, artefact: Artefact) -> None:
+    """Writes a model into a folder, which must be there.
+
+    Its files are `CONFIG` (the format's number, the run's config, the preprocessing, the
+    checkpoint's step, what else is known), `WEIGHTS` (tensors by path: "params/...",
+    "batch_stats/...") and the tokenizer.
+    """
+    values = {
+        "format": _FORMAT,
+        "config": artefact.config.to_dict(),
+        "preprocessing": artefact.preprocessing.to_dict(),
+        "step": artefact.step,
+        "about": dict(artefact.about),
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / OWN_FILE).write_text(artefact.tokenizer.to_json(), encoding="utf-8")
+    flat = traverse_util.flatten_dict(jax.device_get(dict(artefact.variables)), sep="/")
+    save_file(
+        {key: np.asarray(leaf, order="C") for key, leaf in flat.items()},
+        folder / WEIGHTS,
+        {"format": "mlip_jax"},
+    )
+
+
+def read(folder: Path) -> Artefact:
+    """The inverse of `write`.
+
+    Raises:
+      UserError: for a file that is missing, damaged, or of a later version of this package.
+    """
+    file = folder / CONFIG
+    values = tensors.load_json(file)
+    if values.get("format") != _FORMAT:
+        raise UserError(
+            f"{file}: format {values.get('format')!r} is not known here, {_FORMAT} is: use a later "
+            "version of mlip_jax"
+        )
+    try:
+        config = schema.from_json(json.dumps(values["config"]))
+        preprocessing = Preprocessing.from_dict(values["preprocessing"])
+        tokenizer = Tokenizer.from_json((folder / OWN_FILE).read_text(encoding="utf-8"))
+        step, about = values["step"], values["about"]
+    except UserError:
+        raise
+    except Exception as error:  # of the tokenizers library too
+        raise UserError(f"{folder}: damaged: {error!r}; export the model again") from None
+    found = tensors.read(folder / WEIGHTS, lambda _: False)
+    variables = traverse_util.unflatten_dict(found, sep="/")
+    if "params" not in variables:
+        raise UserError(f"{folder / WEIGHTS}: holds no params; export the model again")
+    return Artefact(config, variables, tokenizer, preprocessing, step, about)

@@ -1,0 +1,193 @@
+"""A model in another library's folder: what it is, before and with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mlip_jax import config as schema
+from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.text import Tokenizer
+from mlip_jax.interop import layouts
+from mlip_jax.interop.layouts import Layout
+from mlip_jax.models import two_tower
+
+Computed = Mapping[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model that another library has written.
+
+    Attributes:
+      folder: where it lies.
+      config: of the same model here.
+      layout: of its tensors.
+      weights: the file, or the folder, that holds them.
+      tokenizer: what its folder says of texts.
+      preprocessing: what its folder says of images.
+    """
+
+    folder: Path
+    config: ConfigDict
+    layout: Layout
+    weights: Path
+    tokenizer: Tokenizer
+    preprocessing: Preprocessing
+
+    def params(self) -> dict[str, Any]:
+        """The parameters, a tree of float32 arrays.
+
+        Raises:
+          UserError: for weights that are missing, damaged or of another model.
+        """
+        return layouts.read(self.weights, self.layout, self._wanted())
+
+    def _wanted(self) -> Any:
+        network = two_tower.build(
+            self.config,
+            vocab_size=self.tokenizer.vocab_size,
+            start_id=self.tokenizer.sot,
+            end_id=self.tokenizer.eot,
+        )
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda: two_tower.initialise(network, self.config, key)["params"])
+
+
+class MissingTokenizer(Tokenizer):
+    """Stands where a folder holds no tokenizer that fits: token ids can still be embedded."""
+
+    def __init__(self, vocab_size: int, sot: int, eot: int, reason: str) -> None:
+        """Takes the ids by the model's config, and why there is no more than that."""
+        self.vocab_size, self.sot, self.eot, self.pad = vocab_size, sot, eot, eot
+        self.cleaning = "none"
+        self._reason = reason
+
+    def encode(self, texts: Any, context_length: int) -> np.ndarray:
+        """Raises UserError: why texts cannot be tokenised."""
+        raise UserError(f"{self._reason}; encode_token_ids takes ids without it")
+
+    def to_json(self) -> str:
+        """Raises UserError: why it cannot be written."""
+        raise UserError(self._reason)
+
+
+@dataclass(frozen=True)
+class MissingPreprocessing(Preprocessing):
+    """Stands where a folder does not say how images are prepared: arrays can still be embedded."""
+
+    reason: str = ""
+
+    def __call__(self, image: Any) -> np.ndarray:
+        """Raises UserError: why images cannot be prepared."""
+        raise UserError(f"{self.reason}; encode_image_array takes normalised pixels without it")
+
+    def normalize(self, images: Any) -> Any:
+        """Raises UserError: why pixels cannot be normalised."""
+        return self(images)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Raises UserError: why it cannot be written."""
+        raise UserError(self.reason)
+
+
+def base_config(folder: Path) -> ConfigDict:
+    """What configs of other libraries' models share: plain ViTs, merged, if at all, as by ToMe."""
+    config = schema.default()
+    config.name = folder.resolve().name
+    merging = config.model.image.merging
+    merging.guidance, merging.proportional_attention = "none", True
+    config.model.text.attend_padding = True
+    return config
+
+
+def check_computed(file: Path, section: str, values: Mapping[str, Any], computed: Computed) -> None:
+    """Refuses a model that is computed otherwise than here.
+
+    Args:
+      file: for messages.
+      section: of the file.
+      values: the section's.
+      computed: by key, what is computed here and what a key that is left out means.
+
+    Raises:
+      UserError: naming the key.
+    """
+    for key, (here, absent) in computed.items():
+        value = values.get(key, absent)
+        value = absent if value is None else value
+        if value != here:
+            raise UserError(f"{file}: {section}.{key} is {value!r}; only {here!r} is supported")
+
+
+def whole(file: Path, section: str, values: Mapping[str, Any], key: str, absent: int) -> int:
+    """A positive whole number of a config; a square's sides may be given as two alike.
+
+    Raises:
+      UserError: when it is none.
+    """
+    value = values.get(key)
+    value = absent if value is None else value
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if type(value) is not int or value < 1:
+        raise UserError(f"{file}: {section}.{key} is {value!r}; expected a whole number above 0")
+    return value
+
+
+def number(file: Path, section: str, values: Mapping[str, Any], key: str, absent: float) -> float:
+    """A positive number of a config.
+
+    Raises:
+      UserError: when it is none.
+    """
+    value = values.get(key)
+    value = absent if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"{file}: {section}.{key} is {value!r}; expected a number above 0")
+    return float(value)
+
+
+def section_of(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object inside a config's.
+
+    Raises:
+      UserError: when it is missing, or no object.
+    """
+    found = values.get(key)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: damaged: {key} is {type(found).__name__}, expected an object")
+    return found
+
+
+def colours(file: Path, values: Mapping[str, Any], key: str, absent: Any) -> tuple[float, ...]:
+    """Three numbers, a channel each, or one for all.
+
+    Raises:
+      UserError: when they are none.
+    """
+    value = values.get(key)
+    value = absent if value is None else value
+    value = [value] * 3 if isinstance(value, (int, float)) else value
+    try:
+        first, second, third = map(float, value)
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: {key} is {value!r}; expected three numbers") from None
+    return first, second, third
+
+
+def tokenizer_or_reason(
+    read: Callable[[], Tokenizer], vocab_size: int, sot: int, eot: int
+) -> Tokenizer:
+    """What `read` gives, or a stand-in that tells why it gives nothing."""
+    try:
+        return read()
+    except UserError as error:
+        return MissingTokenizer(vocab_size, sot, eot, str(error))
