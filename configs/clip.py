@@ -6,16 +6,21 @@
 The first takes about 8 minutes on two CPU cores and reaches an R@1 of about 40 % each way, of 952.
 The second is the literature's recipe for a pod slice and has not been run here.
 
+`pretrained=FOLDER` goes on from a model that another library, or this one, has written.
+
 The baseline of the other configs: the same encoders without Frequency Stage and merging.
 """
 
 from mlip_jax.config import arguments
+from mlip_jax.interop.pretrained import adopt
 from mlip_jax.recipes import recipe
 
 
 def get_config(arg=None):
-    """Takes size and data."""
-    args = arguments(arg, size="quick", data="emoji")
+    """Takes size, data and pretrained: a folder with a model to start from."""
+    args = arguments(arg, size="quick", data="emoji", pretrained="")
     config = recipe(args["size"], args["data"])
     config.name = "clip"
+    if args["pretrained"]:
+        adopt(config, args["pretrained"])
     return config

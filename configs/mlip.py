@@ -9,10 +9,12 @@ The second is the literature's recipe for a pod slice and has not been run here.
 
 `objective` (softmax, sigmoid or jsd) is the loss of the global perspectives; the token-level ones
 use jsd. Wherever it is used, jsd takes 4 negatives: it scores 5 pairs for each example instead of a
-batch of them.
+batch of them. `pretrained=FOLDER` starts from a model that another library, or this one, has
+written: its blocks are the Spatial Stage, and a Frequency Stage of a third as many comes before.
 """
 
 from mlip_jax.config import IMAGE_VIEWS, LOSSES, arguments, choose
+from mlip_jax.interop.pretrained import adopt
 from mlip_jax.models.presets import QUICK
 from mlip_jax.recipes import recipe
 
@@ -20,14 +22,22 @@ _NEGATIVES = 4
 
 
 def get_config(arg=None):
-    """Takes size, data and objective."""
-    args = arguments(arg, size="quick", data="emoji", objective="softmax")
+    """Takes size, data, objective and pretrained: a folder with a model to start from."""
+    args = arguments(arg, size="quick", data="emoji", objective="softmax", pretrained="")
     choose("objective", args["objective"], LOSSES)
     config = recipe(args["size"], args["data"])
     config.name = "mlip"
     image = config.model.image
     # A third of the blocks; of the four blocks of the quick size, half.
-    image.frequency.depth = image.depth // (2 if args["size"] == QUICK else 3)
+    if args["pretrained"]:
+        adopt(config, args["pretrained"])
+        if not image.frequency.depth:
+            image.frequency.depth = max(image.depth // 3, 1)
+            image.depth += image.frequency.depth
+        if image.pooling != "class":
+            image.merging.guidance = "frequency"  # the spatial one asks the class token
+    else:
+        image.frequency.depth = image.depth // (2 if args["size"] == QUICK else 3)
     image.merging.rate = 0.3
     config.evaluation.frequency_mix = 1.0
     for view in IMAGE_VIEWS:

@@ -3,18 +3,23 @@
     python -m mlip_jax.main --config=configs/siglip.py
     python -m mlip_jax.main --config=configs/siglip.py:size=B/16,data=jsonl:pairs.jsonl
 
+`pretrained=FOLDER` goes on from a model that another library, or this one, has written.
+
 Scale and bias start at the paper's values, 10 and -10.
 """
 
 from mlip_jax.config import arguments
+from mlip_jax.interop.pretrained import adopt
 from mlip_jax.recipes import recipe
 
 
 def get_config(arg=None):
-    """Takes size and data."""
-    args = arguments(arg, size="quick", data="emoji")
+    """Takes size, data and pretrained: a folder with a model to start from."""
+    args = arguments(arg, size="quick", data="emoji", pretrained="")
     config = recipe(args["size"], args["data"])
     config.name = "siglip"
+    if args["pretrained"]:
+        adopt(config, args["pretrained"])
     spatial = config.perspectives.spatial_global
     spatial.loss = "sigmoid"
     spatial.init_scale = 10.0

@@ -151,11 +151,11 @@ def test_the_tokenizer_cleans(name):
     texts = ["A photo of a left-hand glove.", "caf\u00e9!"]
     plain, cleaning = (
         text.load_tokenizer(name, cleaning=cleaning, captions=lambda: texts * 3)
-        for cleaning in captions.CLEANINGS
+        for cleaning in ("none", "clip_lite")
     )
     cleaned = ["a photo of a left hand glove", "cafe"]
     wanted = cleaning.encode(cleaned, 16)
-    assert (plain.cleaning, cleaning.cleaning) == captions.CLEANINGS
+    assert (plain.cleaning, cleaning.cleaning) == ("none", "clip_lite")
     assert (plain.encode(texts, 16) != plain.encode(cleaned, 16)).any()
     copies = text.Tokenizer.from_json(cleaning.to_json()), pickle.loads(pickle.dumps(cleaning))
     for tokenizer in (cleaning, *copies):

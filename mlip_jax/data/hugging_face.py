@@ -62,7 +62,7 @@ def read(folder: Path, cleaning: str | None = None) -> Parts:
         end = (_id(folder, encoder, settings.get("eos_token", "</s>")),)
     if not end:
         raise UserError(
-            f"{folder}: its tokenizer puts no token at the end of a text, as CLIP and SigLIP have it"
+            f"{folder}: its tokenizer puts no token at the end of a text, as CLIP's and SigLIP's do"
         )
     pad = settings.get("pad_token") or _PADS.get(str(kind)) or padding.get("pad_token")
     if pad is None:

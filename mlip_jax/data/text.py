@@ -196,8 +196,8 @@ def folder_tokenizer(
     """The tokenizer that a model's folder holds: this package's, or Hugging Face's files.
 
     Args:
-      folder: with this package's `OWN_FILE`, Hugging Face's tokenizer.json, or CLIP's vocab.json and
-        merges.txt.
+      folder: with this package's `OWN_FILE`, Hugging Face's tokenizer.json, or CLIP's vocab.json
+        and merges.txt.
       cleaning: of texts; None: as the folder's files say.
       vocab_size: rows of the model's table; None: as many as there are tokens.
 

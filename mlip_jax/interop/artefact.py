@@ -60,8 +60,8 @@ def write(folder: Path, artefact: Artefact) -> None:
     )
 
 
-def read(folder: Path) -> Artefact:
-    """The inverse of `write`.
+def read_settings(folder: Path) -> tuple[ConfigDict, Preprocessing, dict[str, Any]]:
+    """The config, the preprocessing and all of `CONFIG`, without the weights.
 
     Raises:
       UserError: for a file that is missing, damaged, or of a later version of this package.
@@ -75,15 +75,27 @@ def read(folder: Path) -> Artefact:
         )
     try:
         config = schema.from_json(json.dumps(values["config"]))
-        preprocessing = Preprocessing.from_dict(values["preprocessing"])
-        tokenizer = Tokenizer.from_json((folder / OWN_FILE).read_text(encoding="utf-8"))
-        step, about = values["step"], values["about"]
-    except UserError:
-        raise
-    except Exception as error:  # of the tokenizers library too
-        raise UserError(f"{folder}: damaged: {error!r}; export the model again") from None
+        return config, Preprocessing.from_dict(values["preprocessing"]), values
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: damaged: {error!r}; export the model again") from None
+
+
+def read(folder: Path) -> Artefact:
+    """The inverse of `write`.
+
+    Raises:
+      UserError: for a file that is missing, damaged, or of a later version of this package.
+    """
+    config, preprocessing, values = read_settings(folder)
+    file = folder / OWN_FILE
+    try:
+        tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise UserError(f"{file}: damaged: {error!r}; export the model again") from None
     found = tensors.read(folder / WEIGHTS, lambda _: False)
     variables = traverse_util.unflatten_dict(found, sep="/")
     if "params" not in variables:
         raise UserError(f"{folder / WEIGHTS}: holds no params; export the model again")
-    return Artefact(config, variables, tokenizer, preprocessing, step, about)
+    return Artefact(
+        config, variables, tokenizer, preprocessing, values.get("step"), values.get("about") or {}
+    )

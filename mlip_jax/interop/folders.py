@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
@@ -61,6 +63,26 @@ def describe(folder: Path) -> Foreign:
     """
     reader = open_clip if kind(folder) == "open_clip" else hugging_face
     return reader.describe(folder)
+
+
+def settings(folder: Path) -> tuple[ConfigDict, Preprocessing]:
+    """The config and the preprocessing of the model in a folder of any kind, without its weights.
+
+    Raises:
+      UserError: when it holds none, a damaged one, or one that is not computed here.
+    """
+    found = kind(folder)
+    if found == "exported":
+        return artefact.read_settings(folder)[:2]
+    if found != "workdir":
+        foreign = describe(folder)
+        return foreign.config, foreign.preprocessing
+    file = folder / "config.json"
+    try:
+        config = schema.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    return config, Preprocessing.of(config)
 
 
 def read(folder: Path, step: int | None = None) -> Artefact:

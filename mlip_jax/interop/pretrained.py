@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError
-from mlip_jax.interop import bert, resnet
+from mlip_jax.data.images import NORMALIZATIONS, Preprocessing
+from mlip_jax.interop import bert, folders, positions, resnet
+from mlip_jax.models import two_tower
 
 
 def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The encoders that `config.model.*.pretrained` names; {} where it names none.
+    """What `config.model.pretrained` or `config.model.*.pretrained` name; {} where they do not.
+
+    Of a whole model every parameter is taken that the config's model has too; positions are
+    resampled for another image size. Blocks of a Frequency Stage that it goes without start as
+    copies of their input, by a last layer of zeros, so that the run starts as the model that it
+    starts from: a choice of ours.
 
     Args:
       config: the run's.
@@ -25,6 +36,8 @@ def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, A
     Raises:
       UserError: for a file that cannot be read, or holds another model than the config's.
     """
+    if config.model.pretrained:
+        return _read_whole(config, wanted)
     image, text = config.model.image.pretrained, config.model.text.pretrained
     if not (image or text):
         return {}
@@ -71,3 +84,139 @@ def _check_sizes(config: ConfigDict, path: str) -> None:
                 f"config.model.text.{key}={config.model.text[key]}, but the model in {path} has "
                 f"{value}: set it so"
             )
+
+
+_IMAGE_SIZES = (
+    "architecture",
+    "patch_size",
+    "width",
+    "depth",
+    "heads",
+    "mlp_ratio",
+    "stem",
+    "activation",
+    "pre_norm",
+    "pooling",
+    "norm_epsilon",
+)
+_TEXT_SIZES = (
+    "architecture",
+    "vocab_size",
+    "cleaning",
+    "context_length",
+    "width",
+    "depth",
+    "heads",
+    "mlp_ratio",
+    "causal",
+    "attend_padding",
+    "pooling",
+    "activation",
+    "norm_epsilon",
+)
+
+
+def adopt(config: ConfigDict, path: str) -> None:
+    """Makes the config's model the one in a folder, to train on from there.
+
+    Sizes, tokenizer, pixel mean and deviation become the model's, and the learning rate a tenth:
+    what is learned already moves less (a choice of ours). Objectives and data stay the
+    config's.
+
+    Args:
+      config: a recipe's.
+      path: any folder that `mlip_jax.load` takes.
+
+    Raises:
+      UserError: for a folder that holds no model, or whose normalisation has no name here.
+    """
+    folder = Path(path).expanduser()
+    found, preprocessing = folders.settings(folder)
+    image, text = config.model.image, config.model.text
+    for key in ("image_size", *_IMAGE_SIZES):
+        image[key] = found.model.image[key]
+    image.frequency.depth = found.model.image.frequency.depth
+    image.merging.proportional_attention = True  # its attention has never met a merged token
+    image.normalization = _normalization(folder, preprocessing)
+    for key in _TEXT_SIZES:
+        text[key] = found.model.text[key]
+    named = found.model.text.tokenizer
+    text.tokenizer = named if named in ("clip", "clip_8k") else f"folder:{path}"
+    for key in ("embed_dim", "token_dim", "head", "critic"):
+        config.model[key] = found.model[key]
+    config.model.pretrained = path
+    config.optimizer.learning_rate *= 0.1
+
+
+def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
+    values = preprocessing.to_dict()
+    for name, (mean, std) in NORMALIZATIONS.items():
+        if np.allclose(values["mean"], mean, atol=1e-6) and np.allclose(
+            values["std"], std, atol=1e-6
+        ):
+            return name
+    raise UserError(
+        f"{folder}: its pixels are normalised by {values['mean']} and {values['std']}, which is "
+        f"none of {', '.join(NORMALIZATIONS)}: it can be evaluated, not trained on"
+    )
+
+
+def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    folder = Path(config.model.pretrained).expanduser()
+    found = folders.read(folder)
+    for tower, keys in (("image", _IMAGE_SIZES), ("text", _TEXT_SIZES)):
+        for key in set(keys) - {"depth", "vocab_size", "cleaning"}:
+            here, there = config.model[tower][key], found.config.model[tower][key]
+            if here != there:
+                raise UserError(
+                    f"config.model.{tower}.{key}={here!r}, but the model in {folder} has "
+                    f"{there!r}: set it so"
+                )
+    variables = dict(found.variables)
+    if config.model.image.architecture == "vit":
+        variables["params"] = positions.fit(variables["params"], two_tower.grid(config))
+    has = traverse_util.flatten_dict(variables, sep="/")
+    asked = traverse_util.flatten_dict(dict(wanted), sep="/")
+    taken = {}
+    for key, leaf in asked.items():
+        if key in has and has[key].shape == leaf.shape:
+            taken[key] = np.asarray(has[key], np.float32)
+        elif key in has:
+            raise UserError(
+                f"{folder}: {key} has shape {has[key].shape}, the config's model wants "
+                f"{leaf.shape}: see interop.pretrained.adopt, which sets the sizes"
+            )
+        elif re.search(r"/frequency_\d+/mlp/down/", key):
+            taken[key] = np.zeros(leaf.shape, np.float32)
+    if not any("image_encoder/spatial_0/" in key for key in taken):
+        raise UserError(f"{folder}: the config's model shares no block of its image encoder")
+    return traverse_util.unflatten_dict(taken, sep="/")
+
+
+def summary(config: ConfigDict, taken: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a run starts from, in words: what is taken and what is new; [] for a fresh start.
+
+    Args:
+      config: the run's.
+      taken: from `read`.
+      wanted: the model's variables, or anything with their structure and shapes.
+    """
+    if not config.model.pretrained or not taken:
+        return []
+    asked = traverse_util.flatten_dict(dict(wanted), sep="/")
+    has = {
+        key
+        for key in traverse_util.flatten_dict(dict(taken), sep="/")
+        if not re.search(r"/frequency_\d+/mlp/down/", key)
+    }
+    new = asked.keys() - has
+    sizes = {key: math.prod(leaf.shape) for key, leaf in asked.items()}
+    share = sum(sizes[key] for key in has) / sum(sizes.values())
+    lines = [
+        f"starts from {config.model.pretrained}: {len(has)} of {len(asked)} tensors, "
+        f"{100 * share:.1f} % of the parameters"
+    ]
+    if new:
+        parts = sorted({"/".join(key.split("/")[1:3]) for key in new})
+        lines.append(f"  new: {', '.join(parts)}")
+    return lines

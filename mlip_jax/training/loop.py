@@ -151,13 +151,15 @@ def _start(
             out_shardings=shardings,
         )
         state = init(taken)
+        for line in pretrained.summary(config, taken, abstract.evaluated):
+            run.console.print(line)
     return run, state, step
 
 
 def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
     """The run's tokenizer; a vocabulary, trained or read, is the workdir's from then on."""
     text, saved = config.model.text, workdir / TOKENIZER
-    if text.tokenizer.startswith("wordpiece") and saved.is_file():
+    if text.tokenizer.startswith(("wordpiece", "folder:")) and saved.is_file():
         try:
             return Tokenizer.from_json(saved.read_text(encoding="utf-8"))
         except Exception as error:  # whatever the library raises

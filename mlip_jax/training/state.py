@@ -9,6 +9,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
@@ -54,12 +55,13 @@ def initial_state(
 ) -> TrainState:
     """A fresh state; a pure function of its arguments, the config's seed included.
 
-    Call it under jit. `pretrained` holds subtrees of the variables to take in place of fresh ones,
+    Call it under jit. `pretrained` holds those of the variables to take in place of fresh ones,
     such as {"params": {"text_encoder": ...}}.
     """
     variables = two_tower.initialise(model, config, jax.random.key(config.seed))
-    for collection, towers in (pretrained or {}).items():
-        variables[collection] = {**variables[collection], **towers}
+    if pretrained:
+        taken = traverse_util.flatten_dict(dict(pretrained))
+        variables = traverse_util.unflatten_dict(traverse_util.flatten_dict(variables) | taken)
     params = variables["params"]
     lookahead = config.optimizer.lookahead.period > 0
 
