@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -35,6 +37,7 @@ _FLAGS = (
     "workdir",
     "suite",
     "compare",
+    "rates",
     "topology",
     "mesh",
     "largest-batch",
@@ -50,6 +53,7 @@ _FLAGS = (
 _OF_VERB = {  # flags that some verbs alone take
     "suite": ("evaluate",),
     "compare": ("evaluate", "benchmark"),
+    "rates": ("evaluate",),
     "topology": ("plan",),
     "mesh": ("plan",),
     "largest-batch": ("plan",),
@@ -60,6 +64,7 @@ _OF_VERB = {  # flags that some verbs alone take
     "warmup": ("benchmark",),
     **dict.fromkeys((*_PREPARE, "check"), ("prepare",)),
 }
+_MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
 
@@ -107,6 +112,7 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_string("suite", "", "", flag_values=values)
     flags.DEFINE_multi_string("compare", [], "", flag_values=values)
+    flags.DEFINE_string("rates", "", "", flag_values=values)
     flags.DEFINE_string("topology", "", "", flag_values=values)
     flags.DEFINE_string("mesh", "", "", flag_values=values)
     flags.DEFINE_boolean("largest-batch", False, "", flag_values=values)
@@ -165,7 +171,7 @@ def _preparation(values: flags.FlagValues, rest: list[str]) -> Command:
 
 
 def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command:
-    for name in ("config", "suite"):
+    for name in ("config", "suite", "rates"):
         if values[name].value:
             raise UserError(f"--compare lays results side by side and takes no --{name}")
     if rest:
@@ -204,6 +210,10 @@ def _find_config(verb: str, default: str, file: str | None, workdir: str | None)
     if not workdir:
         raise UserError(f"{verb} needs a run to look at: add --workdir=DIR (or --config=FILE)")
     path = Path(workdir) / "config.json"
+    if _holds_model(Path(workdir)):
+        # Light as it is, this module cannot import what reads other libraries' folders.
+        folders = importlib.import_module("mlip_jax.interop.folders")
+        return folders.settings(Path(workdir))[0]
     try:
         return schema.from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -212,6 +222,17 @@ def _find_config(verb: str, default: str, file: str | None, workdir: str | None)
         ) from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether it is no workdir, but an exported model or another library's."""
+    if any((folder / name).is_file() for name in _MODEL_FILES):
+        return True
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
 
 
 def _load_file(argument: str) -> ConfigDict:

@@ -306,6 +306,13 @@ class Model:
             "importance": importance,
         }
 
+    def image_flops(self) -> float:
+        """Floating-point operations to embed one image, as XLA counts them before optimisation."""
+        size = self.preprocess.image_size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+        cost = self._embed_pixels.lower(self._variables, image).cost_analysis() or {}
+        return float(cost.get("flops", np.nan))
+
     def frequency_filters(self) -> list[np.ndarray]:
         """The Frequency Stage's learned gains, complex64 [rows, columns//2 + 1, width] a block."""
         encoder = self._variables["params"]["image_encoder"]

@@ -35,10 +35,12 @@ Flags
   --config=FILE       an experiment's file, such as configs/mlip.py; what follows a colon goes to
                       it. evaluate and report read the workdir's own config when it is left out
   --config.KEY=VALUE  another value for one key, such as --config.batch_size=64
-  --workdir=DIR       what the run keeps; runs/<config.name> when it is left out
+  --workdir=DIR       what the run keeps; runs/<config.name> when it is left out. evaluate
+                      also takes an exported model, and open_clip's or Hugging Face's folders
   --suite=NAME        evaluate: mlip, clip_lite (the evaluations of those papers), all, or some of
                       retrieval, zero_shot, linear_probe, few_shot, svm, grounding, concepts, with
                       commas between; the sets that config.evaluation names, or the run's own
+  --rates=R,R,...     evaluate: at these rates of token merging, with the speed of each
   --compare=DIR,DIR   evaluate: the results of several workdirs side by side; DIR may be a pattern
   --source=KIND:PATH  prepare: webdataset, parquet, huggingface, csv, jsonl, coco, folder, ...
   --out=DIR           prepare: the set's folder; the same command goes on with it
@@ -67,6 +69,7 @@ Examples
   python -m mlip_jax.main evaluate --workdir=runs/mlip --suite=all
   python -m mlip_jax.main evaluate --workdir=runs/mlip --suite=linear_probe,svm \\
     --config.evaluation.linear_probe=folder:flowers --config.evaluation.svm=voc:VOC2007
+  python -m mlip_jax.main evaluate --workdir=CLIP_FOLDER --rates=0,0.25,0.5
   python -m mlip_jax.main evaluate --compare='runs/mlip*,runs/clip*'
   python -m mlip_jax.main prepare --source=webdataset:cc3m/{00000..00331}.tar --out=data/cc3m
 """

@@ -13,10 +13,12 @@ from rich.console import Console
 from mlip_jax import cluster
 from mlip_jax import config as schema
 from mlip_jax.config import EVALUATIONS, UserError
+from mlip_jax.evaluations import merging
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
 from mlip_jax.evaluations.run import apply_suite, check, evaluate
 from mlip_jax.evaluations.tables import html, markdown, sheet, table
-from mlip_jax.inference import load
+from mlip_jax.inference import Model, load
+from mlip_jax.interop import folders
 from mlip_jax.storage.workdir import write_atomically
 
 _MOVE_A_FIGURE = (
@@ -32,7 +34,9 @@ _MOVE_NONE = ("evaluation.batch_size", *(f"evaluation.{family}" for family in EV
 _LONGEST_NAME = 160  # bytes; file systems take 255 of a whole name
 
 
-def evaluate_workdir(config: ConfigDict, workdir: str | Path, suite: str = "") -> int:
+def evaluate_workdir(
+    config: ConfigDict, workdir: str | Path, suite: str = "", rates: str = ""
+) -> int:
     """Evaluates a workdir's newest checkpoint, prints the table and writes the results.
 
     What the config changes about the model or the evaluation goes into the file's name, so that
@@ -40,10 +44,14 @@ def evaluate_workdir(config: ConfigDict, workdir: str | Path, suite: str = "") -
     that the file has of the same checkpoint. Beside it lies the table in Markdown and HTML. What is
     found is kept set by set: an evaluation that was cut short goes on at the set that it was at.
 
+    An exported model is evaluated likewise. The results of another library's are kept in
+    runs/foreign/<its folder's name>: its folder is not ours to write in.
+
     Args:
       config: the workdir's config with the overrides of the command line.
-      workdir: of a run.
+      workdir: of a run; or any other folder that `load` takes.
       suite: see `apply_suite`; "" for what the config names.
+      rates: token merging rates, such as "0,0.25,0.5": the model is scored and timed at each.
 
     Returns:
       0.
@@ -51,33 +59,57 @@ def evaluate_workdir(config: ConfigDict, workdir: str | Path, suite: str = "") -
     Raises:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
     """
-    return cluster.by_first(lambda: _evaluate(config, Path(workdir), suite))
+    return cluster.by_first(lambda: _evaluate(config, Path(workdir), suite, rates))
 
 
-def _evaluate(config: ConfigDict, workdir: Path, suite: str) -> int:
+def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: str) -> int:
     if suite:
         apply_suite(config, suite)
+    wanted = merging.read_rates(rates) if rates else None
     check(config)
-    model = load(workdir, config=config)
-    trained = schema.from_json((workdir / "config.json").read_text(encoding="utf-8"))
-    name = results_name(changes(trained, config))
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    trained, _ = folders.settings(workdir)
+    home = workdir
+    if folders.kind(workdir) not in ("workdir", "exported"):
+        home = Path("runs") / "foreign" / trained.name
+        home.mkdir(parents=True, exist_ok=True)
+    if wanted is None:
+        model = load(workdir, config=config)
+        found, path = _score(model, config, trained, home, console)
+        console.print(table(found))
+        console.print(f"results: {path} (also .md, .html)")
+        return 0
 
-    draft = workdir / f".{name}.partial"
+    def loaded(changed: ConfigDict) -> Model:
+        return load(workdir, config=changed)
+
+    def scored(model: Model, changed: ConfigDict) -> Results:
+        console.print(f"merging rate {changed.model.image.merging.rate:g}")
+        return _score(model, changed, trained, home, console)[0]
+
+    path = merging.report(console, home, merging.sweep(config, wanted, loaded, scored))
+    console.print(f"table: {path} (also .md)")
+    return 0
+
+
+def _score(
+    model: Model, config: ConfigDict, trained: ConfigDict, home: Path, console: Console
+) -> tuple[Results, Path]:
+    """Evaluates and files a model; returns what was found, and where it is filed."""
+    name = results_name(changes(trained, config))
+    draft = home / f".{name}.partial"
     found = _kept(draft, model.step)
     if found.done:
         console.print(f"going on after {', '.join(found.done)}, kept from an evaluation cut short")
     found = evaluate(model, config, done=found, keep=lambda results: _keep(draft, results))
     if not found.figures:
         raise UserError(
-            f"{workdir} names no set to evaluate on: add --config.data.validation=jsonl:PATH or "
+            f"{home} names no set to evaluate on: add --config.data.validation=jsonl:PATH or "
             "--config.evaluation.retrieval"
         )
-    path = file_results(workdir, found, name)
+    path = file_results(home, found, name)
     draft.unlink(missing_ok=True)
-    console.print(table(found))
-    console.print(f"results: {path} (also .md, .html)")
-    return 0
+    return found, path
 
 
 def file_results(workdir: str | Path, found: Results, file_name: str = FILE_NAME) -> Path:
