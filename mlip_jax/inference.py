@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,14 @@ from mlip_jax.progress import track
 from mlip_jax.validation import validate
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+class Program(NamedTuple):
+    """A pure function of one array."""
+
+    function: Callable[[jax.Array], jax.Array]
+    shape: tuple[int, ...]  # of its input, without the batch
+    dtype: type[np.generic]
 
 
 class Model:
@@ -152,6 +160,42 @@ class Model:
         other = copy.copy(self)
         other._variables = variables
         return other
+
+    @property
+    def variables(self) -> Any:
+        """The "params" and, with batch norm, "batch_stats" that embeddings are computed with."""
+        return self._variables
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What `tokenize` goes by."""
+        return self._tokenizer
+
+    def programs(self) -> dict[str, Program]:
+        """The functions behind `encode_image_pixels` and `encode_token_ids`, weights included.
+
+        Raises:
+          UserError: for a model that scores pairs.
+        """
+        self._check_joint_space()
+        size, context = self.preprocess.image_size, self.config.model.text.context_length
+        embed_pixels, embed_texts = self._embed_pixels, self._embed_texts
+        of_images, of_texts = (self._variables_without(tower) for tower in ("text", "image"))
+        return {
+            "encode_image": Program(
+                lambda images: embed_pixels(of_images, images), (size, size, 3), np.uint8
+            ),
+            "encode_text": Program(
+                lambda token_ids: embed_texts(of_texts, token_ids), (context,), np.int32
+            ),
+        }
+
+    def _variables_without(self, tower: str) -> dict[str, Any]:
+        other = (f"{tower}_encoder", f"{tower}_heads")
+        return {
+            collection: {name: part for name, part in tree.items() if not name.startswith(other)}
+            for collection, tree in self._variables.items()
+        }
 
     @property
     def logit_scale(self) -> float:

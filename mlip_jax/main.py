@@ -29,6 +29,7 @@ Verbs
   report    write the workdir's report again
   benchmark time the training step here, of several configs in turns, or beside open_clip
   prepare   write a set as shards that are fast to read: tars, tables, Parquet, class folders, ...
+  export    write the workdir's model for others: weights or programs, and a model card
   plan      compile the training step for devices that need not be there: memory, traffic, time
 
 Flags
@@ -41,6 +42,8 @@ Flags
                       retrieval, zero_shot, linear_probe, few_shot, svm, grounding, concepts, with
                       commas between; the sets that config.evaluation names, or the run's own
   --rates=R,R,...     evaluate: at these rates of token merging, with the speed of each
+  --out=DIR           export: the folder to write
+  --format=NAME       export: mlip (default), hf_clip, open_clip, stablehlo or onnx
   --compare=DIR,DIR   evaluate: the results of several workdirs side by side; DIR may be a pattern
   --source=KIND:PATH  prepare: webdataset, parquet, huggingface, csv, jsonl, coco, folder, ...
   --out=DIR           prepare: the set's folder; the same command goes on with it
@@ -70,6 +73,7 @@ Examples
   python -m mlip_jax.main evaluate --workdir=runs/mlip --suite=linear_probe,svm \\
     --config.evaluation.linear_probe=folder:flowers --config.evaluation.svm=voc:VOC2007
   python -m mlip_jax.main evaluate --workdir=CLIP_FOLDER --rates=0,0.25,0.5
+  python -m mlip_jax.main export --workdir=runs/mlip --out=mlip_model
   python -m mlip_jax.main evaluate --compare='runs/mlip*,runs/clip*'
   python -m mlip_jax.main prepare --source=webdataset:cc3m/{00000..00331}.tar --out=data/cc3m
 """
@@ -78,6 +82,7 @@ VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
     "report": ("mlip_jax.reports", "report_workdir"),
     "prepare": ("mlip_jax.data.prepare", "prepare"),
+    "export": ("mlip_jax.export", "export"),
     "plan": ("mlip_jax.planning", "plan"),
     "benchmark": ("mlip_jax.benchmark", "benchmark"),
 }

@@ -222,7 +222,7 @@ def test_hugging_faces_preprocessing(tmp_path):
     write_preprocessor(folder)
     model = mlip_jax.load(folder)
     expected = Preprocessing(
-        32, CLIP_MEAN, (0.3, 0.3, 0.3), "drop_first", "bilinear", "shortest", 36
+        32, CLIP_MEAN, (0.3, 0.3, 0.3), "drop_first", "bilinear", "shortest", 36, "floor"
     )
     assert model.preprocess == expected
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))

@@ -130,6 +130,8 @@ class Preprocessing:
       resize: "shortest", the short side is brought to size and the rest cut off; "longest", the
         long side, and the rest is black; "squash", both.
       short_side: what "shortest" brings the short side to; 0: `image_size`.
+      crop: how half a pixel is rounded where the centre is cut out: "round", as torchvision and
+        open_clip do, or "floor", as transformers does.
     """
 
     image_size: int
@@ -139,6 +141,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     resize: str = "shortest"
     short_side: int = 0
+    crop: str = "round"
 
     @classmethod
     def of(cls, config: ConfigDict) -> Preprocessing:
@@ -174,7 +177,7 @@ class Preprocessing:
         resized = self._resized_to(*pixels.size)
         if resized != pixels.size:
             pixels = pixels.resize(resized, INTERPOLATIONS[self.interpolation])
-        return np.asarray(flatten(_cut_centre(pixels, size, size), "drop"))
+        return np.asarray(flatten(_cut_centre(pixels, size, size, self.crop), "drop"))
 
     def _resized_to(self, width: int, height: int) -> tuple[int, int]:
         """Rounded as by torchvision and, for "longest", open_clip, pixel for pixel."""
@@ -204,16 +207,20 @@ class Preprocessing:
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def _cut_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+def _cut_centre(
+    image: Image.Image, width: int, height: int, rounding: str = "round"
+) -> Image.Image:
     if image.size == (width, height):
         return image
-    left, top = _margin(image.width - width), _margin(image.height - height)
+    left, top = (_margin(image.width - width, rounding), _margin(image.height - height, rounding))
     return image.crop((left, top, left + width, top + height))  # black where the image ends
 
 
-def _margin(excess: int) -> int:
-    """What to cut off on one side, or, below 0, to add; rounded as by open_clip."""
-    return round(excess / 2) if excess >= 0 else -(-excess // 2)
+def _margin(excess: int, rounding: str) -> int:
+    """What to cut off on one side, or, below 0, to add."""
+    if excess < 0:
+        return -(-excess // 2)
+    return round(excess / 2) if rounding == "round" else excess // 2
 
 
 def _open(image: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:

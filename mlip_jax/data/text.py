@@ -56,6 +56,8 @@ class Tokenizer:
       sot: the id that begins a text.
       eot: the id that ends it.
       pad: the id of what comes after.
+      start: all ids before the words; what has no start has none.
+      end: all ids after them.
       cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
     """
 
@@ -77,7 +79,7 @@ class Tokenizer:
         self.cleaning = cleaning
         self._affixes = affixes
         if affixes:
-            self._start, self._end, self.pad, self.vocab_size = affixes
+            self.start, self.end, self.pad, self.vocab_size = affixes
             self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
             self.eot = affixes.end[0]
             self._unescapes = False
@@ -91,7 +93,7 @@ class Tokenizer:
             raise ValueError(f"a tokenizer without {start} and {end}")
         self.sot: int = sot
         self.eot: int = eot
-        self._start, self._end = (sot,), (eot,)
+        self.start, self.end = (sot,), (eot,)
         self.pad: int = 0 if is_clip else encoder.token_to_id(wordpiece.PAD) or 0
 
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
@@ -103,8 +105,8 @@ class Tokenizer:
         prepared = [self._prepared(text) for text in texts]
         encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
         for row, encoding in zip(ids, encodings, strict=True):
-            words = encoding.ids[: context_length - len(self._start) - len(self._end)]
-            whole = (*self._start, *words, *self._end)
+            words = encoding.ids[: context_length - len(self.start) - len(self.end)]
+            whole = (*self.start, *words, *self.end)
             row[: len(whole)] = whole
         return ids
 
@@ -120,6 +122,10 @@ class Tokenizer:
         words = [token for token in words if token != self.sot]
         text = self._encoder.decode(words, skip_special_tokens=False)
         return text.replace(_END_OF_WORD, " ").strip()
+
+    def encoder_json(self) -> str:
+        """The part that makes ids of words, as the `tokenizers` library's JSON."""
+        return self._encoder.to_str()
 
     def to_json(self) -> str:
         """All of the tokenizer as text: the `tokenizers` library's JSON, wrapped if it cleans."""

@@ -17,7 +17,7 @@ from mlip_jax import config as schema
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import OWN_FILE, Tokenizer
-from mlip_jax.interop import tensors
+from mlip_jax.interop import foreign, tensors
 
 CONFIG = "mlip_config.json"
 WEIGHTS = "model.safetensors"
@@ -45,13 +45,14 @@ def write(folder: Path, artefact: Artefact) -> None:
     values = {
         "format": _FORMAT,
         "config": artefact.config.to_dict(),
-        "preprocessing": artefact.preprocessing.to_dict(),
+        "preprocessing": foreign.preprocessing_values(artefact.preprocessing),
         "step": artefact.step,
         "about": dict(artefact.about),
     }
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    (folder / OWN_FILE).write_text(artefact.tokenizer.to_json(), encoding="utf-8")
+    text = foreign.tokenizer_json(artefact.tokenizer)
+    (folder / OWN_FILE).write_text(text, encoding="utf-8")
     flat = traverse_util.flatten_dict(jax.device_get(dict(artefact.variables)), sep="/")
     save_file(
         {key: np.asarray(leaf, order="C") for key, leaf in flat.items()},
@@ -75,7 +76,7 @@ def read_settings(folder: Path) -> tuple[ConfigDict, Preprocessing, dict[str, An
         )
     try:
         config = schema.from_json(json.dumps(values["config"]))
-        return config, Preprocessing.from_dict(values["preprocessing"]), values
+        return config, foreign.preprocessing_of(values["preprocessing"]), values
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged: {error!r}; export the model again") from None
 
@@ -89,7 +90,7 @@ def read(folder: Path) -> Artefact:
     config, preprocessing, values = read_settings(folder)
     file = folder / OWN_FILE
     try:
-        tokenizer = Tokenizer.from_json(file.read_text(encoding="utf-8"))
+        tokenizer = foreign.tokenizer_of(file.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(f"{file}: damaged: {error!r}; export the model again") from None
     found = tensors.read(folder / WEIGHTS, lambda _: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,16 +68,17 @@ class MissingTokenizer(Tokenizer):
     def __init__(self, vocab_size: int, sot: int, eot: int, reason: str) -> None:
         """Takes the ids by the model's config, and why there is no more than that."""
         self.vocab_size, self.sot, self.eot, self.pad = vocab_size, sot, eot, eot
+        self.start, self.end = (sot,), (eot,)
         self.cleaning = "none"
-        self._reason = reason
+        self.reason = reason
 
     def encode(self, texts: Any, context_length: int) -> np.ndarray:
         """Raises UserError: why texts cannot be tokenised."""
-        raise UserError(f"{self._reason}; encode_token_ids takes ids without it")
+        raise UserError(f"{self.reason}; encode_token_ids takes ids without it")
 
     def to_json(self) -> str:
         """Raises UserError: why it cannot be written."""
-        raise UserError(self._reason)
+        raise UserError(self.reason)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,39 @@ class MissingPreprocessing(Preprocessing):
     def to_dict(self) -> dict[str, Any]:
         """Raises UserError: why it cannot be written."""
         raise UserError(self.reason)
+
+
+_MISSING = "missing"
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """A tokenizer, or what stands for it, as text."""
+    if not isinstance(tokenizer, MissingTokenizer):
+        return tokenizer.to_json()
+    values = (tokenizer.vocab_size, tokenizer.sot, tokenizer.eot, tokenizer.reason)
+    return json.dumps({_MISSING: values})
+
+
+def tokenizer_of(text: str) -> Tokenizer:
+    """The inverse of `tokenizer_json`."""
+    values = json.loads(text)
+    if _MISSING in values:
+        return MissingTokenizer(*values[_MISSING])
+    return Tokenizer.from_json(text)
+
+
+def preprocessing_values(preprocessing: Preprocessing) -> dict[str, Any]:
+    """A preprocessing, or what stands for it, as plain values."""
+    if not isinstance(preprocessing, MissingPreprocessing):
+        return preprocessing.to_dict()
+    return {_MISSING: preprocessing.reason, "image_size": preprocessing.image_size}
+
+
+def preprocessing_of(values: Mapping[str, Any]) -> Preprocessing:
+    """The inverse of `preprocessing_values`."""
+    if _MISSING in values:
+        return MissingPreprocessing(values["image_size"], reason=values[_MISSING])
+    return Preprocessing.from_dict(values)
 
 
 def base_config(folder: Path) -> ConfigDict:

@@ -225,6 +225,7 @@ def _preprocessing(folder: Path, image_size: int, kind: str) -> Preprocessing:
         _RESAMPLE[resample],
         resize,
         short_side,
+        "floor",
     )
 
 

@@ -1,0 +1,88 @@
+"""The export verb: a model from a folder of any kind to a folder that others read."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.export import card
+from mlip_jax.inference import load
+
+# By --format: the module whose `write(folder, model)` does it and returns notes for the user.
+FORMATS = {
+    "mlip": "mlip_jax.export.own",
+    "hf_clip": "mlip_jax.export.hugging_face",
+    "open_clip": "mlip_jax.export.open_clip",
+    "stablehlo": "mlip_jax.export.stablehlo",
+    "onnx": "mlip_jax.export.onnx",
+}
+
+
+def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str = "mlip") -> int:
+    """Writes a model for others: weights or programs, what goes with them, and a model card.
+
+    The folder appears when it is whole; what stands there already is never written over.
+
+    Args:
+      config: the model's, with the overrides of the command line, such as another merging rate.
+      workdir: any folder that `mlip_jax.load` takes.
+      out: the folder to write.
+      format: one of `FORMATS`.
+
+    Returns:
+      0.
+
+    Raises:
+      UserError: for an unknown format, a folder that exists, or a model that the format has no
+        place for: the message says which part of it.
+      RunError: when what was written does not give what the model gives.
+    """
+    if format not in FORMATS:
+        raise UserError(
+            f"--format={format} is none of {', '.join(FORMATS)}{suggestion(format, FORMATS)}"
+        )
+    if not out:
+        raise UserError("export needs a folder to write: add --out=DIR")
+    target = Path(out).expanduser()
+    if target.exists():
+        raise UserError(f"--out={out} exists already and is not written over: give another name")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    model = load(workdir, config=config)
+    with _whole_or_not(target) as draft:
+        notes = importlib.import_module(FORMATS[format]).write(draft, model)
+        card.write(draft, model, Path(workdir), format, notes)
+        for file in draft.iterdir():
+            # safetensors makes files that their owner alone may read.
+            shutil.copymode(draft / card.FILE_NAME, file)
+    for note in notes:
+        console.print(f"note: {note}")
+    size = sum(file.stat().st_size for file in target.iterdir())
+    console.print(f"{format} model: {target} ({size / 2**20:,.1f} MiB)")
+    return 0
+
+
+@contextmanager
+def _whole_or_not(target: Path) -> Iterator[Path]:
+    """A folder under another name, renamed to `target` at the end, or taken away."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        draft.mkdir()
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write --out={target}: {error.strerror}") from error
+    try:
+        yield draft
+        try:
+            draft.rename(target)
+        except OSError as error:
+            raise UserError(f"cannot write --out={target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
