@@ -56,6 +56,7 @@ class Tokenizer:
       sot: the id that begins a text.
       eot: the id that ends it.
       pad: the id of what comes after.
+      unescapes: whether it undoes HTML escapes.
       start: all ids before the words; what has no start has none.
       end: all ids after them.
       cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
@@ -82,11 +83,11 @@ class Tokenizer:
             self.start, self.end, self.pad, self.vocab_size = affixes
             self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
             self.eot = affixes.end[0]
-            self._unescapes = False
+            self.unescapes = cleaning in ("whitespace", "canonicalize")
             return
         self.vocab_size: int = encoder.get_vocab_size()
         is_clip = encoder.token_to_id(_SOT) is not None
-        self._unescapes = is_clip
+        self.unescapes = is_clip
         start, end = (_SOT, _EOT) if is_clip else (wordpiece.START, wordpiece.END)
         sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
         if sot is None or eot is None:
@@ -112,7 +113,7 @@ class Tokenizer:
 
     def _prepared(self, text: str) -> str:
         text = clean(text, self.cleaning)
-        return unescape(text) if self._unescapes else text
+        return unescape(text) if self._affixes is None and self.unescapes else text
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end of text; lower case, single spaces."""

@@ -45,7 +45,7 @@ def write(folder: Path, model: Model) -> list[str]:
         "its logits have a bias, as the sigmoid loss learns it": model.logit_bias != 0,
         f"images are resized by {model.preprocess.resize!r}": model.preprocess.resize == "longest",
         f"config.model.text.cleaning={text.cleaning!r} is not a part of its tokenizer": (
-            text.cleaning != "none"
+            text.cleaning not in ("none", "whitespace")
         ),
     }
     plain_clip.refuse("Hugging Face's CLIPModel", reasons)
@@ -55,7 +55,10 @@ def write(folder: Path, model: Model) -> list[str]:
     plain_clip.write_tokenizer(folder, model.tokenizer, text.context_length)
     if not isinstance(model.preprocess, MissingPreprocessing):
         plain_clip.write_json(folder / "preprocessor_config.json", _preprocessor(model))
-    return plain_clip.notes(model, "floor")
+    notes = plain_clip.notes(model, "floor")
+    if model.tokenizer.unescapes:
+        notes.append("HTML escapes in texts, such as &amp;, which this model undoes, stay there")
+    return notes
 
 
 def _config(model: Model) -> dict[str, Any]:

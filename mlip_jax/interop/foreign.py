@@ -69,7 +69,7 @@ class MissingTokenizer(Tokenizer):
         """Takes the ids by the model's config, and why there is no more than that."""
         self.vocab_size, self.sot, self.eot, self.pad = vocab_size, sot, eot, eot
         self.start, self.end = (sot,), (eot,)
-        self.cleaning = "none"
+        self.cleaning, self.unescapes = "none", False
         self.reason = reason
 
     def encode(self, texts: Any, context_length: int) -> np.ndarray:
