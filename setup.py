@@ -65,7 +65,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.8"],
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
-        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],
+        "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",

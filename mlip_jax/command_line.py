@@ -52,6 +52,7 @@ _OF_VERBS = {
     "check": (_switch, ("prepare",)),
 }
 _FLAGS = ("config", "workdir", *_OF_VERBS, "help")
+_OF_ANY_MODEL = ("evaluate", "export")  # verbs that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
@@ -71,9 +72,7 @@ class Command:
 def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     """Reads [VERB] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...].
 
-    evaluate also takes --suite=NAME and --compare=DIR,DIR; plan takes --topology=NAME,
-    --mesh=AXIS:SIZE,... and --largest-batch; prepare takes no config, but --source=KIND:PATH,
-    --out=DIR and more.
+    `_OF_VERBS` has the flags that a verb takes besides; prepare takes no config.
 
     Touches no global flags, so one process may parse as often as it likes.
 
@@ -190,6 +189,11 @@ def _find_config(verb: str, default: str, file: str | None, workdir: str | None)
         raise UserError(f"{verb} needs a run to look at: add --workdir=DIR (or --config=FILE)")
     path = Path(workdir) / "config.json"
     if _holds_model(Path(workdir)):
+        if verb not in _OF_ANY_MODEL:
+            raise UserError(
+                f"{verb} needs the workdir of a run, and {workdir} holds a model alone; "
+                f"{', '.join(_OF_ANY_MODEL)} take that"
+            )
         # Light as it is, this module cannot import what reads other libraries' folders.
         folders = importlib.import_module("mlip_jax.interop.folders")
         return folders.settings(Path(workdir))[0]

@@ -55,6 +55,7 @@ class Model:
       logit_scale: what training multiplied cosines by.
       pairwise: whether it scores pairs only, having no joint space (`config.model.critic`).
       step: of the checkpoint that it was loaded from; None when it was not.
+      about: what its folder says of it beside that, such as its data's "attribution".
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Model:
 
         self.pairwise = pairwise
         self.step: int | None = None
+        self.about: Mapping[str, Any] = {}
         self._embed_array, self._embed_pixels = jax.jit(embed_array), jax.jit(embed_pixels)
         self._embed_texts, self._inspect = jax.jit(embed_texts), jax.jit(inspect)
         self._score_pairs = jax.jit(score_pairs)
@@ -522,7 +524,7 @@ def load(
         _check_parameters(asked, variables["params"], tokenizer, folder)
     prepared = _sized(preprocessing or found.preprocessing, asked.model.image.image_size)
     model = Model(asked, variables, tokenizer, prepared)
-    model.step = found.step
+    model.step, model.about = found.step, found.about
     return model
 
 

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax import export as jax_export
@@ -25,12 +27,15 @@ from test_foreign import (
 import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax import main as door
+from mlip_jax.command_line import parse
 from mlip_jax.data.images import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text import load_tokenizer
-from mlip_jax.export import programs
+from mlip_jax.export import own, programs
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import two_tower
+from mlip_jax.training.optimizer import make
+from mlip_jax.training.state import initial_state
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 40, 52, 3), np.uint8)
 
@@ -125,7 +130,7 @@ def own_model(**changes):
     network = two_tower.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
-    variables = two_tower.initialise(network, config, __import__("jax").random.key(0))
+    variables = two_tower.initialise(network, config, jax.random.key(0))
     rng = np.random.default_rng(0)
     patch = variables["params"]["image_encoder"]["patch_embedding"]
     if "patch" in patch:
@@ -134,8 +139,6 @@ def own_model(**changes):
 
 
 def by_own_folder(model, path):
-    from mlip_jax.export import own
-
     path.mkdir()
     own.write(path, model)
     return path
@@ -188,7 +191,7 @@ def test_what_has_no_place_is_refused_with_the_reason(tmp_path, changes, form, r
     out = tmp_path / "out"
     assert run("export", f"--workdir={source}", f"--out={out}", f"--format={form}") == 2
     error = capsys.readouterr().err
-    assert __import__("re").search(reason, error), error
+    assert re.search(reason, error), error
     assert os.listdir(tmp_path) == ["own"]
 
 
@@ -205,11 +208,14 @@ def test_a_run_is_exported_with_its_card(trained, tmp_path):
     assert "R@1" in card and f"checkpoint: step {before.step}" in card
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
+    # Exporting an exported model loses neither its figures nor whom to thank.
+    about = written(tmp_path / "out", tmp_path / "twice", "mlip").about
+    assert about == before.about
+    assert "R@1" in (tmp_path / "twice/README.md").read_text()
     # With other settings, where they move no parameter.
     plain = written(trained, tmp_path / "plain", "mlip", "--config.model.image.merging.rate=0.0")
     assert plain.config.model.image.merging.rate == 0
-    # An exported model is exported, evaluated and trained on like any other.
-    written(tmp_path / "out", tmp_path / "again", "mlip")
+    # An exported model is evaluated like any other.
     assert run("evaluate", f"--workdir={tmp_path / 'out'}") == 0
     assert (tmp_path / "out/results.json").is_file()
 
@@ -228,6 +234,8 @@ def test_no_folder_is_written_over_or_half_written(clip, tmp_path, capsys, monke
     assert os.listdir(tmp_path) == ["there"]
     assert run("train", f"--workdir={clip}", "--format=mlip", "--config=x.py") == 2
     assert "--format goes with the verb export" in capsys.readouterr().err
+    assert run("report", f"--workdir={clip}") == 2
+    assert "holds a model alone; evaluate, export take that" in capsys.readouterr().err
 
 
 def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
@@ -326,8 +334,6 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
         "--config.evaluation.every_samples=0",
         "--config.mesh.data=1",
     ]
-    from mlip_jax.command_line import parse
-
     found = parse(arguments, door.VERBS).config
     image = found.model.image
     assert (image.width, image.depth, image.frequency.depth) == (48, 4, 1)
@@ -337,17 +343,12 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
     network = two_tower.build(
         found, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
-    import jax
-
     wanted = jax.eval_shape(lambda: two_tower.initialise(network, found, jax.random.key(0)))
     taken = pretrained.read(found, wanted)
     assert taken["params"]["image_encoder"]["position"].shape == (5, 5, 48)
     lines = pretrained.summary(found, taken, wanted)
     assert "starts from" in lines[0] and "image_encoder/frequency_0" in lines[1]
     # Its Frequency Stage changes nothing yet: without merging it is the model it starts from.
-    from mlip_jax.training.optimizer import make
-    from mlip_jax.training.state import initial_state
-
     found.model.image.merging.rate = 0.0
     state = jax.jit(lambda taken: initial_state(network, make(found), found, taken))(taken)
     found.evaluation.frequency_mix = 0.0

@@ -441,6 +441,12 @@ def test_pickles_are_never_read(tmp_path, monkeypatch):
         weights.write_bytes(data)
         with pytest.raises(UserError, match=r"model\.safetensors: is a pickle.*convert"):
             mlip_jax.load(folder)
+    index = folder / "model.safetensors.index.json"
+    weights.unlink()
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(UserError, match="'../secret.safetensors', which is no file of its folder"):
+        mlip_jax.load(folder)
+    index.unlink()
     weights.write_bytes(b"\x80" + bytes(30))
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         mlip_jax.load(folder)

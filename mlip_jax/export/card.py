@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from mlip_jax import __version__
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.tables import markdown, sheet
 from mlip_jax.inference import Model
-from mlip_jax.interop import artefact, folders
+from mlip_jax.interop import folders
 from mlip_jax.storage.workdir import origin
 
 FILE_NAME = "README.md"
@@ -88,7 +87,7 @@ def write(folder: Path, model: Model, source: Path, form: str, notes: list[str])
         "",
         "## Licence and attributions",
         "",
-        *_licence(source),
+        *_licence(model, source),
     ]
     if notes:
         parts += ["", "## Notes", "", *(f"- {note}" for note in notes)]
@@ -106,8 +105,8 @@ def _model(model: Model) -> list[str]:
     image, text = model.config.model.image, model.config.model.text
     prepared = model.preprocess
     lines += [
-        f"- images: {prepared.image_size} pixels, {prepared.resize} side by "
-        f"{prepared.interpolation}, mean {_numbers(prepared.mean)}, deviation "
+        f"- images: {prepared.image_size} pixels, resized by {prepared.resize!r} "
+        f"({prepared.interpolation}), mean {_numbers(prepared.mean)}, deviation "
         f"{_numbers(prepared.std)}",
         f"- texts: up to {text.context_length} tokens of {model.tokenizer.vocab_size}",
         f"- Frequency Stage: {image.frequency.depth} blocks; token merging rate "
@@ -143,28 +142,18 @@ def _results(source: Path) -> str:
     found = read_results(source)
     if not found.figures:
         return "None are known: `python -m mlip_jax.main evaluate --workdir=FOLDER` finds some."
-    return markdown(sheet(found, "Results")).strip()
+    return markdown(sheet(found, "Results")).partition("\n")[2].strip()  # without its title
 
 
-def _licence(source: Path) -> list[str]:
+def _licence(model: Model, source: Path) -> list[str]:
     lines = [
         "The code is under the Apache License 2.0. The weights are for whom they belong to to "
         "license: state it here before you share them.",
     ]
-    attribution = _attribution(source)
+    attribution = str(model.about.get("attribution", ""))
     if attribution:
         lines += ["", "Data:", "", *(f"> {line}" for line in attribution.splitlines())]
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         if (source / name).is_file():
             lines += ["", f"The source folder's own {name} applies."]
     return lines
-
-
-def _attribution(source: Path) -> str:
-    file = source / "attribution.txt"
-    if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
-    if folders.kind(source) == "exported":
-        about: Any = artefact.read_settings(source)[2].get("about") or {}
-        return str(about.get("attribution", ""))
-    return ""

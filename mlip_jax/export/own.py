@@ -19,8 +19,7 @@ def write(folder: Path, model: Model) -> list[str]:
     Returns:
       No notes: nothing is lost.
     """
-    found = Artefact(
-        model.config, model.variables, model.tokenizer, model.preprocess, model.step, {}
-    )
+    parts = (model.config, model.variables, model.tokenizer, model.preprocess)
+    found = Artefact(*parts, model.step, model.about)
     artefact.write(folder, found)
     return []

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax.config import UserError, suggestion
+from mlip_jax.evaluations.results import FILE_NAME
 from mlip_jax.export import card
 from mlip_jax.inference import load
 
@@ -59,6 +60,9 @@ def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str =
     with _whole_or_not(target) as draft:
         notes = importlib.import_module(FORMATS[format]).write(draft, model)
         card.write(draft, model, Path(workdir), format, notes)
+        figures = Path(workdir) / FILE_NAME
+        if format == "mlip" and figures.is_file():
+            shutil.copyfile(figures, draft / FILE_NAME)
         for file in draft.iterdir():
             # safetensors makes files that their owner alone may read.
             shutil.copymode(draft / card.FILE_NAME, file)

@@ -71,6 +71,9 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"{path}: {_lacking(path)}")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        strange = sorted(name for name in names if Path(name).name != name)
+        if strange:
+            raise UserError(f"{index}: names {strange[0]!r}, which is no file of its folder")
         return [path / name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged: {error!r}; get it again") from None
