@@ -86,6 +86,12 @@ def validate(config: ConfigDict) -> None:
             f"config.evaluation.probe.shots={config.evaluation.probe.shots} must be numbers of "
             "images a class, each at least 1"
         )
+    towers = [name for name in ("image", "text") if config.model[name].pretrained]
+    if config.model.pretrained and towers:
+        raise UserError(
+            f"config.model.pretrained and config.model.{towers[0]}.pretrained both say what the "
+            "run starts from: leave one of them ''"
+        )
     _check_image(config)
     _check_text(config)
     _check_joint_space(config)

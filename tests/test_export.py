@@ -36,6 +36,7 @@ from mlip_jax.interop import pretrained
 from mlip_jax.models import two_tower
 from mlip_jax.training.optimizer import make
 from mlip_jax.training.state import initial_state
+from mlip_jax.validation import validate
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 40, 52, 3), np.uint8)
 
@@ -277,7 +278,18 @@ def test_a_program_that_errs_is_not_kept(clip):
     model = mlip_jax.load(clip)
     with pytest.raises(schema.RunError, match="differ by"):
         programs.check(model, "encode_image", lambda rows: np.zeros((len(rows), 20), np.float32))
-    with pytest.raises(schema.RunError, match="differ by inf"):
+
+    def one_wrong(rows):
+        found = np.array(model.programs()["encode_image"].function(rows))
+        found[:1] += 0.01 * (len(found) > 1)
+        return found
+
+    with pytest.raises(schema.RunError, match="differ by 1.0e-02"):
+        programs.check(model, "encode_image", one_wrong)
+    merging = mlip_jax.load(clip, overrides={"model.image.merging.rate": 0.25})
+    model = merging
+    assert programs.check(merging, "encode_image", one_wrong)[1:] == (16, 1)
+    with pytest.raises(schema.RunError, match=r"gives \(1, 3\) in place of"):
         programs.check(model, "encode_image", lambda rows: np.zeros((1, 3), np.float32))
 
 
@@ -365,6 +377,10 @@ def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path):
     write_preprocessor(other)
     with pytest.raises(schema.UserError, match="is none of clip, imagenet, siglip"):
         pretrained.adopt(schema.default(), str(other))
+    config = schema.default()
+    config.model.pretrained = config.model.text.pretrained = "bert"
+    with pytest.raises(schema.UserError, match=r"model\.text\.pretrained both say"):
+        validate(config)
     bare = open_clip_folder(tmp_path / "bare")
     pretrained.adopt(schema.default(), str(bare))
     assert sys.modules.get("torch") is None

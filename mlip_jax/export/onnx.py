@@ -40,7 +40,7 @@ def write(folder: Path, model: Model) -> list[str]:
     import onnxruntime
 
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes that nobody asked
-    files, worst = {}, {}
+    files, agreement = {}, {}
     for name, program in model.programs().items():
         file = folder / f"{name}.onnx"
         entry = SimpleNamespace(shape=("batch", *program.shape), dtype=np.dtype(program.dtype))
@@ -62,7 +62,7 @@ def write(folder: Path, model: Model) -> list[str]:
         except Exception as error:
             raise RunError(f"onnxruntime does not take the program {name}: {error}") from error
         first = session.get_inputs()[0].name
-        worst[name] = programs.check(
+        agreement[name] = programs.check(
             model, name, lambda rows, run=session.run, first=first: run(None, {first: rows})[0]
         )
-    return programs.finish(folder, model, files, worst)
+    return programs.finish(folder, model, files, agreement)

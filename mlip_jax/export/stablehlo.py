@@ -30,7 +30,7 @@ def write(folder: Path, model: Model) -> list[str]:
       UserError: for a model that scores pairs.
       RunError: when a program does not give what the model gives.
     """
-    files, worst = {}, {}
+    files, agreement = {}, {}
     for name, program in model.programs().items():
         (batch,) = export.symbolic_shape("batch")
         shape = jax.ShapeDtypeStruct((batch, *program.shape), program.dtype)
@@ -39,7 +39,7 @@ def write(folder: Path, model: Model) -> list[str]:
         file.write_bytes(exported.serialize())
         files[name] = file.name
         again = export.deserialize(bytearray(file.read_bytes()))
-        worst[name] = programs.check(
+        agreement[name] = programs.check(
             model, name, lambda rows, again=again: np.asarray(again.call(rows))
         )
-    return programs.finish(folder, model, files, worst)
+    return programs.finish(folder, model, files, agreement)
