@@ -15,9 +15,9 @@ from mlip_jax.config import UserError
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Parts, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.progress import track
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
+from mlip_jax.progress import track
 
 _FAMILY = "few_shot"
 # From the strongest, so that of several that are as good the strongest is taken.

@@ -23,8 +23,8 @@ from mlip_jax.data.region_sets import open_region_set
 from mlip_jax.data.regions import Box, Regions
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.progress import track
 from mlip_jax.evaluations.sets import Sets, short_name
+from mlip_jax.progress import track
 
 _SHIFTS = 8  # other queries' boxes that stand for chance
 

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from mlip_jax.config import UserError
 from mlip_jax.evaluations.counting import Side, count_reaching
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.progress import track
 from mlip_jax.evaluations.scores import grid_integers, products
 from mlip_jax.evaluations.sets import Sets
+from mlip_jax.progress import track
 
 KS = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")

@@ -21,7 +21,7 @@ from mlip_jax.data.sources import (
     split_spec,
 )
 from mlip_jax.evaluations.interface import Encoder
-from mlip_jax.evaluations.progress import track
+from mlip_jax.progress import track
 
 # Sets whose captions after the first are aliases of the concept, not descriptions of the image.
 _FIRST_CAPTION_ONLY = frozenset({"emoji"})

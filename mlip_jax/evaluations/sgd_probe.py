@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Float, Int
 
 from mlip_jax.evaluations.classifiers import Linear
-from mlip_jax.evaluations.progress import track
+from mlip_jax.progress import track
 
 _EPOCHS, _DROPS = 100, (60, 80)
 _BATCH, _LEARNING_RATE, _MOMENTUM = 256, 30.0, 0.9

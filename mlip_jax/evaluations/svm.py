@@ -23,9 +23,9 @@ from mlip_jax.config import UserError
 from mlip_jax.evaluations import average_precision, classifiers
 from mlip_jax.evaluations.classifiers import named, on_one_thread
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.progress import track
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
+from mlip_jax.progress import track
 
 _FAMILY = "svm"
 _COSTS = (0.01, 0.1, 1.0, 10.0)

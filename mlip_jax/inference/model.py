@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +16,15 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax import config as schema
 from mlip_jax import parallel
 from mlip_jax.config import UserError
-from mlip_jax.data.cache import cache_folder
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
-from mlip_jax.interop import folders, positions
 from mlip_jax.models import two_tower
 from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize
 from mlip_jax.models.vit import ImageViews
 from mlip_jax.progress import track
-from mlip_jax.validation import validate
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -466,102 +460,3 @@ def _listed(items: Sequence[Any]) -> list[Any]:
     if single or (isinstance(items, np.ndarray) and items.dtype == np.uint8 and items.ndim < 4):
         raise TypeError("pass a list of images or texts, not a single one")
     return list(items)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    step: int | None = None,
-    config: ConfigDict | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
-    tokenizer: Tokenizer | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> Model:
-    """Loads a trained model. Any number of threads may do so at once.
-
-    Compiled code is kept on the disk, beside the data cache, unless JAX has been told of another
-    place (JAX_COMPILATION_CACHE_DIR).
-
-    Args:
-      path: a workdir, whose newest good checkpoint is taken; an exported model; or a folder of
-        open_clip's (open_clip_config.json and safetensors) or of Hugging Face's CLIP or SigLIP
-        (config.json and safetensors). Pickles are never read.
-      step: another checkpoint of a workdir.
-      config: a config in place of the folder's, such as one with another merging rate.
-      overrides: values by dotted key on top of the config, such as
-        {"model.image.merging.rate": 0.5}.
-      image_size: pixels along a side of the images, in place of the model's own: position
-        embeddings are resampled.
-      tokenizer: in place of the folder's.
-      preprocessing: in place of the folder's.
-
-    Returns:
-      The model, on one device. Averaged parameters are taken where training kept them. What the
-      folder does not say, such as how images are prepared, is not guessed: methods that need it
-      raise UserError.
-
-    Raises:
-      UserError: if the path holds no model, a damaged one, or one that is not computed here.
-    """
-    _keep_compiled()
-    folder = Path(path).expanduser()
-    kind = folders.kind(folder)
-    found = folders.read(folder, step)
-    asked = schema.from_json(schema.to_json(found.config if config is None else config))
-    overrides = dict(overrides or {})
-    if image_size is not None:
-        overrides["model.image.image_size"] = image_size
-    for key, value in overrides.items():
-        schema.set_key(asked, key, value)
-    variables = dict(found.variables)
-    tokenizer = tokenizer or found.tokenizer
-    if config is not None or overrides:
-        validate(asked)
-        if asked.model.image.architecture == "vit":
-            variables["params"] = positions.fit(variables["params"], two_tower.grid(asked))
-    if config is not None or overrides or kind != "workdir":
-        _check_parameters(asked, variables["params"], tokenizer, folder)
-    prepared = _sized(preprocessing or found.preprocessing, asked.model.image.image_size)
-    model = Model(asked, variables, tokenizer, prepared)
-    model.step, model.about = found.step, found.about
-    return model
-
-
-def _keep_compiled() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder("") / "compiled"))
-
-
-def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
-    """The same for images of another size."""
-    if preprocessing.image_size == image_size:
-        return preprocessing
-    short = round(preprocessing.short_side * image_size / preprocessing.image_size)
-    return dataclasses.replace(preprocessing, image_size=image_size, short_side=short)
-
-
-def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Raises UserError when a checkpoint lacks what the config's model needs."""
-    network = two_tower.build(
-        config,
-        vocab_size=tokenizer.vocab_size,
-        start_id=tokenizer.sot,
-        end_id=tokenizer.eot,
-        training=False,
-    )
-    needed = jax.eval_shape(
-        lambda: two_tower.initialise(network, config, jax.random.key(0))["params"]
-    )
-    saved = {
-        parallel.path_name(path): list(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(needed):
-        name = parallel.path_name(path)
-        if saved.get(name) != list(leaf.shape):
-            found = f"is {saved[name]}" if name in saved else "does not exist"
-            raise UserError(
-                f"the checkpoint in {folder} is of another model: tensor {name} {found} there and "
-                f"is {list(leaf.shape)} in this config's model"
-            )

@@ -1,0 +1,6 @@
+"""Trained models in use: a folder opened, and `encode_image` and `encode_text` behind it."""
+
+from mlip_jax.inference.loading import load
+from mlip_jax.inference.model import ImageLike, Model, Program
+
+__all__ = ["ImageLike", "Model", "Program", "load"]
