@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import jax
 
 from mlip_jax import processes
-from mlip_jax.config import RunError, UserError
+from mlip_jax.config import PROCESS_VARIABLES, RunError, UserError
 
-COORDINATOR, PROCESSES, PROCESS_ID = "MLIP_COORDINATOR", "MLIP_PROCESSES", "MLIP_PROCESS_ID"
+COORDINATOR, PROCESSES, PROCESS_ID = PROCESS_VARIABLES.values()
 START_SECONDS, HEARTBEAT_SECONDS = "MLIP_START_SECONDS", "MLIP_HEARTBEAT_SECONDS"
 _THREADS = "PJRT_NPROC"  # how many threads XLA starts on CPUs
 _START, _HEARTBEAT = 300, 60  # seconds
@@ -27,10 +27,11 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of this run; call it before any device is used.
 
     Without several processes in the environment nothing is done. They are told of by
-    MLIP_COORDINATOR ("host:port" of process 0), MLIP_PROCESSES and MLIP_PROCESS_ID; without these
-    as JAX finds them under SLURM and Open MPI, on TPU slices and in indexed jobs of Kubernetes.
-    MLIP_START_SECONDS (300) is how long they wait for each other, MLIP_HEARTBEAT_SECONDS (60) how
-    long one may be silent before the others end.
+    MLIP_COORDINATOR ("host:port" of process 0), MLIP_PROCESSES and MLIP_PROCESS_ID, which the flags
+    --coordinator, --processes and --process-id set; without these as JAX finds them under SLURM and
+    Open MPI, on TPU slices and in indexed jobs of Kubernetes. MLIP_START_SECONDS (300) is how long
+    they wait for each other, MLIP_HEARTBEAT_SECONDS (60) how long one may be silent before the
+    others end.
 
     Raises:
       UserError: for variables that are missing or make no sense.

@@ -50,6 +50,9 @@ _OF_VERBS = {
     "licence": (_text, ("prepare",)),
     "attribution": (_text, ("prepare",)),
     "check": (_switch, ("prepare",)),
+    "coordinator": (_text, ("train", "evaluate", "report")),
+    "processes": (_text, ("train", "evaluate", "report")),
+    "process-id": (_text, ("train", "evaluate", "report")),
 }
 _FLAGS = ("config", "workdir", *_OF_VERBS, "help")
 _OF_ANY_MODEL = ("evaluate", "export")  # verbs that need no run, but a model
@@ -66,6 +69,7 @@ class Command:
     config: ConfigDict | None  # validated and locked; None for prepare, and when runs are compared
     workdir: Path | None  # None: the same
     options: Mapping[str, Any] = field(default_factory=dict)  # of the verb's function
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables that flags stand for
     compare: tuple[str, ...] = ()  # evaluate: workdirs, or patterns of them, to lay side by side
 
 
@@ -125,7 +129,12 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     if verb == "benchmark":
         options["title"] = values.config or str(workdir)
         options["compare"] = [_another(text, rest) for text in values.compare]
-    return Command(verb, config, workdir, options)
+    environment = {
+        variable: options.pop(flag.replace("-", "_"))
+        for flag, variable in schema.PROCESS_VARIABLES.items()
+        if values[flag].value
+    }
+    return Command(verb, config, workdir, options, environment)
 
 
 def _options(verb: str, values: flags.FlagValues) -> dict[str, Any]:

@@ -44,6 +44,12 @@ EVALUATIONS = (
     "concepts",
 )
 
+# How several processes of a run find each other: flags, and the variables that they stand for.
+PROCESS_VARIABLES = {
+    "coordinator": "MLIP_COORDINATOR",
+    "processes": "MLIP_PROCESSES",
+    "process-id": "MLIP_PROCESS_ID",
+}
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
 _FREE_AT_RESUME = (
     "mesh",

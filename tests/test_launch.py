@@ -58,9 +58,11 @@ class Checkout:
 
     def fake(self, name: str, body: str = "") -> None:
         path = self.fakes / name
-        path.write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >>"$FAKES/calls"\n')
-        with path.open("a") as file:
-            file.write(f'echo >>"$FAKES/calls"\n{body}\n')
+        # One write a call: the fakes of a pipe run at a time.
+        path.write_text(
+            f'#!/bin/bash\nprintf -v call "%q " {name} "$@"\n'
+            f'echo "$call" >>"$FAKES/calls"\n{body}\n'
+        )
         path.chmod(0o755)
 
     def answers(self, **lines: list[str]) -> None:

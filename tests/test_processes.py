@@ -291,6 +291,21 @@ def test_a_missing_coordinator_is_named(tiny, tmp_path, capfd, monkeypatch):
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_flags_stand_for_the_variables(tiny, tmp_path, capfd, monkeypatch):
+    for name in environment():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", {**os.environ, cluster.START_SECONDS: "1"})
+    monkeypatch.setattr(cluster.start, "__defaults__", (os.environ,))
+    flags = ["--coordinator=127.0.0.1:9", "--processes=2", "--process-id=1"]
+    command = ["mlip", f"--config={tiny}", f"--workdir={tmp_path / 'run'}", *flags]
+    assert door.main(command) == 1
+    assert "no coordinator at 127.0.0.1:9 within 1 s (" in capfd.readouterr().err
+    assert door.main([*command, "--process-id=two"]) == 2
+    assert "MLIP_PROCESS_ID='two': expected a whole number" in capfd.readouterr().err
+    assert door.main(["mlip", "plan", *command[1:], "--topology=cpu:8"]) == 2
+    assert "--coordinator goes with the verb train or evaluate" in capfd.readouterr().err
+
+
 MISTAKES = [
     ({cluster.PROCESSES: ""}, "MLIP_COORDINATOR, MLIP_PROCESS_ID without MLIP_PROCESSES: set all"),
     ({cluster.COORDINATOR: "127.0.0.1"}, "MLIP_COORDINATOR='127.0.0.1': expected host:port"),
