@@ -24,9 +24,12 @@ def quick(monkeypatch, on_one_device):
     on_one_device(monkeypatch)
 
 
+ADAMW = "--config.optimizer.name=adamw"  # Muon's products take long to compile
+
+
 @pytest.fixture
 def config(tiny):
-    return command_line.parse([f"--config={tiny}"], ["train"]).config
+    return command_line.parse([f"--config={tiny}", ADAMW], ["train"]).config
 
 
 def run(capfd, *arguments):
@@ -42,27 +45,25 @@ def written(folder):
 
 
 def test_configs_are_timed_and_written(tiny, tmp_path, capfd):
-    flags = [f"--config={tiny}", f"--workdir={tmp_path}", "--steps=5", "--warmup=1"]
-    other = f"{tiny} --config.model.image.merging.rate=0.0"
-    code, out, _ = run(capfd, *flags, f"--compare={other}", "--config.batch_size=4")
+    flags = [f"--config={tiny}", ADAMW, f"--workdir={tmp_path}", "--steps=5", "--warmup=1"]
+    other = f"{tiny} --config.log_every=3"  # the same program: compiled once
+    code, out, _ = run(capfd, *flags, f"--compare={other}")
     assert code == 0
     found = written(tmp_path)
-    merged, whole = found["results"]
-    assert (merged["name"], whole["name"]) == (str(tiny), other)
-    for result in (merged, whole):
-        assert result["batch_size"] == 4 and result["steps"] == 5
+    assert [result["name"] for result in found["results"]] == [str(tiny), other]
+    for result in found["results"]:
+        assert result["batch_size"] == 8 and result["steps"] == 5
         assert result["step_seconds_low"] <= result["step_seconds"] <= result["step_seconds_high"]
-        assert result["images_per_second"] == pytest.approx(4 / result["step_seconds"])
+        assert result["images_per_second"] == pytest.approx(8 / result["step_seconds"])
         flops, seconds = result["model_flops"], result["step_seconds"]
         assert result["utilisation"] == pytest.approx(flops / seconds / found["matrix_peak"])
         assert result["memory"] > 0 and result["compile_seconds"] > 0
-    assert merged["model_flops"] != whole["model_flops"]  # merged tokens count as they are
     assert "images a second" in out and "over the first" in out and f"2: {other}" in out
     assert found["environment"]
 
 
 def test_the_input_alone_beside_pillow_and_the_step(tiny, tmp_path, capfd):
-    flags = [f"--config={tiny}", f"--workdir={tmp_path}", "--steps=2", "--warmup=1"]
+    flags = [f"--config={tiny}", ADAMW, f"--workdir={tmp_path}", "--steps=2", "--warmup=1"]
     code, out, _ = run(capfd, *flags, "--only=data")
     assert code == 0 and "Pillow, decode and resize alone" in out and "the step takes" in out
     found = written(tmp_path)["input"]
