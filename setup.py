@@ -21,6 +21,7 @@ setup(
     package_data={
         "mlip_jax.data": ["*.gz", "*.txt", "*.json"],
         "mlip_jax.evaluations": ["*.json", "*.html"],
+        "mlip_jax.search": ["*.html"],
         "mlip_jax.reports": ["*.html", "*.css", "*.j2"],
     },
     python_requires=">=3.11",
@@ -66,6 +67,7 @@ setup(
         "tpu": ["jax[tpu]>=0.8"],
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
+        "ann": ["usearch>=2.21.0"],
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",

@@ -46,16 +46,23 @@ _OF_VERBS = {
     "resize": (_text, ("prepare",)),
     "shard-records": (_text, ("prepare",)),
     "workers": (_text, ("prepare",)),
-    "max-skipped-share": (_text, ("prepare",)),
+    "max-skipped-share": (_text, ("prepare", "search")),
     "licence": (_text, ("prepare",)),
     "attribution": (_text, ("prepare",)),
     "check": (_switch, ("prepare",)),
     "coordinator": (_text, ("train", "evaluate", "report")),
     "processes": (_text, ("train", "evaluate", "report")),
     "process-id": (_text, ("train", "evaluate", "report")),
+    "images": (_text, ("search",)),
+    "index": (_text, ("search",)),
+    "text": (_text, ("search",)),
+    "image": (_text, ("search",)),
+    "top": (_count, ("search",)),
+    "serve": (_text, ("search",)),
 }
+_PORT = 8765  # of --serve without a value
 _FLAGS = ("config", "workdir", *_OF_VERBS, "help")
-_OF_ANY_MODEL = ("evaluate", "export")  # verbs that need no run, but a model
+_OF_ANY_MODEL = ("evaluate", "export", "search")  # verbs that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
@@ -90,7 +97,8 @@ def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
     Raises:
       UserError: for whatever cannot be understood, naming what it may have meant.
     """
-    arguments, verbs = list(arguments), tuple(verbs)
+    arguments = [f"--serve={_PORT}" if one == "--serve" else one for one in arguments]
+    verbs = tuple(verbs)
     verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else verbs[0]
     if verb == "help" or "-h" in arguments:
         return None

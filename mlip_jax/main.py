@@ -22,6 +22,7 @@ VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "report": ("mlip_jax.reports", "report_workdir"),
     "prepare": ("mlip_jax.data.prepare", "prepare"),
     "export": ("mlip_jax.export", "export"),
+    "search": ("mlip_jax.search", "search"),
     "plan": ("mlip_jax.planning", "plan"),
     "benchmark": ("mlip_jax.benchmark", "benchmark"),
 }

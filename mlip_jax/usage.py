@@ -7,6 +7,7 @@ Trains and evaluates language-image models.
   python -m mlip_jax.main evaluate --workdir=DIR [--suite=NAME]
   python -m mlip_jax.main evaluate --compare=DIR,DIR
   python -m mlip_jax.main prepare --source=KIND:PATH --out=DIR
+  python -m mlip_jax.main search --workdir=DIR --images=FOLDER --text=WORDS
   python -m mlip_jax.main plan --config=FILE --topology=NAME [--mesh=AXIS:SIZE,...]
 
 Verbs
@@ -16,6 +17,7 @@ Verbs
   benchmark time the training step here, of several configs in turns, or beside open_clip
   prepare   write a set as shards that are fast to read: tars, tables, Parquet, class folders, ...
   export    write the workdir's model for others: weights or programs, and a model card
+  search    index a folder of images; find them by words or by an image, here or in a browser
   plan      compile the training step for devices that need not be there: memory, traffic, time
 
 Flags
@@ -40,8 +42,13 @@ Flags
   --shard-records=N   prepare: 5000 when it is left out
   --workers=N         prepare: processes; as many as there are cores
   --max-skipped-share=S  prepare: the share of broken records that is no error; 0.01
+                      search: of unreadable images; 0.5
   --licence=NAME, --attribution=TEXT  prepare: for the set's card
   --check             prepare: only compare what is in --out with its checksums
+  --images=FOLDER     search: what to index, or to bring up to date; a set's KIND:PATH too
+  --index=DIR         search: the index; WORKDIR/search/NAME of the images when it is left out
+  --text=WORDS, --image=FILE  search: what to find; --top=N of it (10)
+  --serve[=PORT]      search: a page at http://127.0.0.1:8765, for this machine alone
   --topology=NAME     plan: a slice of TPU chips, such as v5e:16x16 (needs the extra tpu), or cpu:8
   --mesh=AXIS:SIZE,.. plan: such as data:64,fsdp:4; config.mesh when it is left out
   --largest-batch     plan: also find the largest global batch that fits
@@ -62,6 +69,7 @@ Examples
     --config.evaluation.linear_probe=folder:flowers --config.evaluation.svm=voc:VOC2007
   python -m mlip_jax.main evaluate --workdir=CLIP_FOLDER --rates=0,0.25,0.5
   python -m mlip_jax.main export --workdir=runs/mlip --out=mlip_model
+  python -m mlip_jax.main search --workdir=runs/mlip --images=photos --text="a red car" --serve
   python -m mlip_jax.main evaluate --compare='runs/mlip*,runs/clip*'
   python -m mlip_jax.main prepare --source=webdataset:cc3m/{00000..00331}.tar --out=data/cc3m
 """

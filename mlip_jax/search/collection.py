@@ -1,0 +1,142 @@
+"""What is searched: a folder of image files, or a set that training or evaluation could open."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.data.file_sources import IMAGE_SUFFIXES, read_file
+from mlip_jax.data.records import Source
+from mlip_jax.data.sources import FILE_KINDS, KINDS, NAMED, open_source, split_spec
+from mlip_jax.data.splits import ALL
+from mlip_jax.progress import track
+
+
+class Item(NamedTuple):
+    """An image, by what an index knows it."""
+
+    path: str  # below the folder; of a set, the record's name
+    stamp: str  # another one: the image is another one
+
+
+class Collection(Protocol):
+    """Images by path."""
+
+    spec: str  # opens the same from any folder
+
+    def items(self) -> list[Item]:
+        """All images, in the order of the index."""
+
+    def read(self, path: str) -> bytes:
+        """The encoded image. Raises OSError when it is not there or cannot be read."""
+
+    def place(self, path: str) -> str:
+        """The path as people use it."""
+
+
+def open_collection(spec: str, cache_dir: str = "") -> Collection:
+    """Opens a folder, with all folders below it, or a set by its spec.
+
+    Args:
+      spec: a folder, or what `open_source` takes; of a set, all splits unless one is pinned.
+      cache_dir: where sets named by one word lie.
+
+    Raises:
+      UserError: for a folder that is not there, or as `open_source`.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return _Folder(folder)
+    kind, colon, where = spec.partition(":")
+    if not colon and split_spec(spec)[0] not in NAMED:
+        near = suggestion(spec, (*NAMED, *_siblings(folder)))
+        what = "a file, not a folder of images" if folder.exists() else "no folder or set"
+        raise UserError(f"--images={spec} is {what}{near}")
+    if colon and kind not in KINDS:
+        raise UserError(
+            f"--images={spec} is no folder, and no set is called {kind}:{suggestion(kind, KINDS)}"
+        )
+    if kind in FILE_KINDS:
+        spec = f"{kind}:{Path(where).expanduser().absolute()}"
+    whole = spec if split_spec(spec)[1] else f"{spec}#{ALL}"
+    return _Set(spec, open_source(whole, "train", cache_dir=cache_dir))
+
+
+def _siblings(folder: Path) -> list[str]:
+    try:
+        return [str(folder.parent / name.name) for name in folder.parent.iterdir()]
+    except OSError:
+        return []
+
+
+class _Folder:
+    """Every image file below a folder; what is hidden is left out, links to folders too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self.spec = str(self._folder)
+
+    def items(self) -> list[Item]:
+        return sorted(self._walk())
+
+    def _walk(self) -> Iterator[Item]:
+        for above, folders, files in os.walk(self._folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+                    continue
+                path = os.path.join(above, name)
+                try:
+                    status = os.stat(path)
+                    stamp = f"{status.st_size}-{status.st_mtime_ns}"
+                except OSError:
+                    stamp = ""  # a link to nothing: it counts as unreadable
+                yield Item(os.path.relpath(path, self._folder), stamp)
+
+    def read(self, path: str) -> bytes:
+        # An index is a file like others: what it says must not lead out of the folder.
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise OSError(f"{path} is not below {self._folder}")
+        return read_file(self._folder / path)
+
+    def place(self, path: str) -> str:
+        whole = self._folder / path
+        return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+
+
+class _Set:
+    """The records of a set. They have no time of change: the stamp is a digest of the image."""
+
+    def __init__(self, spec: str, source: Source) -> None:
+        self.spec = spec
+        self._source = source
+        self._lock = threading.Lock()  # not every set's reader is made for several threads
+        self._indices: dict[str, int] = {}
+        for index in range(len(source)):
+            name = source.name_of(index)
+            self._indices[name if name not in self._indices else f"{name} ({index})"] = index
+
+    def items(self) -> list[Item]:
+        return [
+            Item(path, self._stamp(path)) for path in track(self._indices, "looking at the images")
+        ]
+
+    def _stamp(self, path: str) -> str:
+        try:
+            return hashlib.sha256(self.read(path)).hexdigest()[:16]
+        except OSError:
+            return ""
+
+    def read(self, path: str) -> bytes:
+        if path not in self._indices:
+            raise OSError(f"{path} is no more in {self.spec}")
+        with self._lock:
+            return self._source[self._indices[path]].image
+
+    def place(self, path: str) -> str:
+        return path

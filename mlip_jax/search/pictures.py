@@ -1,0 +1,48 @@
+"""What the page shows of an image, encoded anew: no byte of a file reaches the browser as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from mlip_jax.data.images import Preprocessing, decode, flatten
+
+THUMBNAIL = 224  # pixels of the longer side
+SQUARE = 512
+_PINK = (0xCC, 0x79, 0xA7)  # as in the reports
+_DEPTH = 0.85  # of the colour at the map's maximum
+
+
+def thumbnail(content: bytes) -> bytes:
+    """A small JPEG, on white where the image is transparent. Raises UnreadableImage."""
+    image = flatten(decode(content, at_least=THUMBNAIL), "white")
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return _encoded(image, "JPEG")
+
+
+def square(content: bytes, preprocessing: Preprocessing) -> bytes:
+    """The part that the model sees, as a JPEG of `SQUARE` pixels. Raises UnreadableImage."""
+    short = round(preprocessing.short_side * SQUARE / preprocessing.image_size)
+    larger = dataclasses.replace(preprocessing, image_size=SQUARE, short_side=short)
+    return _encoded(Image.fromarray(larger(content)), "JPEG")
+
+
+def heat(saliency: Float[np.ndarray, "rows columns"]) -> bytes:
+    """A saliency map to lay on `square`, as a PNG: the pinker, the more; transparent at 0."""
+    share = saliency / max(float(saliency.max()), float(np.finfo(np.float32).tiny))
+    side = (SQUARE, SQUARE)
+    smooth = Image.fromarray(share.astype(np.float32)).resize(side, Image.Resampling.BILINEAR)
+    alpha = (255 * _DEPTH * np.asarray(smooth).clip(0, 1)).round().astype(np.uint8)
+    image = Image.new("RGB", side, _PINK)
+    image.putalpha(Image.fromarray(alpha))
+    return _encoded(image, "PNG")
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    return out.getvalue()

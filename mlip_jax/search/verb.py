@@ -1,0 +1,217 @@
+"""The search verb: index a folder of images, query it, serve it to a browser on this machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from ml_collections import ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlip_jax import cluster
+from mlip_jax.config import UserError
+from mlip_jax.data.file_sources import read_file
+from mlip_jax.inference import Model, load
+from mlip_jax.interop import folders
+from mlip_jax.search.build import Outcome, build, printable
+from mlip_jax.search.collection import Collection, open_collection
+from mlip_jax.search.identity import digest
+from mlip_jax.search.index import FILE_NAME, About, Index, check_model
+from mlip_jax.search.query import nearest
+from mlip_jax.search.server import serve as serve_index
+
+_TOP = 10
+_SHARE = "0.5"  # ours: in a folder of one's own, many files may be no images
+_LISTED = 5
+_WIDE = 1000  # letters a line where a program reads them: no path is broken
+
+
+def search(
+    config: ConfigDict,
+    workdir: str | Path,
+    images: str = "",
+    index: str = "",
+    text: str = "",
+    image: str = "",
+    top: int = _TOP,
+    serve: str = "",
+    max_skipped_share: str = _SHARE,
+) -> int:
+    """Indexes images, answers queries, serves a page; whatever of these is asked for, in order.
+
+    Args:
+      config: the model's, with the overrides of the command line.
+      workdir: any folder that `mlip_jax.load` takes.
+      images: a folder, or a set's spec: what is indexed, or brought up to date.
+      index: the index's folder; left out, search/NAME in the workdir, with NAME that of the images
+        (of another library's model: in runs/foreign/ITS_NAME).
+      text: to be found.
+      image: a file to find images like it.
+      top: how many are found.
+      serve: the port of the page, at 127.0.0.1; "0": any.
+      max_skipped_share: more unreadable images than this share are an error.
+
+    Returns:
+      0.
+
+    Raises:
+      UserError: for what is not there, or an index of another model.
+      RunError: when too many images are unreadable.
+    """
+    if not (images or text or image or serve):
+        raise UserError(
+            "search needs something to do: --images=FOLDER to index, --text=WORDS or --image=FILE "
+            "to search, --serve for a page in the browser"
+        )
+    port, share = _port(serve), _share(max_skipped_share)
+    return cluster.by_first(
+        lambda: _search(config, Path(workdir), images, index, text, image, top, port, share)
+    )
+
+
+def _search(
+    config: ConfigDict,
+    workdir: Path,
+    images: str,
+    index: str,
+    text: str,
+    image: str,
+    top: int,
+    port: int | None,
+    share: float,
+) -> int:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDE
+    cache_dir = config.data.cache_dir
+    collection = open_collection(images, cache_dir) if images else None
+    folder = Path(index).expanduser() if index else _default(workdir, collection)
+    if not collection:
+        Index(folder)  # where there is none, no model need be loaded to say so
+    content = _content(image) if image else b""
+    model = load(workdir, config=config)
+    if model.pairwise:
+        raise UserError(
+            "this model scores pairs and has no joint space to search in "
+            "(config.model.critic='concat')"
+        )
+    about = About(
+        images=collection.spec if collection else "",
+        model=str(workdir),
+        step=model.step,
+        digest=digest(model),
+        count=0,
+        unreadable=0,
+        generation=0,
+    )
+    if collection:
+        started = time.monotonic()
+        outcome = build(folder, collection, model, about, share)
+        _tell(console, folder, outcome, time.monotonic() - started)
+    opened = Index(folder)
+    check_model(opened.about, folder, about.digest, about.told())
+    collection = collection or open_collection(opened.about.images, cache_dir)
+    if text:
+        query = model.encode_text([text])[0]
+        console.print(_table(f"Images for {text!r}", opened, collection, query, top))
+    if content:
+        query = _embedding(model, image, content)
+        console.print(_table(f"Images like {printable(image)}", opened, collection, query, top))
+    if port is not None:
+        serve_index(opened, collection, model, port, top, console)
+    return 0
+
+
+def _default(workdir: Path, collection: Collection | None) -> Path:
+    """The index's folder where none is named."""
+    home = workdir
+    if folders.kind(workdir) not in ("workdir", "exported"):
+        home = Path("runs") / "foreign" / workdir.resolve().name  # not ours to write in
+    if collection:
+        name = Path(collection.spec.partition("#")[0]).name.replace(":", "-")
+        return home / "search" / (name or "root")
+    found = sorted(path.parent for path in (home / "search").glob(f"*/{FILE_NAME}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"there are several indices, say which: --index={', --index='.join(map(str, found))}"
+        )
+    raise UserError(
+        f"there is no index in {home / 'search'}: make one with --images=FOLDER, or name one with "
+        "--index=DIR"
+    )
+
+
+def _content(image: str) -> bytes:
+    try:
+        return read_file(Path(image).expanduser())
+    except OSError as error:
+        raise UserError(f"cannot read --image={image}: {error.strerror or error}") from error
+
+
+def _embedding(model: Model, image: str, content: bytes) -> Float32[np.ndarray, " width"]:
+    try:
+        return model.encode_image([content])[0]
+    except OSError as error:
+        raise UserError(f"--image={image} is no image that can be read: {error}") from error
+
+
+def _tell(console: Console, folder: Path, outcome: Outcome, seconds: float) -> None:
+    for path, reason in outcome.unreadable[:_LISTED]:
+        console.print(f"unreadable: {printable(path)}: {reason}")
+    opened = Index(folder)
+    if len(outcome.unreadable) > _LISTED:
+        console.print(
+            f"{len(outcome.unreadable):,} unreadable images are left out; all are listed in "
+            f"{opened.file('unreadable', 'jsonl')}"
+        )
+    counts = {
+        "new": outcome.new,
+        "changed": outcome.changed,
+        "as before": outcome.kept,
+        "removed": outcome.removed,
+        "unreadable": len(outcome.unreadable),
+    }
+    told = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
+    console.print(f"index: {folder}: {opened.about.count:,} images ({told}) in {seconds:,.1f} s")
+
+
+def _table(
+    title: str,
+    index: Index,
+    collection: Collection,
+    query: Float32[np.ndarray, " width"],
+    top: int,
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("Rank", justify="right")
+    table.add_column("Score", justify="right", no_wrap=True)
+    table.add_column("Path", overflow="fold")
+    for rank, (score, row) in enumerate(zip(*nearest(index, query, top), strict=True), 1):
+        place = collection.place(index.path(int(row)))
+        table.add_row(str(rank), f"{score:.4f}", Text(printable(place)))
+    return table
+
+
+def _port(serve: str) -> int | None:
+    if not serve:
+        return None
+    if not serve.isdecimal() or int(serve) > 65535:
+        raise UserError(f"--serve={serve}: expected a port from 0 to 65535")
+    return int(serve)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--max-skipped-share={text}: expected a share in [0, 1]")
+    return share
