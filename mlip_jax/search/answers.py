@@ -17,8 +17,8 @@ from jaxtyping import Float32
 from mlip_jax.config import UserError
 from mlip_jax.inference import Model
 from mlip_jax.search import pictures
-from mlip_jax.search.build import printable
 from mlip_jax.search.collection import Collection
+from mlip_jax.search.files import printable
 from mlip_jax.search.index import Index
 from mlip_jax.search.query import nearest
 
@@ -109,9 +109,9 @@ class Answers:
             {
                 "count": about.count,
                 "images": printable(images),
-                "name": printable(Path(images).name or images),
+                "name": printable(Path(images).name) or images,
                 "model": about.told(),
-                "top": self.top,
+                "attribution": self.collection.attribution,
             }
         )
 

@@ -28,6 +28,7 @@ class Collection(Protocol):
     """Images by path."""
 
     spec: str  # opens the same from any folder
+    attribution: str  # to be shown with the images; "": none known
 
     def items(self) -> list[Item]:
         """All images, in the order of the index."""
@@ -79,7 +80,7 @@ class _Folder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
-        self.spec = str(self._folder)
+        self.spec, self.attribution = str(self._folder), ""
 
     def items(self) -> list[Item]:
         return sorted(self._walk())
@@ -113,7 +114,7 @@ class _Set:
     """The records of a set. They have no time of change: the stamp is a digest of the image."""
 
     def __init__(self, spec: str, source: Source) -> None:
-        self.spec = spec
+        self.spec, self.attribution = spec, source.attribution
         self._source = source
         self._lock = threading.Lock()  # not every set's reader is made for several threads
         self._indices: dict[str, int] = {}

@@ -24,8 +24,9 @@ HOST = "127.0.0.1"
 MOST_BYTES = 64 * 2**20  # of an image to search by
 _PATIENCE = 30  # seconds that a connection may be silent
 _POLICY = (
-    "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src 'nonce-{nonce}'; "
-    "script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; "
+    "style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 

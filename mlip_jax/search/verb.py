@@ -18,14 +18,15 @@ from mlip_jax.config import UserError
 from mlip_jax.data.file_sources import read_file
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import folders
-from mlip_jax.search.build import Outcome, build, printable
+from mlip_jax.search.build import Outcome, build
 from mlip_jax.search.collection import Collection, open_collection
+from mlip_jax.search.files import printable
 from mlip_jax.search.identity import digest
 from mlip_jax.search.index import FILE_NAME, About, Index, check_model
 from mlip_jax.search.query import nearest
 from mlip_jax.search.server import serve as serve_index
 
-_TOP = 10
+_TOP, _TOP_OF_PAGE = 10, 48
 _SHARE = "0.5"  # ours: in a folder of one's own, many files may be no images
 _LISTED = 5
 _WIDE = 1000  # letters a line where a program reads them: no path is broken
@@ -38,7 +39,7 @@ def search(
     index: str = "",
     text: str = "",
     image: str = "",
-    top: int = _TOP,
+    top: int | None = None,
     serve: str = "",
     max_skipped_share: str = _SHARE,
 ) -> int:
@@ -52,7 +53,7 @@ def search(
         (of another library's model: in runs/foreign/ITS_NAME).
       text: to be found.
       image: a file to find images like it.
-      top: how many are found.
+      top: how many are found; 10, and 48 on the page.
       serve: the port of the page, at 127.0.0.1; "0": any.
       max_skipped_share: more unreadable images than this share are an error.
 
@@ -81,7 +82,7 @@ def _search(
     index: str,
     text: str,
     image: str,
-    top: int,
+    top: int | None,
     port: int | None,
     share: float,
 ) -> int:
@@ -118,12 +119,14 @@ def _search(
     collection = collection or open_collection(opened.about.images, cache_dir)
     if text:
         query = model.encode_text([text])[0]
-        console.print(_table(f"Images for {text!r}", opened, collection, query, top))
+        console.print(_table(f"Images for {text!r}", opened, collection, query, top or _TOP))
     if content:
         query = _embedding(model, image, content)
-        console.print(_table(f"Images like {printable(image)}", opened, collection, query, top))
+        console.print(
+            _table(f"Images like {printable(image)}", opened, collection, query, top or _TOP)
+        )
     if port is not None:
-        serve_index(opened, collection, model, port, top, console)
+        serve_index(opened, collection, model, port, top or _TOP_OF_PAGE, console)
     return 0
 
 

@@ -1,0 +1,85 @@
+"""The folder of an index: drafts, what may lie there, and who may write."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlip_jax.config import UserError
+from mlip_jax.search.index import FILE_NAME, Index
+
+PIECES = "pieces-"  # a folder of what is embedded, until the index is whole
+_LOCK, _DRAFT = ".lock", "draft-"
+_KINDS = (
+    "embeddings-*.npy",
+    "images-*.jsonl",
+    "offsets-*.npy",
+    "neighbours-*.usearch",
+    "unreadable-*.jsonl",
+)
+_OWN = (*_KINDS, f"{_DRAFT}*", f"{PIECES}*", FILE_NAME, ".*")
+
+
+@contextlib.contextmanager
+def new(path: Path) -> Iterator[Path]:
+    """A draft that takes its name when it is whole and on the disk."""
+    draft = path.with_name(f"{_DRAFT}{path.name}")
+    yield draft
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError for a folder that cannot be made, or that holds what is no index's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [
+            entry.name
+            for entry in folder.iterdir()
+            if not any(entry.match(pattern) for pattern in _OWN)
+        ]
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as --index: {error.strerror}") from error
+    if strange:
+        raise UserError(
+            f"{folder} holds other things, such as {printable(strange[0])}: give an index a "
+            "folder of its own with --index=DIR"
+        )
+
+
+def clean(folder: Path) -> None:
+    """Takes away drafts, and the files that index.json does not name."""
+    for draft in (*folder.glob(f"{_DRAFT}*"), *folder.glob(f"{PIECES}*/{_DRAFT}*")):
+        draft.unlink()
+    if not (folder / FILE_NAME).exists():
+        return
+    generation = Index(folder).about.generation
+    for kind in _KINDS:
+        for file in folder.glob(kind):
+            if file.stem.rpartition("-")[2] != str(generation):
+                file.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    try:
+        file = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as --index: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process indexes in {folder}: wait for it, or give another --index"
+            ) from error
+        yield
+
+
+def printable(path: str) -> str:
+    """A path that a terminal takes: names of files need not be valid Unicode."""
+    return os.fsencode(path).decode(errors="replace")

@@ -1,0 +1,117 @@
+"""Embedding images, piece by piece: a finished piece outlives whatever ends the program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from mlip_jax.inference import Model
+from mlip_jax.progress import track
+from mlip_jax.search.collection import Collection, Item
+from mlip_jax.search.files import new
+from mlip_jax.search.index import item
+from mlip_jax.storage.workdir import write_atomically
+
+PIECE = 4096  # images; a kill costs no more
+
+Piece = tuple[list[Item], Float32[np.ndarray, "images width"]]
+Unreadable = list[tuple[str, str]]  # path and reason
+
+
+class Pieces:
+    """The pieces that lie in a folder, and a name for the next."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._next = 0
+
+    def finished(self) -> Iterator[Piece]:
+        """Those that are whole, memory-mapped. The list of images is written last."""
+        for listed in sorted(self._folder.glob("*.jsonl")):
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                self._next = max(self._next, int(listed.stem) + 1)
+                items = [item(line) for line in listed.read_bytes().splitlines()]
+                embeddings = np.load(listed.with_suffix(".npy"), mmap_mode="r")
+                if embeddings.ndim == 2 and len(items) == len(embeddings):
+                    yield items, embeddings
+
+    def save(
+        self, items: list[Item], embeddings: Float32[np.ndarray, "images width"]
+    ) -> Float32[np.ndarray, "images width"]:
+        """Writes one; gives its embeddings memory-mapped."""
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"{self._next:06}.npy"
+        self._next += 1
+        with new(path) as draft, draft.open("wb") as file:
+            np.save(file, embeddings)
+        lines = "".join(json.dumps(found._asdict()) + "\n" for found in items)
+        write_atomically(path.with_suffix(".jsonl"), lines)
+        return np.load(path, mmap_mode="r")
+
+
+def embedded(
+    collection: Collection, model: Model, todo: Sequence[Item], unreadable: Unreadable
+) -> Iterator[Piece]:
+    """Embeds images; a batch is decoded while the one before it is embedded.
+
+    Args:
+      collection: whose images they are.
+      model: what embeds them.
+      todo: the images.
+      unreadable: takes those that cannot be read.
+
+    Yields:
+      Pieces of some `PIECE` images that can be.
+    """
+    size = model.config.evaluation.batch_size
+    part: list[Item] = []
+    rows: list[np.ndarray] = []
+    done = iter(track(range(len(todo)), "indexing images"))
+    for batch, pixels in _decoded(collection, model, todo, size):
+        images = []
+        for found, image in zip(batch, pixels, strict=True):
+            next(done)
+            if isinstance(image, OSError):
+                unreadable.append((found.path, image.strerror or str(image)))
+            else:
+                part.append(found)
+                images.append(image)
+        if images:
+            rows.append(model.encode_image_pixels(np.stack(images)))
+        if len(part) >= PIECE:
+            yield part, np.concatenate(rows)
+            part, rows = [], []
+    next(done, None)
+    if part:
+        yield part, np.concatenate(rows)
+
+
+def _decoded(
+    collection: Collection, model: Model, todo: Sequence[Item], size: int
+) -> Iterator[tuple[Sequence[Item], list[UInt8[np.ndarray, "size size 3"] | OSError]]]:
+    def decoded(found: Item) -> np.ndarray | OSError:
+        try:
+            return model.preprocess(collection.read(found.path))
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead: list[tuple[Sequence[Item], list[Future]]] = []
+        try:
+            for start in range(0, len(todo), size):
+                batch = todo[start : start + size]
+                ahead.append((batch, [pool.submit(decoded, found) for found in batch]))
+                if len(ahead) > 1:
+                    batch, futures = ahead.pop(0)
+                    yield batch, [future.result() for future in futures]
+            for batch, futures in ahead:
+                yield batch, [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
