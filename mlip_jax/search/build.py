@@ -40,13 +40,13 @@ class Outcome:
 class _Known:
     """Where the embeddings lie that need not be computed."""
 
-    arrays: list[np.ndarray] = field(default_factory=list)
-    rows: dict[Item, tuple[int, int]] = field(default_factory=dict)  # array and row
+    files: list[Path] = field(default_factory=list)
+    rows: dict[Item, tuple[int, int]] = field(default_factory=dict)  # number of the file, and row
 
-    def add(self, items: Iterable[Item], embeddings: np.ndarray) -> None:
-        self.arrays.append(embeddings)
+    def add(self, items: Iterable[Item], embeddings: Path) -> None:
+        self.files.append(embeddings)
         for row, found in enumerate(items):
-            self.rows[found] = (len(self.arrays) - 1, row)
+            self.rows[found] = (len(self.files) - 1, row)
 
 
 def build(
@@ -98,7 +98,7 @@ def _update(
 ) -> Outcome:
     known, outcome = _Known(), Outcome()
     if old:
-        known.add(old.items(), old.embeddings)
+        known.add(old.items(), old.file("embeddings", "npy"))
     before = {found.path for found in known.rows}
     outcome.kept = sum(found in known.rows for found in items)
     outcome.removed = len(before - {found.path for found in items})
@@ -173,12 +173,13 @@ def _write(folder: Path, known: _Known, readable: Sequence[Item], about: About) 
 
 def _copy(draft: Path, known: _Known, readable: Sequence[Item]) -> None:
     places = np.array([known.rows[found] for found in readable], np.int64)
-    width = known.arrays[0].shape[1]
+    width = np.load(known.files[0], mmap_mode="r").shape[1]
     whole = open_memmap(draft, "w+", np.float32, (len(readable), width))
     for start in range(0, len(readable), _ROWS):
-        arrays, rows = places[start : start + _ROWS].T
+        numbers, rows = places[start : start + _ROWS].T
         block = whole[start : start + _ROWS]
-        for number in np.unique(arrays):
-            here = arrays == number
-            block[here] = known.arrays[number][rows[here]]
+        for number in np.unique(numbers):
+            here = numbers == number
+            # Opened anew each time: there may be more pieces than files that a process may open.
+            block[here] = np.load(known.files[number], mmap_mode="r")[rows[here]]
     whole.flush()

@@ -19,7 +19,7 @@ from mlip_jax.search.files import new
 from mlip_jax.search.index import item
 from mlip_jax.storage.workdir import write_atomically
 
-PIECE = 4096  # images; a kill costs no more
+PIECE = 1024  # images; a kill costs no more
 
 Piece = tuple[list[Item], Float32[np.ndarray, "images width"]]
 Unreadable = list[tuple[str, str]]  # path and reason
@@ -32,20 +32,19 @@ class Pieces:
         self._folder = folder
         self._next = 0
 
-    def finished(self) -> Iterator[Piece]:
-        """Those that are whole, memory-mapped. The list of images is written last."""
+    def finished(self) -> Iterator[tuple[list[Item], Path]]:
+        """Those that are whole: their images, listed last, and the file of embeddings."""
         for listed in sorted(self._folder.glob("*.jsonl")):
             with contextlib.suppress(OSError, ValueError, EOFError):
                 self._next = max(self._next, int(listed.stem) + 1)
                 items = [item(line) for line in listed.read_bytes().splitlines()]
-                embeddings = np.load(listed.with_suffix(".npy"), mmap_mode="r")
+                path = listed.with_suffix(".npy")
+                embeddings = np.load(path, mmap_mode="r")
                 if embeddings.ndim == 2 and len(items) == len(embeddings):
-                    yield items, embeddings
+                    yield items, path
 
-    def save(
-        self, items: list[Item], embeddings: Float32[np.ndarray, "images width"]
-    ) -> Float32[np.ndarray, "images width"]:
-        """Writes one; gives its embeddings memory-mapped."""
+    def save(self, items: list[Item], embeddings: Float32[np.ndarray, "images width"]) -> Path:
+        """Writes one; gives the file of embeddings."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{self._next:06}.npy"
         self._next += 1
@@ -53,7 +52,7 @@ class Pieces:
             np.save(file, embeddings)
         lines = "".join(json.dumps(found._asdict()) + "\n" for found in items)
         write_atomically(path.with_suffix(".jsonl"), lines)
-        return np.load(path, mmap_mode="r")
+        return path
 
 
 def embedded(
