@@ -1,5 +1,7 @@
 """A folder of images, searched by words or by an image: on the command line and in a browser."""
 
-from mlip_jax.search.verb import search
+from mlip_jax.search.index import Index
+from mlip_jax.search.query import nearest
+from mlip_jax.search.verb import find_index, search
 
-__all__ = ["search"]
+__all__ = ["Index", "find_index", "nearest", "search"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -91,9 +92,7 @@ def _search(
         console.width = _WIDE
     cache_dir = config.data.cache_dir
     collection = open_collection(images, cache_dir) if images else None
-    folder = Path(index).expanduser() if index else _default(workdir, collection)
-    if not collection:
-        Index(folder)  # where there is none, no model need be loaded to say so
+    folder = _folder(index, workdir, collection)
     content = _content(image) if image else b""
     model = load(workdir, config=config)
     if model.pairwise:
@@ -130,25 +129,41 @@ def _search(
     return 0
 
 
-def _default(workdir: Path, collection: Collection | None) -> Path:
-    """The index's folder where none is named."""
-    home = workdir
-    if folders.kind(workdir) not in ("workdir", "exported"):
-        home = Path("runs") / "foreign" / workdir.resolve().name  # not ours to write in
-    if collection:
-        name = Path(collection.spec.partition("#")[0]).name.replace(":", "-")
-        return home / "search" / (name or "root")
-    found = sorted(path.parent for path in (home / "search").glob(f"*/{FILE_NAME}"))
+def find_index(workdir: str | Path) -> Index:
+    """The only index of a model that lies in its default place.
+
+    Args:
+      workdir: the model's folder.
+
+    Raises:
+      UserError: where there is none, or where there are several.
+    """
+    above = _home(Path(workdir)) / "search"
+    found = sorted(path.parent for path in above.glob(f"*/{FILE_NAME}"))
     if len(found) == 1:
-        return found[0]
+        return Index(found[0])
     if found:
         raise UserError(
             f"there are several indices, say which: --index={', --index='.join(map(str, found))}"
         )
     raise UserError(
-        f"there is no index in {home / 'search'}: make one with --images=FOLDER, or name one with "
-        "--index=DIR"
+        f"there is no index in {above}: make one with --images=FOLDER, or name one with --index=DIR"
     )
+
+
+def _home(workdir: Path) -> Path:
+    """Where indices lie that are not told another place."""
+    if folders.kind(workdir) in ("workdir", "exported"):
+        return workdir
+    return Path("runs") / "foreign" / workdir.resolve().name  # not ours to write in
+
+
+def _folder(index: str, workdir: Path, collection: Collection | None) -> Path:
+    """The index's folder; where nothing is to be indexed, one that holds an index."""
+    if not collection:
+        return (Index(Path(index).expanduser()) if index else find_index(workdir)).folder
+    name = re.sub("[:#]", "-", Path(collection.spec).name) or "root"
+    return Path(index).expanduser() if index else _home(workdir) / "search" / name
 
 
 def _content(image: str) -> bytes:
