@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from mlip_jax.config import UserError
 from mlip_jax.inference import Model
 from mlip_jax.search import pictures
-from mlip_jax.search.collection import Collection
+from mlip_jax.search.collection import Collection, reason
 from mlip_jax.search.files import printable
 from mlip_jax.search.index import Index
 from mlip_jax.search.query import nearest
@@ -84,7 +84,7 @@ class Answers:
             try:
                 return pages[kind](int(row), values)
             except OSError as error:
-                sentence = f"the image cannot be read any more: {error.strerror or error}"
+                sentence = f"the image cannot be read any more: {reason(error)}"
                 raise Refusal(HTTPStatus.NOT_FOUND, sentence) from error
 
     def search_like(self, content: bytes, values: Mapping[str, str]) -> Answer:
@@ -98,7 +98,8 @@ class Answers:
                 query = self.model.encode_image([content])[0]
             except OSError as error:
                 raise Refusal(
-                    HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"this is no image that can be read: {error}"
+                    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                    f"this is no image that can be read: {reason(error)}",
                 ) from error
         return self._nearest(query, values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,11 @@ def open_collection(spec: str, cache_dir: str = "") -> Collection:
         spec = f"{kind}:{Path(where).expanduser().absolute()}"
     whole = spec if split_spec(spec)[1] else f"{spec}#{ALL}"
     return _Set(spec, open_source(whole, "train", cache_dir=cache_dir))
+
+
+def reason(error: OSError) -> str:
+    """Why an image cannot be read, in words."""
+    return error.strerror or re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
 
 
 def _siblings(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from jaxtyping import Float32, UInt8
 
 from mlip_jax.inference import Model
 from mlip_jax.progress import track
-from mlip_jax.search.collection import Collection, Item
+from mlip_jax.search.collection import Collection, Item, reason
 from mlip_jax.search.files import new
 from mlip_jax.search.index import item
 from mlip_jax.storage.workdir import write_atomically
@@ -78,7 +78,7 @@ def embedded(
         for found, image in zip(batch, pixels, strict=True):
             next(done)
             if isinstance(image, OSError):
-                unreadable.append((found.path, image.strerror or str(image)))
+                unreadable.append((found.path, reason(image)))
             else:
                 part.append(found)
                 images.append(image)

@@ -20,7 +20,7 @@ from mlip_jax.data.file_sources import read_file
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import folders
 from mlip_jax.search.build import Outcome, build
-from mlip_jax.search.collection import Collection, open_collection
+from mlip_jax.search.collection import Collection, open_collection, reason
 from mlip_jax.search.files import printable
 from mlip_jax.search.identity import digest
 from mlip_jax.search.index import FILE_NAME, About, Index, check_model
@@ -170,19 +170,19 @@ def _content(image: str) -> bytes:
     try:
         return read_file(Path(image).expanduser())
     except OSError as error:
-        raise UserError(f"cannot read --image={image}: {error.strerror or error}") from error
+        raise UserError(f"cannot read --image={image}: {reason(error)}") from error
 
 
 def _embedding(model: Model, image: str, content: bytes) -> Float32[np.ndarray, " width"]:
     try:
         return model.encode_image([content])[0]
     except OSError as error:
-        raise UserError(f"--image={image} is no image that can be read: {error}") from error
+        raise UserError(f"--image={image} is no image that can be read: {reason(error)}") from error
 
 
 def _tell(console: Console, folder: Path, outcome: Outcome, seconds: float) -> None:
-    for path, reason in outcome.unreadable[:_LISTED]:
-        console.print(f"unreadable: {printable(path)}: {reason}")
+    for path, why in outcome.unreadable[:_LISTED]:
+        console.print(f"unreadable: {printable(path)}: {why}")
     opened = Index(folder)
     if len(outcome.unreadable) > _LISTED:
         console.print(

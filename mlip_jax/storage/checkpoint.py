@@ -295,10 +295,10 @@ def restore_fields(
         if damage:
             _warn(f"checkpoint {path} is damaged ({damage})")
             continue
-        handler = ocp.PyTreeCheckpointHandler()
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
         tree = handler.metadata(path / "state").tree
         wanted = {name: tree[name] for name in fields if tree.get(name)}
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             found = checkpointer.restore(
                 path / "state",
                 args=ocp.args.PyTreeRestore(
@@ -309,10 +309,19 @@ def restore_fields(
                     partial_restore=True,
                 ),
             )
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             extras = checkpointer.restore(path / "extras", args=ocp.args.JsonRestore())
         return {name: found.get(name, {}) for name in fields}, extras
     raise RunError(f"no checkpoint in {folder} can be read: all are damaged")
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Has Orbax wait for no other process of the run: they need not read too."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone-{own}"
+    )
 
 
 def served(fields: Mapping[str, Any]) -> dict[str, Any]:
