@@ -24,6 +24,7 @@ _text = functools.partial(flags.DEFINE_string, default="", help="")
 _texts = functools.partial(flags.DEFINE_multi_string, default=[], help="")
 _count = functools.partial(flags.DEFINE_integer, default=None, help="", lower_bound=1)
 _switch = functools.partial(flags.DEFINE_boolean, default=False, help="")
+_OF_SEVERAL = ("train", "evaluate", "report", "search")  # verbs of several processes
 # The flags that some verbs alone take: the kind of the value, and the verbs.
 _OF_VERBS = {
     "suite": (_text, ("evaluate",)),
@@ -50,9 +51,9 @@ _OF_VERBS = {
     "licence": (_text, ("prepare",)),
     "attribution": (_text, ("prepare",)),
     "check": (_switch, ("prepare",)),
-    "coordinator": (_text, ("train", "evaluate", "report")),
-    "processes": (_text, ("train", "evaluate", "report")),
-    "process-id": (_text, ("train", "evaluate", "report")),
+    "coordinator": (_text, _OF_SEVERAL),
+    "processes": (_text, _OF_SEVERAL),
+    "process-id": (_text, _OF_SEVERAL),
     "images": (_text, ("search",)),
     "index": (_text, ("search",)),
     "text": (_text, ("search",)),

@@ -57,8 +57,8 @@ Flags
   --only=data         benchmark: the input, beside Pillow and beside what the step takes
   --compare=FILE      benchmark: another config, "FILE --config.KEY=VALUE"; may be repeated
   --against=open_clip benchmark: open_clip's model of the same sizes (needs the extra bench)
-  --coordinator=HOST:PORT, --processes=N, --process-id=I  train, evaluate, report: one of several
-                      processes of a run (docs/launch.md)
+  --coordinator=HOST:PORT, --processes=N, --process-id=I  train, evaluate, report, search: one of
+                      several processes of a run (docs/launch.md)
   --help              this page
 
 Examples

@@ -56,15 +56,20 @@ def data(pairs, tmp_path_factory) -> Path:
 class Run:
     """The processes of one start of a run."""
 
-    def __init__(self, count: int, config: Path, workdir: Path, pause: float = 0.0, **flags):
+    def __init__(
+        self, count: int, config: Path, workdir: Path, pause: float = 0.0, verb: str = "", **flags
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.logs = [workdir.with_name(f"{workdir.name}.{count}.{i}.log") for i in range(count)]
+        self.logs = [
+            workdir.with_name(f"{workdir.name}.{verb}{count}.{i}.log") for i in range(count)
+        ]
         self.records = [log.with_suffix(".record") for log in self.logs]
         arguments = [f"--config.{key}={value}" for key, value in (FLAGS | flags).items()]
         command = [sys.executable, str(HERE / "process_run.py")]
-        command += [f"--config={config}", f"--workdir={workdir}", *arguments]
+        command += [verb] if verb else [f"--config={config}", *arguments]
+        command.append(f"--workdir={workdir}")
         self.processes = []
         for index, (log, record) in enumerate(zip(self.logs, self.records, strict=True)):
             environment = {
@@ -204,6 +209,16 @@ def test_an_uneven_set_is_counted_once(start, alone, chain):
     assert other == one
     figures = [key for key in one if key.startswith("examples/retrieval/")]
     assert figures and all(one[key] == 7 for key in figures)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+def test_process_0_alone_looks_at_a_run_again(start, chain, verb):
+    before = json.loads((start.folder / "chain" / "results.json").read_text())
+    run = start(2, "chain", verb=verb)
+    assert run.codes() == [0, 0], run.told(0) + run.told(1)
+    assert {"evaluate": "results: ", "report": "report: "}[verb] in run.told()
+    assert "results: " not in run.told(1) and "report: " not in run.told(1)
+    assert json.loads((start.folder / "chain" / "results.json").read_text()) == before
 
 
 def test_process_0_alone_writes_and_speaks(start, chain):
