@@ -313,8 +313,8 @@ def test_every_slice_that_is_listed_has_its_chips_as_devices(name):
 LARGE = "size=B/16,data=jsonl:x"
 
 
-def large(file, arguments=LARGE, mesh="data:-1"):
-    return pytest.param(f"{file}:{arguments}", mesh, (), marks=pytest.mark.large)
+def large(file, arguments=LARGE, mesh="data:-1", flags=()):
+    return pytest.param(f"{file}:{arguments}", mesh, flags, marks=pytest.mark.large)
 
 
 @pytest.mark.slow
@@ -324,10 +324,10 @@ def large(file, arguments=LARGE, mesh="data:-1"):
     ("file", "mesh", "flags"),
     [
         *((file, "data:-1", ()) for file in CONFIGS),
-        ("mlip.py", "data:-1", ("ring=always",)),
+        ("mlip.py", "fsdp:4", ("ring=always",)),
         ("mlip.py:objective=jsd", "fsdp:4", ("accumulation=2",)),
         ("mlip.py:objective=sigmoid", "fsdp:2,tensor:2", ("ring=always",)),
-        (f"mlip.py:{LARGE}", "fsdp:4", ("ring=always",)),
+        large("mlip.py", mesh="fsdp:4", flags=("ring=always",)),
         *map(large, ("clip.py", "filip.py", "mlip.py", "siglip.py")),
         large("clip_lite.py", "size=RN50,data=jsonl:x"),
     ],
