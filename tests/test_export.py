@@ -236,7 +236,7 @@ def test_no_folder_is_written_over_or_half_written(clip, tmp_path, capsys, monke
     assert run("train", f"--workdir={clip}", "--format=mlip", "--config=x.py") == 2
     assert "--format goes with the verb export" in capsys.readouterr().err
     assert run("report", f"--workdir={clip}") == 2
-    assert "holds a model alone; evaluate, export take that" in capsys.readouterr().err
+    assert "holds a model alone; evaluate, export, search take that" in capsys.readouterr().err
 
 
 def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
