@@ -224,6 +224,6 @@ def test_a_peer_that_has_no_such_model_is_refused(config, monkeypatch, key, valu
 
 def test_random_batches_have_the_second_views(config):
     config.perspectives.augmented_image.weight = 1.0
-    batch = next(contender._random(config, contender.parallel.make_mesh(config.mesh, 8)))
+    batch = next(contender._random(config, contender.parallel.make_mesh(config.mesh, 8), 99))
     assert batch["image"].shape == batch["image_2"].shape == (8, 16, 16, 3)
     assert batch["image"].dtype == np.uint8

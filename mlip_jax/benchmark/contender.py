@@ -19,7 +19,7 @@ from mlip_jax.config import RunError, UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.pipeline import train_batches
 from mlip_jax.data.records import Source
-from mlip_jax.data.sources import open_source
+from mlip_jax.data.sources import open_training
 from mlip_jax.data.text import Tokenizer, load_tokenizer
 from mlip_jax.models import two_tower
 from mlip_jax.planning.estimates import Memory, network_of
@@ -27,7 +27,7 @@ from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import GIB
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
-from mlip_jax.training.step import lower_step, make_train_step
+from mlip_jax.training.step import abstract_batch, lower_step, make_train_step
 
 
 class Contender:
@@ -60,7 +60,10 @@ class Contender:
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
         )
         self._state = init()
-        self._batches = _real(config, self._mesh) if real_input else _random(config, self._mesh)
+        vocab_size = network.text["vocab_size"]
+        self._batches = (
+            _real(config, self._mesh) if real_input else _random(config, self._mesh, vocab_size)
+        )
 
     def __enter__(self) -> Contender:
         return self
@@ -185,20 +188,18 @@ def _peak_memory() -> int | None:
     return stats.get("peak_bytes_in_use")
 
 
-def _random(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.ndarray]]:
+def _random(
+    config: ConfigDict, mesh: jax.sharding.Mesh, vocab_size: int
+) -> Iterator[dict[str, np.ndarray]]:
     """One random batch of this process's rows, again and again."""
     rng = np.random.default_rng(config.seed)
     rows = len(parallel.local_rows(mesh, config.batch_size))
-    size, text = config.model.image.image_size, config.model.text
-    tokenizer_size = network_of(config).text["vocab_size"]
     batch = {
-        "image": rng.integers(0, 256, (rows, size, size, 3), np.uint8),
-        "token_ids": rng.integers(1, tokenizer_size, (rows, text.context_length), np.int32),
+        name: rng.integers(
+            0, 256 if leaf.dtype == np.uint8 else vocab_size, (rows, *leaf.shape[1:]), leaf.dtype
+        )
+        for name, leaf in abstract_batch(config, mesh).items()
     }
-    if config.perspectives.augmented_image.weight > 0:
-        batch["image_2"] = batch["image"][:, ::-1].copy()
-    if config.perspectives.other_caption.weight > 0:
-        batch["token_ids_2"] = batch["token_ids"][:, ::-1].copy()
     while True:
         yield batch
 
@@ -216,13 +217,7 @@ def _real(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.
 def open_input(config: ConfigDict) -> tuple[Source, Tokenizer]:
     """The set to train on, and the tokenizer of a run of the config."""
     text = config.model.text
-    source = open_source(
-        config.data.train,
-        "train",
-        cache_dir=config.data.cache_dir,
-        max_skipped_share=config.data.max_skipped_share,
-        cleaning=text.cleaning,
-    )
+    source = open_training(config.data, text.cleaning)
     tokenizer = load_tokenizer(
         text.tokenizer,
         cleaning=text.cleaning,

@@ -158,6 +158,21 @@ def _unknown(spec: str, kind: str, colon: str) -> UserError:
     )
 
 
+def open_training(config_data: ConfigDict, cleaning: str = "none") -> Source:
+    """The training split of what `config.data.train` names; its captions are cleaned.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    return open_source(
+        config_data.train,
+        "train",
+        cache_dir=config_data.cache_dir,
+        max_skipped_share=config_data.max_skipped_share,
+        cleaning=cleaning,
+    )
+
+
 def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source | None:
     """The set that `config.data.validation` names, or None.
 

@@ -112,16 +112,7 @@ def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
 
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Raises UserError when a checkpoint lacks what the config's model needs."""
-    network = two_tower.build(
-        config,
-        vocab_size=tokenizer.vocab_size,
-        start_id=tokenizer.sot,
-        end_id=tokenizer.eot,
-        training=False,
-    )
-    needed = jax.eval_shape(
-        lambda: two_tower.initialise(network, config, jax.random.key(0))["params"]
-    )
+    needed = two_tower.parameter_shapes(config, tokenizer)
     saved = {
         parallel.path_name(path): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

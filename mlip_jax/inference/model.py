@@ -78,13 +78,7 @@ class Model:
         self._mesh = mesh
         # Numpy arrays would be copied to the device at every call.
         self._variables = variables if mesh else jax.device_put(variables)
-        network = two_tower.build(
-            config,
-            vocab_size=tokenizer.vocab_size,
-            start_id=tokenizer.sot,
-            end_id=tokenizer.eot,
-            training=False,
-        )
+        network = two_tower.build_for(config, tokenizer, training=False)
         views = [view for view in network.critics if two_tower.level(view) == "global"]
         if not views:
             raise UserError(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -49,17 +48,8 @@ class Foreign:
         Raises:
           UserError: for weights that are missing, damaged or of another model.
         """
-        return layouts.read(self.weights, self.layout, self._wanted())
-
-    def _wanted(self) -> Any:
-        network = two_tower.build(
-            self.config,
-            vocab_size=self.tokenizer.vocab_size,
-            start_id=self.tokenizer.sot,
-            end_id=self.tokenizer.eot,
-        )
-        key = jax.random.key(0)
-        return jax.eval_shape(lambda: two_tower.initialise(network, self.config, key)["params"])
+        wanted = two_tower.parameter_shapes(self.config, self.tokenizer)
+        return layouts.read(self.weights, self.layout, wanted)
 
 
 class MissingTokenizer(Tokenizer):

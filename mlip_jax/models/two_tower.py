@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,15 @@ from mlip_jax.models.vit import ImageEncoder, ImageViews
 Embeddings = dict[str, Array]
 _IMAGE_ENCODERS = {"vit": ImageEncoder, "resnet": ResNet}
 _TEXT_ENCODERS = {"clip": TextEncoder, "bert": BertEncoder}
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What a model must know of its tokenizer."""
+
+    vocab_size: int
+    sot: int  # the start-of-text token
+    eot: int
 
 
 class TwoTower(nn.Module):
@@ -354,6 +363,24 @@ def build(
         frozen=tuple(tower for tower in ("image", "text") if not config.optimizer.rates[tower]),
         dtype=compute_dtype(config),
     )
+
+
+def build_for(config: ConfigDict, tokenizer: Vocabulary, *, training: bool = True) -> TwoTower:
+    """The model that a config describes, for the texts of a tokenizer; see `build`."""
+    return build(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        start_id=tokenizer.sot,
+        end_id=tokenizer.eot,
+        training=training,
+    )
+
+
+def parameter_shapes(config: ConfigDict, tokenizer: Vocabulary) -> Any:
+    """The shapes and types of the parameters of `build_for`."""
+    network = build_for(config, tokenizer, training=False)
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda: initialise(network, config, key)["params"])
 
 
 def _image_fields(config: ConfigDict, training: bool) -> dict[str, Any]:

@@ -225,9 +225,7 @@ def network_of(config: ConfigDict) -> TwoTower:
     if text.tokenizer == "wordpiece":
         return two_tower.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
     tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
-    return two_tower.build(
-        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
-    )
+    return two_tower.build_for(config, tokenizer)
 
 
 def _refusal(message: str) -> str:

@@ -66,6 +66,11 @@ def clean(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from indexing in a folder.
+
+    Raises:
+      UserError: when one does so already, or the folder cannot be written to.
+    """
     try:
         file = (folder / _LOCK).open("a")
     except OSError as error:

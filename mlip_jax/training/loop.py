@@ -17,7 +17,7 @@ from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.mixtures import samples_by_set
 from mlip_jax.data.pipeline import SkipCounter, train_batches
 from mlip_jax.data.records import Source
-from mlip_jax.data.sources import open_source, open_validation
+from mlip_jax.data.sources import open_training, open_validation
 from mlip_jax.data.text import Tokenizer, load_tokenizer
 from mlip_jax.evaluations import Results
 from mlip_jax.evaluations import run as evaluations
@@ -76,19 +76,11 @@ def _start(
     mesh = parallel.make_mesh(config.mesh, config.batch_size)
     # Before the workdir is taken: a mistake in a path leaves none behind.
     cleaning = config.model.text.cleaning
-    source = open_source(
-        config.data.train,
-        "train",
-        cache_dir=config.data.cache_dir,
-        max_skipped_share=config.data.max_skipped_share,
-        cleaning=cleaning,
-    )
+    source = open_training(config.data, cleaning)
     validation = open_validation(config.data, cleaning)
     evaluations.check(config)
     tokenizer = _tokenizer(config, source, Path(workdir))
-    network = two_tower.build(
-        config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
-    )
+    network = two_tower.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
     model = Model(config, None, tokenizer, preprocessing, home)

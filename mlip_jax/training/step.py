@@ -179,16 +179,22 @@ def lower_step(
       mesh: the devices.
       more: what `train_step` takes in its batch besides images and token ids.
     """
+    batch = abstract_batch(config, mesh) | dict(more or {})
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))
+    ).lower(abstract, batch)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the images and token ids that a step takes."""
     batch, model = config.batch_size, config.model
     size, rows = model.image.image_size, parallel.batch_sharding(mesh)
     image = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8, sharding=rows)
     token_ids = jax.ShapeDtypeStruct((batch, model.text.context_length), np.int32, sharding=rows)
-    abstract_batch = {"image": image, "token_ids": token_ids} | dict(more or {})
+    found = {"image": image, "token_ids": token_ids}
     if config.perspectives.augmented_image.weight > 0:
-        abstract_batch["image_2"] = image
+        found["image_2"] = image
     if config.perspectives.other_caption.weight > 0:
-        abstract_batch["token_ids_2"] = token_ids
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))
-    ).lower(abstract, abstract_batch)
+        found["token_ids_2"] = token_ids
+    return found
