@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from mlip_jax import command_line
 from mlip_jax.config import RunError, UserError
+from mlip_jax.pages import restart_with_huge_pages
 from mlip_jax.usage import HELP
 
 VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> NoReturn:
     """The console script `mlip`."""
+    restart_with_huge_pages()
     sys.exit(main(sys.argv))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ class Peer:
 
     def run(self, steps: int) -> list[Timing]:
         """Trains some steps."""
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         return [Timing(seconds, 0.0) for seconds in self._read()["seconds"]]
@@ -78,6 +80,8 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             raise RunError(f"open_clip ended with exit code {self._process.wait()} (see above)")
+        # Its threads would spin on the cores for seconds, in the other side's turn.
+        self._process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
 

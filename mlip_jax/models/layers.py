@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -48,6 +49,93 @@ def layer_norm(name: str, dtype: jnp.dtype, epsilon: float = EPSILON) -> nn.Laye
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
+@jax.custom_vjp
+def half_product(
+    x: Float[Array, "*batch width"], kernel: Float[Array, "width features"]
+) -> Float[Array, "*batch features"]:
+    """The product of bfloat16 arrays.
+
+    XLA has native products for CPUs too, but only into float32, and for a kernel's gradient only
+    where it sums over several axes; all others it computes in float32, after copies.
+    """
+
+    def product(x: Array, kernel: Array, sums: jnp.dtype) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        found = jnp.dot(rows, kernel, preferred_element_type=sums).astype(x.dtype)
+        return found.reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(product, sums=jnp.dtype("float32")),
+        default=functools.partial(product, sums=x.dtype),
+    )
+
+
+def _half_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return half_product(x, kernel), (x, kernel)
+
+
+def _half_product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+
+    def over_axes(x: Array, gradient: Array) -> Array:
+        axes = tuple(range(x.ndim - 1))
+        found = jnp.tensordot(x, gradient, (axes, axes), preferred_element_type=jnp.float32)
+        return found.astype(x.dtype)
+
+    def over_rows(x: Array, gradient: Array) -> Array:
+        return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
+
+    for_kernel = jax.lax.platform_dependent(x, gradient, cpu=over_axes, default=over_rows)
+    return half_product(gradient, kernel.T), for_kernel
+
+
+half_product.defvjp(_half_product_forward, _half_product_backward)
+
+
+@jax.custom_vjp
+def _add_bias(
+    x: Float[Array, "*batch features"], bias: Float[Array, " features"]
+) -> Float[Array, "*batch features"]:
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    # In float32 from the start: XLA sums narrower types about five times slower on CPUs.
+    axes = tuple(range(gradient.ndim - 1))
+    return gradient, jnp.sum(gradient.astype(jnp.float32), axes)
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
+
+
+class Dense(nn.Module):
+    """flax's Dense on the last axis, as one product of two matrices.
+
+    Over several axes at once XLA takes the kernel's gradient by way of a slow transpose on CPUs:
+    a layer alone goes back about three times faster this way, a whole step 1.05 to 1.15 times.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = KERNEL_INIT
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.dtype == jnp.bfloat16:
+            y = half_product(x, kernel)
+        else:
+            y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
+        return y if bias is None else _add_bias(y, bias)
+
+
 def dense(
     x: Float[Array, "*batch width"],
     features: int,
@@ -57,13 +145,8 @@ def dense(
     use_bias: bool = True,
     kernel_init: nn.initializers.Initializer = KERNEL_INIT,
 ) -> Float[Array, "*batch features"]:
-    """flax's Dense on the last axis, as one product of two matrices; call it in a compact method.
-
-    Over several axes at once XLA takes the kernel's gradient by way of a slow transpose on CPUs:
-    a layer alone goes back about three times faster this way, a whole step 1.05 to 1.15 times.
-    """
-    layer = nn.Dense(features, use_bias, dtype=dtype, kernel_init=kernel_init, name=name)
-    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+    """A Dense of that name, in the module whose compact method calls it."""
+    return Dense(features, dtype, use_bias, kernel_init, name=name)(x)
 
 
 class BatchNorm(nn.Module):

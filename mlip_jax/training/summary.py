@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlip_jax import parallel
+from mlip_jax import pages, parallel
 from mlip_jax.data.records import Source
 from mlip_jax.models.two_tower import (
     TwoTower,
@@ -111,6 +112,8 @@ def print_compiled(
     console.print(sharding)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"devices: {mesh.size} x {jax.devices()[0].device_kind} as {sizes}")
+    if pages.asked_for():
+        console.print(f"host memory in huge pages: {pages.VARIABLE}={os.environ[pages.VARIABLE]}")
     memory = step.memory_analysis()
     if memory is not None:
         mib = 2**20
