@@ -99,10 +99,10 @@ def test_sides_take_turns():
 
         def run(self, steps):
             turns.append((self.name, steps))
-            return [Timing(1.0, 0.0)] * steps
+            return [Timing(9.0, 0.0)] + [Timing(1.0, 0.0)] * (steps - 1)
 
     timings = verb.in_turns([Side("a"), Side("b")], 10, 3)
-    assert [len(times) for times in timings] == [10, 10]
+    assert timings == [[Timing(1.0, 0.0)] * 10] * 2  # none of the first of a turn
     assert turns[:2] == [("a", 3), ("b", 3)]
     assert [name for name, _ in turns[2:]] == ["a", "b"] * 4
     turns.clear()

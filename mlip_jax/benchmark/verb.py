@@ -109,7 +109,10 @@ def _peak(config: ConfigDict) -> float:
 
 
 def in_turns(sides: Sequence[Side], steps: int, warmup: int) -> list[list[Timing]]:
-    """The timed steps of every side, a few at a time, in turns."""
+    """The timed steps of every side, a few at a time, in turns.
+
+    The first step of a turn is not timed: it finds the memory and the caches that the others left.
+    """
     for side in sides:
         side.run(warmup)
     timings: list[list[Timing]] = [[] for _ in sides]
@@ -117,5 +120,5 @@ def in_turns(sides: Sequence[Side], steps: int, warmup: int) -> list[list[Timing
     for turn in range(rounds):
         share = steps * (turn + 1) // rounds - steps * turn // rounds
         for side, times in zip(sides, timings, strict=True):
-            times += side.run(share)
+            times += side.run(share + 1)[1:] if len(sides) > 1 else side.run(share)
     return timings
