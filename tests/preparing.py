@@ -2,11 +2,13 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 from PIL import Image
 
 from mlip_jax import main as door
+from mlip_jax.data.sources import open_source
 
 
 def picture(seed=0, size=(40, 30), form="JPEG", mode="RGB"):
@@ -48,3 +50,31 @@ def broken(out):
 
 def index(out):
     return json.loads((out / "index.json").read_text())
+
+
+def tar(path, members, **options):
+    """Members are (name, bytes), or a TarInfo."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as file:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                file.addfile(member)
+                continue
+            name, data = member
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key, caption=b"a thing", seed=0):
+    return [(f"{key}.jpg", picture(seed)), (f"{key}.txt", caption)]
+
+
+def reasons(out):
+    return {each["record"]: each["reason"] for each in broken(out)}
+
+
+def records(out, split="train"):
+    source = open_source(f"prepared:{out}", split)
+    return {source.name_of(i): source[i] for i in range(len(source))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -14,8 +14,7 @@ MOST_PIXELS = 89_478_485  # Pillow's own limit, past which training would refuse
 JPEG_QUALITY = 92
 
 
-@dataclass(frozen=True)
-class Examined:
+class Examined(NamedTuple):
     """An image to keep, and what the card counts."""
 
     data: bytes
@@ -57,7 +56,9 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         smaller = 0 < resize < short
         if form == "JPEG":
             side = resize if smaller else 1
-            image.draft(None, (width * side // short, height * side // short))
+            # What is not kept needs no colours; all of its data is decoded all the same.
+            colours = None if smaller else "L"
+            image.draft(colours, (width * side // short, height * side // short))
         image.load()
         if smaller:
             width, height = (max(1, round(edge * resize / short)) for edge in (width, height))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlip_jax.data.file_sources import read_file
 from mlip_jax.data.shards import Example
@@ -28,8 +28,7 @@ class Broken:
     reason: str
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A record as the input has it; its image is not looked at yet."""
 
     example: Example

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
+from multiprocessing import forkserver
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -109,8 +110,12 @@ def _pool(maker: Maker, workers: int, bar: _Bar) -> Iterator[Callable[[Piece], F
 
         yield submit
         return
-    # Not forked: a thread draws the bar, and in a fork its locks may never open.
-    context = multiprocessing.get_context("spawn")
+    # Not forked: a thread draws the bar, and in a fork its locks may never open. They are forked
+    # from a process that has nothing but the imports, which take each a third of a second, and
+    # which starts while the first records are looked for.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlip_jax.data.prepare"])
+    forkserver.ensure_running()
     count, stop = context.Value("q", 0), context.Event()
     bar.count = lambda: count.value
     pool = ProcessPoolExecutor(workers, context, start_worker, (maker, count, stop))

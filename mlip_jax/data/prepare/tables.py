@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -89,7 +88,7 @@ class JsonLines(Reader):
             found = column.example(values, self._columns, image, content, int(latin))
         except (ValueError, OSError) as error:
             return Broken(place, str(error))
-        return dataclasses.replace(found, place=place)
+        return found._replace(place=place)
 
 
 class _Row(NamedTuple):

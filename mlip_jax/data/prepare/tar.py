@@ -6,20 +6,24 @@ every member in memory and takes 20 microseconds for one, which is why this is o
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mlip_jax.data.prepare.containers import Container, opened
 from mlip_jax.data.prepare.readers import Broken
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _SEARCHED = 2048 * _BLOCK  # bytes a step, when a header is damaged
+_DIGITS = 20  # of a size
 _MOST_NAME = 2**20  # bytes of a long name or of pax records
-_PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_PACKED = {b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_REGULAR = (b"0", b"\0", b"7")
+_OF_THE_NEXT = (b"x", b"L", b"g", b"K")  # headers that say something of other members
+_LONG = (b"x", b"L")  # those of them that count: pax records, a long name
 _SPECIAL = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -49,67 +53,68 @@ def members(path: Path) -> Iterator[Member | Broken]:
     """The regular files in a tar file, in order, by their headers alone.
 
     What is no regular file, leaves the archive by its name or reaches past its end is Broken; so is
-    a damaged header, after which the next good one is looked for. Folders are passed over.
+    a damaged header, after which the next good one is looked for. Folders are passed over. Of a
+    file in gzip offsets are those of what it unpacks to.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with opened(path) as container:
+            yield from _members(path, container)
     except OSError as error:
-        yield Broken(str(path), f"cannot read the tar file: {error.strerror}")
-        return
-    try:
-        yield from _members(path, descriptor, os.fstat(descriptor).st_size)
-    except OSError as error:
-        yield Broken(str(path), f"cannot read the tar file on: {error.strerror}")
-    finally:
-        os.close(descriptor)
+        yield Broken(str(path), f"cannot read the tar file to its end: {error.strerror or error}")
 
 
-def _members(path: Path, file: int, end: int) -> Iterator[Member | Broken]:
+def _members(path: Path, container: Container) -> Iterator[Member | Broken]:
+    read, reach = container.read, container.reach
     position, ended = 0, False
     given: dict[bytes, bytes] = {}  # what pax and GNU headers say of the next member
-    while position < end:
-        block = os.pread(file, _BLOCK, position)
+    while block := read(_BLOCK, position):
         if block == _ZEROS:
             position, ended = position + _BLOCK, True
             continue
         header = _parse(block)
         if header is None:
-            start, position = position, _next_header(file, position + _BLOCK, end)
+            start, (position, ended) = position, _next_header(container, position + _BLOCK)
             yield Broken(f"{path} at byte {start}", _damage(block, start, position - start))
-            given, ended = {}, position >= end  # told once
+            given = {}
             continue
         ended = False
         data = position + _BLOCK
-        size = (_number(given[b"size"]) if b"size" in given else None) or header.size
-        position = data + -(-size // _BLOCK) * _BLOCK
-        if header.kind in (b"x", b"L") and size <= _MOST_NAME and data + size <= end:
-            given |= _long(header.kind, os.pread(file, size, data))
-            continue
-        if header.kind in (b"g", b"K"):
-            continue
-        name = (given.get(b"path") or header.name).decode("utf-8", "backslashreplace")
-        sparse = given and any(key.startswith(b"GNU.sparse") for key in given)
-        given = {}
-        if header.kind == b"5" or (header.kind in (b"0", b"\0") and name.endswith("/")):
-            continue
-        if data + size > end:
+        raw, kind, size = header
+        if given and b"size" in given:
+            size = _number(given[b"size"]) or size
+        reached = reach(data + size)
+        if reached < data + size:
+            name = (given.get(b"path") or raw).decode("utf-8", "backslashreplace")
             yield Broken(
                 f"{path}/{name}",
-                f"says to have {size:,} bytes, but the tar file has {end - data:,} more: it is "
+                f"says to have {size:,} bytes, but the tar file has {reached - data:,} more: it is "
                 "cut short or damaged",
             )
-            position = _next_header(file, data, end)
-            ended = position >= end  # told once
+            if container.packed:
+                return
+            (position, ended), given = _next_header(container, data), {}
             continue
-        kind = b"S" if sparse else header.kind
+        position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
+        if kind in _OF_THE_NEXT:
+            if kind in _LONG and size <= _MOST_NAME:
+                given |= _long(kind, read(size, data))
+            continue
+        if given:
+            raw = given.get(b"path") or raw
+            kind = b"S" if any(key.startswith(b"GNU.sparse") for key in given) else kind
+            given = {}
+        name = raw.decode("utf-8", "backslashreplace")
+        if kind == b"5" or (name.endswith("/") and kind in _REGULAR):
+            continue
         if reason := _refusal(name, kind):
             yield Broken(f"{path}/{name}", reason)
         else:
             yield Member(name, data, size)
-    if not ended and end:
-        yield Broken(f"{path} at byte {end}", "the tar file has no end: it may be cut short")
-    if not end:
+    if not position:
         yield Broken(str(path), "the tar file is empty")
+    elif not ended:
+        end = reach(position)
+        yield Broken(f"{path} at byte {end}", "the tar file has no end: it may be cut short")
 
 
 def _parse(block: bytes) -> _Header | None:
@@ -126,7 +131,7 @@ def _parse(block: bytes) -> _Header | None:
     if size is None:
         return None
     name = block[:100].partition(b"\0")[0]
-    if block[257:263] == b"ustar\0" and block[345]:
+    if block[345] and block[257:263] == b"ustar\0":
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     return _Header(name, block[156:157], size)
 
@@ -137,7 +142,7 @@ def _number(text: bytes) -> int | None:
         return int.from_bytes(text[1:], "big")
     text = text.strip(b" \0")
     try:
-        return int(text, 8)
+        return int(text, 8) if text.isdigit() else None  # int also takes a sign
     except ValueError:
         return None
 
@@ -152,21 +157,22 @@ def _long(kind: bytes, data: bytes) -> dict[bytes, bytes]:
         if length <= match.end() - start or start + length > len(data):
             break
         value = data[match.end() : start + length - 1]
-        found[match[2]] = b"%o" % int(value) if match[2] == b"size" and value.isdigit() else value
+        if match[2] == b"size":
+            value = b"%o" % int(value) if value.isdigit() and len(value) < _DIGITS else b""
+        found[match[2]] = value
         start += length
     return found
 
 
-def _next_header(file: int, position: int, end: int) -> int:
-    """Where the next good header is, or the end."""
-    while position < end:
-        part = os.pread(file, _SEARCHED, position)
+def _next_header(container: Container, position: int) -> tuple[int, bool]:
+    """Where the next good header is, or the end; whether it is the end."""
+    while part := container.read(_SEARCHED, position):
         for start in range(0, len(part) - _BLOCK + 1, _BLOCK):
             if part[start + 257 : start + 262] == b"ustar":
                 if _parse(part[start : start + _BLOCK]) is not None:
-                    return position + start
-        position += _SEARCHED
-    return end
+                    return position + start, False
+        position += len(part)
+    return container.reach(position), True
 
 
 def _damage(block: bytes, start: int, skipped: int) -> str:
@@ -177,7 +183,7 @@ def _damage(block: bytes, start: int, skipped: int) -> str:
 
 
 def _refusal(name: str, kind: bytes) -> str:
-    if kind not in (b"0", b"\0", b"7"):
+    if kind not in _REGULAR:
         return f"{_SPECIAL.get(kind, 'of an unknown kind')}, not a regular file: refused"
     if name[0:1] not in ("/", "\\", "") and ".." not in name and name[1:2] != ":":
         return ""

@@ -17,6 +17,7 @@ from mlip_jax.config import RunError, UserError, suggestion
 from mlip_jax.data import shards
 from mlip_jax.data.prepare import card, folders
 from mlip_jax.data.prepare import columns as column
+from mlip_jax.data.prepare.containers import SUFFIXES
 from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum
 from mlip_jax.data.prepare.readers import Broken, Reader
 from mlip_jax.data.prepare.run import make_all
@@ -30,7 +31,7 @@ from mlip_jax.data.workers import cores
 
 _OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
 _OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
-_WITH_IMAGES = (".tar", ".parquet", ".arrow")
+_WITH_IMAGES = (*SUFFIXES, ".parquet", ".arrow")
 _DEFAULT_RECORDS = 5000
 _SHOWN = 3
 
@@ -180,7 +181,8 @@ def _job(
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     inputs = {"files": len(sizes), "bytes": sum(sizes.values())}
     # Of texts the content counts; images are too many to be read for this alone.
-    texts = {str(f): checksum(f) for f in reader.files() if f.suffix.lower() not in _WITH_IMAGES}
+    texts = [f for f in reader.files() if not f.name.lower().endswith(_WITH_IMAGES)]
+    texts = {str(file): checksum(file) for file in texts}
     digest = hashlib.sha256(json.dumps([sizes, texts]).encode()).hexdigest()
     job = {
         "source": source,

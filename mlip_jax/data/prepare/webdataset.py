@@ -15,6 +15,7 @@ from mlip_jax.config import UserError
 from mlip_jax.data.file_sources import IMAGE_SUFFIXES, MOST_BYTES
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare import tar
+from mlip_jax.data.prepare.containers import SUFFIXES, Container, is_packed, opened
 from mlip_jax.data.prepare.readers import (
     MOST_TEXT,
     Broken,
@@ -65,10 +66,12 @@ class WebDataset(Reader):
     def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
         """Takes a tar file, a folder with some, or a pattern with *, ?, {a,b} or {000..123}.
 
+        Files may be in gzip.
+
         Raises:
           UserError: when there is no such file.
         """
-        self._files = find_files(where, ".tar")
+        self._files = find_files(where, *SUFFIXES)
         self._splits = [split or split_of_file(file) for file in self._files]
         self._columns = dict(columns)
         self._others: Counter[str] = Counter()
@@ -102,7 +105,8 @@ class WebDataset(Reader):
             for ref in self._samples(number, file):
                 self._seen += 1
                 if isinstance(ref, _Sample):
-                    self._scanned = done + sum(next(reversed(ref.members.values())))
+                    end = sum(next(reversed(ref.members.values())))
+                    self._scanned = done + min(end, size)  # what is packed has more than its size
                 yield split, ref
             done += size
             self._scanned = done
@@ -110,9 +114,13 @@ class WebDataset(Reader):
     def _samples(self, number: int, file: Path) -> Iterator[_Sample | Broken]:
         keys: set[int] = set()  # hashes, of this tar file
         waiting: dict[str, dict[str, tuple[int, int]]] = {}  # not whole: members are not adjacent
+        apart = not is_packed(file)  # else they could only be read by unpacking again and again
         for sample in _grouped(number, self._known(file)):
             if isinstance(sample, Broken):
                 yield sample
+                continue
+            if not apart and not sample.is_whole():
+                yield _not_whole(file, sample, " beside it, as it must in a packed tar file")
                 continue
             if not sample.is_whole():
                 former = waiting.pop(sample.key, {})
@@ -156,38 +164,36 @@ class WebDataset(Reader):
                 yield from group
                 continue
             path = self._files[number]
+            samples = list(group)
             try:
-                file = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                for sample in group:
+                with opened(path) as container:
+                    for sample in samples:
+                        yield self._record(container, f"{path}/{sample.key}", sample)
+            except OSError as error:  # of `opened`
+                for sample in samples:
                     yield Broken(f"{path}/{sample.key}", f"cannot read: {error.strerror}")
-                continue
-            try:
-                yield from (self._record(file, f"{path}/{sample.key}", sample) for sample in group)
-            finally:
-                os.close(file)
 
-    def _record(self, file: int, name: str, sample: _Sample) -> Found | Broken:
+    def _record(self, container: Container, name: str, sample: _Sample) -> Found | Broken:
         try:
-            return self._found(file, name, sample)
+            return self._found(name, sample, _contents(container, sample))
         except (ValueError, OSError) as error:
             return Broken(name, str(error))
 
-    def _found(self, file: int, name: str, sample: _Sample) -> Found:
-        image = _content(file, sample, sample.image)
+    def _found(self, name: str, sample: _Sample, contents: Mapping[str, bytes]) -> Found:
+        image = contents[sample.image]
         captions, labels, latin = [], [], 0
         for ending in _TEXTS:
-            if ending in sample.members:
-                text, other = decode_text(_content(file, sample, ending))
+            if ending in contents:
+                text, other = decode_text(contents[ending])
                 captions += [text] if text.strip() else []
                 latin += other
         for ending in _LABELS:
-            if ending in sample.members:
-                text, _ = decode_text(_content(file, sample, ending))
+            if ending in contents:
+                text, _ = decode_text(contents[ending])
                 labels += keys_of(int(text) if re.fullmatch(r"\s*-?\d{1,18}\s*", text) else text)
         tags, multi_label = (), False
-        if _JSON in sample.members:
-            values, other = parse_object(_content(file, sample, _JSON))
+        if _JSON in contents:
+            values, other = parse_object(contents[_JSON])
             found = column.example(values, self._columns, name, b"", int(other))
             captions += found.example.captions
             labels = labels or list(found.example.labels)
@@ -196,15 +202,21 @@ class WebDataset(Reader):
         return Found(Example(name, image, captions, tags, tuple(labels)), latin, multi_label)
 
 
-def _content(file: int, sample: _Sample, ending: str) -> bytes:
-    offset, size = sample.members[ending]
-    most = MOST_TEXT if ending in _SAID else MOST_BYTES
-    if size > most:
-        raise ValueError(f"its .{ending} has {size:,} bytes, at most {most:,} are read: refused")
-    data = os.pread(file, size, offset)
-    if len(data) < size:
-        raise ValueError(f"its .{ending} is cut short")
-    return data
+def _contents(container: Container, sample: _Sample) -> dict[str, bytes]:
+    """What of a record is read, by its endings; in the order of the file."""
+    found = {}
+    for ending, (offset, size) in sample.members.items():
+        if ending != sample.image and ending not in _SAID:
+            continue
+        most = MOST_TEXT if ending in _SAID else MOST_BYTES
+        if size > most:
+            raise ValueError(
+                f"its .{ending} has {size:,} bytes, at most {most:,} are read: refused"
+            )
+        found[ending] = container.read(size, offset)
+        if len(found[ending]) < size:
+            raise ValueError(f"its .{ending} is cut short")
+    return found
 
 
 def _grouped(
@@ -225,13 +237,13 @@ def _grouped(
         yield _sample(number, key, found)
 
 
-def _not_whole(file: Path, sample: _Sample) -> Broken:
+def _not_whole(file: Path, sample: _Sample, where: str = "") -> Broken:
     reason = "has no image" if not sample.image else "has no caption, class or JSON"
-    return Broken(f"{file}/{sample.key}", reason)
+    return Broken(f"{file}/{sample.key}", reason + where)
 
 
-def find_files(where: str, suffix: str) -> list[Path]:
-    """The files that a pattern names, or those in a folder and below, sorted.
+def find_files(where: str, *suffixes: str) -> list[Path]:
+    """The files that a pattern names, or those with these suffixes in a folder and below, sorted.
 
     Raises:
       UserError: when there is none.
@@ -240,7 +252,7 @@ def find_files(where: str, suffix: str) -> list[Path]:
     for pattern in _braces(os.path.expanduser(where)):
         path = Path(pattern)
         if path.is_dir():
-            found += sorted(p for p in path.rglob(f"*{suffix}") if p.is_file())
+            found += sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
         elif path.is_file():
             found.append(path)
         else:
@@ -249,7 +261,7 @@ def find_files(where: str, suffix: str) -> list[Path]:
                 raise UserError(f"no such file: {pattern}")
             found += matches
     if not found:
-        raise UserError(f"there is no file *{suffix} in {where}")
+        raise UserError(f"there is no file *{' or *'.join(suffixes)} in {where}")
     return list(dict.fromkeys(found))
 
 

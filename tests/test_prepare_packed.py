@@ -1,0 +1,92 @@
+"""Tar files in gzip: read as a stream, the same as unpacked ones."""
+
+import gzip
+import random
+
+import pytest
+from preparing import broken, contents, picture, prepare, reasons, records, run, sample, tar
+
+from mlip_jax.data.prepare import containers
+
+LENIENT = "--max-skipped-share=0.99"
+
+
+def members(number):
+    return [each for i in range(number) for each in sample(f"{i}", b"thing %d" % i, i)]
+
+
+def test_the_same_records_as_unpacked(tmp_path):
+    plain = tar(tmp_path / "plain/a.tar", members(7))
+    packed = tmp_path / "packed/a.tar.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "packed/b.tgz").write_bytes(packed.read_bytes())
+    (tmp_path / "packed/c.tar").write_bytes(packed.read_bytes())  # told by its content
+    kept = records(prepare(tmp_path, f"webdataset:{plain.parent}"))
+    out = tmp_path / "of packed"
+    source = f"--source=webdataset:{packed.parent}"
+    assert run(source, f"--out={out}", "--shard-records=3", "--workers=2") == 0
+    found = records(out)
+    for name in ("a.tar.gz", "b.tgz", "c.tar"):
+        for i in range(7):
+            record, expected = found[f"{packed.parent}/{name}/{i}"], kept[f"{plain}/{i}"]
+            assert (record.image, record.captions) == (expected.image, expected.captions)
+    assert len(found) == 21
+    again = tmp_path / "again"
+    assert run(source, f"--out={again}", "--shard-records=3", "--workers=1") == 0
+    assert contents(again) == contents(out)
+
+
+def test_any_part_can_be_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "_STEP", 100)
+    data = random.Random(0).randbytes(5000)
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(data[:2000]) + gzip.compress(data[2000:]))
+    drawn = random.Random(1)
+    with containers.opened(path) as container:
+        for _ in range(200):
+            size, offset = drawn.randrange(600), drawn.randrange(5500)
+            assert container.read(size, offset) == data[offset : offset + size]
+            assert container.reach(offset) == min(offset, 5000)
+
+
+def test_what_is_cut_short_or_damaged_keeps_what_comes_before(tmp_path):
+    data = gzip.compress(tar(tmp_path / "a.tar", members(9)).read_bytes(), 1)
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "cut.tgz").write_bytes(data[: len(data) * 2 // 3])
+    (source / "sum.tgz").write_bytes(data[:-8] + bytes(4) + data[-4:])
+    (source / "page.tgz").write_bytes(gzip.compress(b"<html>404 not found</html>"))
+    (source / "none.tgz").write_bytes(b"\x1f\x8b" + bytes(600))
+    out = prepare(tmp_path, f"webdataset:{source}", LENIENT)
+    found = records(out)
+    of_cut = [name for name in found if "cut.tgz" in name]
+    assert 3 <= len(of_cut) < 9 and len(found) - len(of_cut) == 9
+    told = {name.removeprefix(f"{source}/"): reason for name, reason in reasons(out).items()}
+    assert "cannot read the tar file to its end: what is packed is cut short" in told["cut.tgz"]
+    assert "what is packed is damaged: CRC" in told["sum.tgz"]
+    assert "what is packed is damaged" in told["none.tgz"]
+    assert "not a tar file" in told["page.tgz at byte 0"]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "txt"])
+def test_bombs_are_refused(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(containers, "_ALWAYS", 2**16)
+    bomb = {"jpg": picture(), "txt": b"a bomb"} | {ending: bytes(2**24)}
+    pairs = [*sample("0"), *((f"1.{end}", data) for end, data in bomb.items()), *sample("2")]
+    path = tmp_path / "a.tgz"
+    path.write_bytes(gzip.compress(tar(tmp_path / "a.tar", pairs).read_bytes()))
+    out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
+    assert set(records(out)) == {f"{path}/0"}
+    assert "unpacks to more than 100 times its size: the rest is refused" in reasons(out)[f"{path}"]
+
+
+def test_members_that_are_apart_are_refused(tmp_path):
+    pairs = [("0.jpg", picture()), *sample("1"), ("0.txt", b"far")]
+    path = tmp_path / "a.tgz"
+    path.write_bytes(gzip.compress(tar(tmp_path / "a.tar", pairs).read_bytes()))
+    out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
+    assert set(records(out)) == {f"{path}/1"}
+    told = [each["reason"] for each in broken(out) if each["record"] == f"{path}/0"]
+    beside = "beside it, as it must in a packed tar file"
+    assert told == [f"has no caption, class or JSON {beside}", f"has no image {beside}"]
