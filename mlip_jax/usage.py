@@ -8,6 +8,7 @@ Trains and evaluates language-image models.
   python -m mlip_jax.main evaluate --compare=DIR,DIR
   python -m mlip_jax.main prepare --source=KIND:PATH --out=DIR
   python -m mlip_jax.main search --workdir=DIR --images=FOLDER --text=WORDS
+  python -m mlip_jax.main export --workdir=DIR --out=DIR [--format=NAME]
   python -m mlip_jax.main plan --config=FILE --topology=NAME [--mesh=AXIS:SIZE,...]
 
 Verbs
@@ -24,8 +25,9 @@ Flags
   --config=FILE       an experiment's file, such as configs/mlip.py; what follows a colon goes to
                       it. evaluate and report read the workdir's own config when it is left out
   --config.KEY=VALUE  another value for one key, such as --config.batch_size=64
-  --workdir=DIR       what the run keeps; runs/<config.name> when it is left out. evaluate
-                      also takes an exported model, and open_clip's or Hugging Face's folders
+  --workdir=DIR       what the run keeps; runs/<config.name> when it is left out. evaluate, export
+                      and search also take an exported model, and open_clip's or Hugging Face's
+                      folders
   --suite=NAME        evaluate: mlip, clip_lite (the evaluations of those papers), all, or some of
                       retrieval, zero_shot, linear_probe, few_shot, svm, grounding, concepts, with
                       commas between; the sets that config.evaluation names, or the run's own

@@ -146,7 +146,7 @@ def test_duplicate_keys_are_both_kept_and_members_need_not_be_neighbours(tmp_pat
         f"{path}/word": "has no image",
     }
     told = capsys.readouterr().out
-    assert "1 keys came twice" in told and "neither image nor text: mp3 (1)" in told
+    assert "1 key came twice" in told and "neither image nor text: mp3 (1)" in told
 
 
 def test_captions_of_every_encoding_and_length(tmp_path):
@@ -408,3 +408,29 @@ def test_an_index_of_another_kind(tmp_path, capsys):
         (tmp_path / "index.json").write_text(text)
         assert run("--check", f"--out={tmp_path}") == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_cannot_begin_leaves_nothing(tmp_path, capsys):
+    def refused(message, *options):
+        prepare(tmp_path, *options, code=2)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+
+    pictures(tmp_path / "cls/a", 2)
+    refused("cannot read nowhere.json", f"folder:{tmp_path / 'cls'}", "--classes=nowhere.json")
+    (tmp_path / "none.csv").write_text("image,caption\n")
+    refused("has no records", f"csv:{tmp_path / 'none.csv'}")
+    (tmp_path / "no.parquet").write_text("no parquet")
+    refused("has no record of use", f"parquet:{tmp_path / 'no.parquet'}", LENIENT)
+
+
+def test_what_is_broken_is_listed_even_if_it_is_too_much(tmp_path):
+    pictures(tmp_path, 2)
+    (tmp_path / "t.csv").write_text("image,caption\n0.jpg,a\nx.jpg,b\n")
+    out = prepare(tmp_path, f"csv:{tmp_path / 't.csv'}", code=2)
+    assert list(reasons(out)) == [f"{tmp_path / 't.csv'}:3 x.jpg"]
+    first = contents(prepare(tmp_path, f"csv:{tmp_path / 't.csv'}", LENIENT))
+    again = tmp_path / "again"
+    assert run(f"--source=csv:{tmp_path / 't.csv'}", f"--out={again}", LENIENT) == 0
+    assert contents(again) == first

@@ -15,6 +15,7 @@ import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax import main as door
 from mlip_jax.command_line import parse
+from mlip_jax.config import UserError
 from mlip_jax.search import neighbours, pieces, query, verb
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.identity import digest
@@ -264,6 +265,10 @@ def test_more_mistakes_of_the_user(search, photos, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     refused("there are no images in", f"--images={empty}")
+    assert not search.index.exists()  # nothing is left of what cannot begin
+    search.index.mkdir()
+    refused("there are no images in", f"--images={empty}")
+    assert search.index.is_dir()  # but it was there before
     refused("holds other things, such as", f"--images={photos}", f"--index={photos}")
     assert search(f"--images={photos}") == 0
     refused(f"is of {photos}, not of {photos / 'below'}", f"--images={photos / 'below'}")
@@ -276,6 +281,18 @@ def test_more_mistakes_of_the_user(search, photos, tmp_path, capsys):
     refused("is no index of this version", "--text=x")
     about.write_text("{")
     refused("cannot read", "--text=x")
+
+
+def test_a_question_that_cannot_be_asked_ends_it_before_anything_is_indexed(
+    search, photos, model, monkeypatch, capsys
+):
+    def without_tokenizer(self, texts):
+        raise UserError("no tokenizer")
+
+    monkeypatch.setattr(type(model), "encode_text", without_tokenizer)
+    assert search(f"--images={photos}", "--text=x") == 2
+    assert capsys.readouterr().err == "error: no tokenizer\n"
+    assert not search.index.exists()
 
 
 def test_one_process_writes_at_a_time(search, photos, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,15 @@ from mlip_jax.config import RunError, UserError
 from mlip_jax.inference import Model
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Collection, Item
-from mlip_jax.search.files import PIECES, check_folder, clean, locked, new, printable
+from mlip_jax.search.files import (
+    PIECES,
+    check_folder,
+    clean,
+    locked,
+    new,
+    nothing_left,
+    printable,
+)
 from mlip_jax.search.index import FILE_NAME, About, Index, check_model, write_about
 from mlip_jax.search.pieces import Pieces, Unreadable, embedded
 from mlip_jax.storage.workdir import write_atomically
@@ -68,8 +77,10 @@ def build(
         indexes there, or no image is found.
       RunError: when more than `share` of the images are unreadable. What is embedded is kept.
     """
-    check_folder(folder)
-    with locked(folder):
+    with contextlib.ExitStack() as held:
+        held.enter_context(nothing_left(folder))
+        check_folder(folder)
+        held.enter_context(locked(folder))
         clean(folder)
         old = Index(folder) if (folder / FILE_NAME).exists() else None
         if old:

@@ -33,6 +33,24 @@ def new(path: Path) -> Iterator[Path]:
     draft.replace(path)
 
 
+@contextlib.contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Takes a folder away again, and those above it, that was made for what then failed.
+
+    Whatever lies in it but the lock stays.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if made and [path.name for path in folder.iterdir()] == [_LOCK]:
+                (folder / _LOCK).unlink()
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def check_folder(folder: Path) -> None:
     """Raises UserError for a folder that cannot be made, or that holds what is no index's."""
     try:

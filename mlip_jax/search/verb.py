@@ -100,6 +100,11 @@ def _search(
             "this model scores pairs and has no joint space to search in "
             "(config.model.critic='concat')"
         )
+    queries = []  # first: what cannot be asked for ends the run before anything is indexed
+    if text:
+        queries.append((f"Images for {text!r}", model.encode_text([text])[0]))
+    if content:
+        queries.append((f"Images like {printable(image)}", _embedding(model, image, content)))
     about = About(
         images=collection.spec if collection else "",
         model=str(workdir),
@@ -116,14 +121,8 @@ def _search(
     opened = Index(folder)
     check_model(opened.about, folder, about.digest, about.told())
     collection = collection or open_collection(opened.about.images, cache_dir)
-    if text:
-        query = model.encode_text([text])[0]
-        console.print(_table(f"Images for {text!r}", opened, collection, query, top or _TOP))
-    if content:
-        query = _embedding(model, image, content)
-        console.print(
-            _table(f"Images like {printable(image)}", opened, collection, query, top or _TOP)
-        )
+    for title, query in queries:
+        console.print(_table(title, opened, collection, query, top or _TOP))
     if port is not None:
         serve_index(opened, collection, model, port, top or _TOP_OF_PAGE, console)
     return 0

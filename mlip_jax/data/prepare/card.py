@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlip_jax.config import UserError
@@ -18,10 +18,23 @@ from mlip_jax.data.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
 
 _MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
 _SHOWN = 20
+Named = Sequence[str] | Mapping[str, str]
+
+
+def read_named(file: str) -> Named:
+    """What --classes names: a list of names in the order of the labels, or {key: name}.
+
+    Raises:
+      UserError: when the file cannot be read, or is of another form.
+    """
+    try:
+        return read_classes(file, Path(file).expanduser().read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
 def classes(
-    keys: Iterable[str], names: Sequence[str], file: str
+    keys: Iterable[str], names: Sequence[str], file: str, named: Named = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes' keys and names in the order of their labels.
 
@@ -30,7 +43,8 @@ def classes(
     Args:
       keys: how records name their classes.
       names: what numbers stand for, where the input knows it.
-      file: of --classes, a list of names in the order of the labels or {key: name}; "": none.
+      file: of --classes; "": none.
+      named: what it holds, by `read_named`.
 
     Raises:
       UserError: when a key is not among the names.
@@ -38,10 +52,6 @@ def classes(
     keys = set(keys)
     numbered = all(key.isascii() and key.isdigit() for key in keys)
     if file:
-        try:
-            named = read_classes(file, Path(file).expanduser().read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from None
         pairs = dict(named) if isinstance(named, dict) else dict(zip(named, named, strict=True))
         if not isinstance(named, dict) and numbered:
             pairs = {str(number): name for number, name in enumerate(named)}
@@ -60,13 +70,8 @@ def classes(
 
 def write(folder: Path, index: Index, made: Sequence[Made]) -> None:
     """Writes broken.jsonl, the card, the checksums and, when all else is there, the index."""
-    lines = [
-        json.dumps({"shard": each.shard.name, "record": b.name, "reason": b.reason}) + "\n"
-        for each in made
-        for b in each.broken
-    ]
     texts = {
-        BROKEN: "".join(lines),
+        BROKEN: broken_lines(made),
         CARD: card(index, [b for each in made for b in each.broken]),
         INDEX: index.to_json(),
     }
@@ -75,6 +80,15 @@ def write(folder: Path, index: Index, made: Sequence[Made]) -> None:
     texts = {SUMS: "".join(f"{sum_}  {name}\n" for name, sum_ in sums.items()), **texts}
     for name, text in texts.items():
         write_whole(folder / name, text)
+
+
+def broken_lines(made: Sequence[Made]) -> str:
+    """The text of broken.jsonl."""
+    return "".join(
+        json.dumps({"shard": each.shard.name, "record": b.name, "reason": b.reason}) + "\n"
+        for each in made
+        for b in each.broken
+    )
 
 
 def read_broken(folder: Path) -> dict[str, list[Broken]]:
@@ -109,7 +123,8 @@ def card(index: Index, broken: Sequence[Broken]) -> str:
         lines.append(f"| {split} | {' | '.join(f'{n:,}' for n in numbers)} | {len(own):,} |")
     lines += ["", "## Where it comes from", "", f"Source: `{job['source']}`."]
     if index.inputs.get("files"):
-        lines[-1] += f" {index.inputs['files']:,} files of {index.inputs['bytes']:,} bytes."
+        files, size = index.inputs["files"], index.inputs["bytes"]
+        lines[-1] += f" {files:,} {'file' if files == 1 else 'files'} of {size:,} bytes."
     if job["columns"]:
         named = ", ".join(f"{role} = {name}" for role, name in job["columns"].items())
         lines += ["", f"Columns: {named}."]

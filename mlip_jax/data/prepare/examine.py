@@ -65,8 +65,10 @@ def examine(data: bytes, resize: int = 0) -> Examined:
             data = _encode(eight_bits(image).resize((width, height), Image.Resampling.BICUBIC))
     except UnreadableImage:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"the image says to have too many pixels: {error}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UnreadableImage(
+            f"the image says to have more than the {MOST_PIXELS:,} pixels that are decoded"
+        ) from None
     # Pillow's plugins raise whatever they stumble over.
     except Exception as error:
         reason = "not an image of a known format" if "cannot identify" in str(error) else error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mlip_jax.data.prepare.make import (
     checksum,
     write_whole,
 )
-from mlip_jax.data.shards import INDEX
+from mlip_jax.data.shards import INDEX, SHARD_SUFFIX
 
 _JOB = "job.json"
 
@@ -33,9 +34,12 @@ _JOB = "job.json"
 def taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
     """Holds the folder for this job; there may be nothing else in it.
 
+    Where the job fails before any shard is made, nothing is left of it.
+
     Raises:
       UserError: when there is, or another process prepares a set there.
     """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         there = {path.name for path in folder.iterdir()} - {LOCK}
@@ -57,7 +61,20 @@ def taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
             raise UserError(f"{folder} is not empty and holds no prepared set: give another --out")
         (folder / DRAFTS).mkdir(exist_ok=True)
         write_whole(noted, json.dumps(job))
-        yield
+        try:
+            yield
+        except BaseException:
+            if not any(folder.glob(f"*{SHARD_SUFFIX}")):
+                _take_away(folder, new)
+            raise
+
+
+def _take_away(folder: Path, new: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder / DRAFTS)
+        (folder / LOCK).unlink()
+        for path in new:
+            path.rmdir()
 
 
 def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:

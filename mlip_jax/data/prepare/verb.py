@@ -18,7 +18,7 @@ from mlip_jax.data import shards
 from mlip_jax.data.prepare import card, folders
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.containers import SUFFIXES
-from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum
+from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum, write_whole
 from mlip_jax.data.prepare.readers import Broken, Reader
 from mlip_jax.data.prepare.run import make_all
 from mlip_jax.data.prepare.sets import CocoCaptions, OpenedSet
@@ -67,7 +67,7 @@ def prepare(
       source: KIND:PATH; see docs/data.md.
       columns: ROLE=NAME,...; see `columns.read_columns`.
       split: what all records belong to; "": as the source says.
-      classes: a file that names the classes; see `card.classes`.
+      classes: a file that names the classes; see `card.read_named`.
       resize: pixels of the shorter side of images that are larger; 0: none is changed.
       shard_records: of a shard, at most.
       workers: processes; -1: as many as there are cores.
@@ -99,6 +99,7 @@ def prepare(
     chosen = column.read_columns(columns)
     if split and canonical(split) is None:
         raise UserError(f"--split={split}: expected train, validation or test")
+    named = card.read_named(classes) if classes else ()
     reader = open_reader(source, chosen, canonical(split) if split else "")
     job, inputs = _job(reader, source, chosen, split, smaller, records)
     with folders.taken(folder, job), _writing(folder):
@@ -116,6 +117,7 @@ def prepare(
             (key for each in made for key in each.shard.facts["class_keys"]),
             reader.class_names,
             classes,
+            named,
         )
         index = Index(
             job=job,
@@ -128,7 +130,7 @@ def prepare(
             notes=tuple(reader.notes()),
             inputs=inputs,
         )
-        _judge(made, share, source)
+        _judge(made, share, source, folder)
         card.write(folder, index, made)
         shutil.rmtree(folder / DRAFTS)
     _tell(console, folder, index, made)
@@ -205,16 +207,20 @@ def _check(folder: Path, console: Console) -> int:
     return 1 if damaged else 0
 
 
-def _judge(made: Sequence[Made], share: float, source: str) -> None:
-    """Raises UserError when too much is broken."""
+def _judge(made: Sequence[Made], share: float, source: str, folder: Path) -> None:
+    """Raises UserError when too much is broken; a list of that is written then."""
     broken = [each for shard in made for each in shard.broken]
     records = sum(each.shard.records for each in made)
-    if not records and not broken:
+    if not broken and not records:
         raise UserError(f"--source={source} has no records")
-    if not records or len(broken) > share * (records + len(broken)):
+    if not records:
+        raise UserError(f"--source={source} has no record of use: {_broken_line(broken, records)}")
+    if len(broken) > share * (records + len(broken)):
+        write_whole(folder / BROKEN, card.broken_lines(made))
         raise UserError(
-            f"{_broken_line(broken, records)}; more than --max-skipped-share={share:g} allows. The "
-            "same command with a larger share keeps the shards and writes the index"
+            f"{_broken_line(broken, records)}; more than --max-skipped-share={share:g} allows (all "
+            f"of them are in {folder / BROKEN}). The same command with a larger share keeps the "
+            "shards and writes the index"
         )
 
 

@@ -92,9 +92,12 @@ class WebDataset(Reader):
         if self._others:
             most = ", ".join(f"{end} ({n:,})" for end, n in self._others.most_common(_SHOWN))
             more = ", ..." if len(self._others) > _SHOWN else ""
-            yield f"{self._others.total():,} members are neither image nor text: {most}{more}"
+            number = self._others.total()
+            are = "member is" if number == 1 else "members are"
+            yield f"{number:,} {are} neither image nor text: {most}{more}"
         if self._twice:
-            yield f"{self._twice:,} keys came twice in a tar file; both records are kept"
+            keys = "key" if self._twice == 1 else "keys"
+            yield f"{self._twice:,} {keys} came twice in a tar file; both records are kept"
 
     def refs(self) -> Iterator[tuple[str, Any]]:
         """A _Sample or Broken each."""
