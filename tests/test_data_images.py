@@ -185,3 +185,10 @@ def test_trim_cuts_margins_to_a_square():
     blank = Image.new("RGB", (30, 30), "white")
     view, _ = augment(blank, settings(trim=1.0), 12, np.random.default_rng(0))
     assert (view > 250).all()
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    path = tmp_path / "notes.jpg"
+    path.write_text("no pixels")
+    with pytest.raises(UnreadableImage, match=f"{path}: not an image of a known format"):
+        Preprocessing(8)(path)

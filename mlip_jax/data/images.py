@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,6 +71,8 @@ def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
             image.draft(None, tuple(side * at_least // short for side in image.size))
         image.load()
         return eight_bits(image)
+    except UnidentifiedImageError:  # its message names the address of a buffer
+        raise UnreadableImage("not an image of a known format") from None
     # Pillow's plugins raise whatever they stumble over: OSError, SyntaxError, ValueError, ...
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
@@ -227,7 +229,10 @@ def _open(image: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, bytes):
         return decode(image)
     if isinstance(image, (str, Path)):
-        return decode(Path(image).expanduser().read_bytes())
+        try:
+            return decode(Path(image).expanduser().read_bytes())
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{image}: {error}") from None
     if isinstance(image, Image.Image):
         return eight_bits(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mlip_jax.data.file_sources import MOST_BYTES
 from mlip_jax.data.images import UnreadableImage, eight_bits, open_image
@@ -69,10 +69,13 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         raise UnreadableImage(
             f"the image says to have more than the {MOST_PIXELS:,} pixels that are decoded"
         ) from None
+    except UnidentifiedImageError:
+        raise UnreadableImage(
+            "the image cannot be decoded: not an image of a known format"
+        ) from None
     # Pillow's plugins raise whatever they stumble over.
     except Exception as error:
-        reason = "not an image of a known format" if "cannot identify" in str(error) else error
-        raise UnreadableImage(f"the image cannot be decoded: {reason}") from None
+        raise UnreadableImage(f"the image cannot be decoded: {error}") from None
     sides = min(width, height), max(width, height)
     return Examined(data, "JPEG" if form == "MPO" else form, mode, animated, smaller, *sides)
 
