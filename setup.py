@@ -40,6 +40,9 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
         "Pillow>=10.3",
+        "simplejpeg>=1.8",
+        # No wheels for Linux on ARM, where Pillow does its work.
+        "cykooz.resizer>=4.0.1; platform_machine != 'aarch64'",
         "pyarrow>=17.0",  # tensorflow-datasets needs it anyway
         "safetensors>=0.5",
         "tokenizers>=0.21",

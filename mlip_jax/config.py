@@ -91,6 +91,7 @@ def default() -> ConfigDict:
     data.validation = "auto"  # the same grammar; "auto": the training set's own split; "": none
     data.cache_dir = ""  # "": $MLIP_JAX_CACHE, else ~/.cache/mlip_jax
     data.workers = -1  # processes that decode and augment; -1: by the number of cores
+    data.decode = "fast"  # "exact": photographs are decoded and resized for training by Pillow
     data.max_skipped_share = 0.01  # more unreadable images than this end the run
     data.caption = ConfigDict(
         {

@@ -79,6 +79,7 @@ def validate(config: ConfigDict) -> None:
         )
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
     choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
+    choose("data.decode", config.data.decode, ("fast", "exact"))
     choose("ring", config.ring, ("auto", "always", "never"))
     choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)
     if not config.evaluation.probe.shots or min(config.evaluation.probe.shots) < 1:

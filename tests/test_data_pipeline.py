@@ -16,10 +16,12 @@ from PIL import Image
 
 from mlip_jax import config as config_lib
 from mlip_jax.config import UserError
+from mlip_jax.data import pipeline, workers
 from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.pipeline import SkipCounter, evaluation_batches, train_batches, worker_count
+from mlip_jax.data.pipeline import SkipCounter, evaluation_batches, train_batches
 from mlip_jax.data.sources import open_source
 from mlip_jax.data.text import load_tokenizer
+from mlip_jax.data.workers import worker_count
 
 COUNT = 30
 BAD = (4, 5, 20)  # truncated, missing, no image
@@ -213,9 +215,56 @@ def test_nothing_readable(tmp_path, workers):
 
 def test_worker_count(monkeypatch):
     assert worker_count(3) == 3 and worker_count(0) == 0
-    for cores, expected in ((1, 0), (2, 0), (4, 3), (64, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
+    for cores, expected in ((1, 0), (2, 0), (4, 3), (64, 32)):
+        monkeypatch.setattr(workers, "cores", lambda n=cores: n)
         assert worker_count(-1) == expected
+
+
+def test_workers_fit_the_shared_memory(monkeypatch, source):
+    """Each has a batch ready and one in the making, and the step has two."""
+    monkeypatch.setattr(workers, "cores", lambda: 64)
+    monkeypatch.setattr(workers, "_shared_bytes", lambda: 64 * 2**20)
+    assert worker_count(-1, 2**20) == 31 and worker_count(-1, 2**23) == 3
+    assert worker_count(-1, 2**26) == 0 and worker_count(0, 2**26) == 0
+    with pytest.raises(UserError, match="workers=4 needs 80 MiB .* 64 MiB are free.*workers=3$"):
+        worker_count(4, 2**23)
+    monkeypatch.setattr(workers, "_shared_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="--config.data.workers=0$"):
+        batches(settings(**{"data.workers": 1}), source, 1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+        coarse.resize((160, 120), Image.Resampling.BICUBIC).save(tmp_path / f"{index}.jpg")
+    rows = [json.dumps({"file": f"{index}.jpg", "caption": "x"}) for index in range(8)]
+    (tmp_path / "photos.jsonl").write_text("\n".join(rows))
+    return open_source(f"jsonl:{tmp_path / 'photos.jsonl'}", "train")
+
+
+PHOTOS = {"data.augment.affine": 0.0, "data.augment.color": 0.0, "model.image.image_size": 48}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_fast_decoding_is_close_to_exact(photos, monkeypatch, kept):
+    if not kept:
+        monkeypatch.setattr(pipeline, "_KEPT_BYTES", 0)
+    fast, exact = (
+        batches(settings(**PHOTOS, **{"data.decode": how}), photos, 3) for how in ("fast", "exact")
+    )
+    for one, other in zip(fast, exact, strict=True):
+        np.testing.assert_array_equal(one["token_ids"], other["token_ids"])
+        error = (one["image"].astype(float) - other["image"]) ** 2
+        assert 0 < error.mean((1, 2, 3)).max() < 255**2 / 10**3.5  # PSNR of 35 dB
+
+
+@pytest.mark.parametrize("how", ["fast", "exact"])
+def test_workers_change_nothing_of_photos(photos, how):
+    chosen = {**PHOTOS, "data.decode": how, "perspectives.augmented_image.weight": 1.0}
+    found = batches(settings(**chosen, **{"data.workers": 2}), photos, 4)
+    assert_same(found, batches(settings(**chosen), photos, 4))
 
 
 TRAIN = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -11,10 +12,12 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 from rich.console import Console
 
-from mlip_jax.data.pipeline import train_batches, worker_count
+from mlip_jax.data.pipeline import batch_bytes, train_batches
 from mlip_jax.data.records import Source
+from mlip_jax.data.workers import worker_count
 
 _PILLOW_IMAGES = 256
+_PILLOW_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def measure_input(
             next(feed)
         seconds = time.perf_counter() - start
     speed = batches * config.batch_size / seconds
-    cores = max(worker_count(config.data.workers), 1)
+    workers = worker_count(config.data.workers, batch_bytes(config, config.batch_size))
+    cores = max(workers, 1)
     return InputResult(
         images_per_second=speed,
         cores=cores,
@@ -69,29 +73,34 @@ def measure_input(
 
 
 def _pillow(source: Source, size: int) -> float:
-    """Images a second of Pillow on one core. Reading the bytes is not timed."""
-    count = min(len(source), _PILLOW_IMAGES)
-    files = [source[index].image for index in range(count)]
-    start = time.perf_counter()
-    for data in files:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return count / (time.perf_counter() - start)
+    """Images a second of Pillow on one core, the median of some turns; reading is not timed."""
+    files = [source[index].image for index in range(min(len(source), _PILLOW_IMAGES))]
+    seconds = []
+    for _ in range(_PILLOW_TURNS):
+        start = time.perf_counter()
+        for data in files:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        seconds.append(time.perf_counter() - start)
+    return len(files) / statistics.median(seconds)
 
 
 def print_input(console: Console, found: InputResult) -> None:
-    """Three lines."""
+    """Two lines."""
     ratio = found.per_core / found.pillow_per_core
+    cores = f"{found.cores} cores" if found.cores > 1 else "1 core"
     console.print(
-        f"input: {found.images_per_second:,.0f} images/s on {found.cores} cores, "
-        f"{found.per_core:,.0f} a core"
+        f"input: {found.images_per_second:,.0f} images/s on {cores}, {found.per_core:,.0f} a core"
     )
     console.print(
         f"Pillow, decode and resize alone: {found.pillow_per_core:,.0f} images/s a core; the input "
         f"is {ratio:.2f}x"
     )
-    if found.step is not None:
-        console.print(
-            f"the step takes {found.step:,.0f} images/s: {found.step / found.per_core:,.1f} cores "
-            "of input"
-        )
+
+
+def print_step(console: Console, found: InputResult) -> None:
+    """A line: what the step takes of the input."""
+    console.print(
+        f"the step takes {found.step:,.0f} images/s: {found.step / found.per_core:,.1f} cores "
+        "of input"
+    )

@@ -22,6 +22,7 @@ from mlip_jax.config import UserError, suggestion
 from mlip_jax.models import two_tower
 
 _ROUNDS = 4  # turns that each side has
+_STEPS_BESIDE_INPUT = 5
 
 
 class Side(Protocol):
@@ -52,7 +53,7 @@ def benchmark(
       workdir: where the JSON goes.
       compare: more configs, with the names that they are given.
       against: "open_clip": its model of the same sizes, in a process of its own.
-      only: "data": the input alone, beside Pillow and what the step takes.
+      only: "data": the input alone, beside Pillow and what a few steps take.
       input: "random", one batch again and again, or "data", the batches of a run.
       steps: how many are timed, of each side.
       warmup: steps before.
@@ -72,6 +73,12 @@ def benchmark(
         # Both programs are on the device at a time; JAX would take most of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    measured = None
+    if only == "data":
+        # Before the step is compiled, which may take minutes and need more memory than there is.
+        measured = data.measure_input(config, *open_input(config), warmup, steps)
+        data.print_input(console, measured)
+        steps = min(steps, _STEPS_BESIDE_INPUT)
     before = _peak(config)
     with contextlib.ExitStack() as stack:
         ours = [
@@ -91,10 +98,9 @@ def benchmark(
         f"{peak / 1e12:,.2f} TFLOP/s, measured"
     )
     print_results(console, results)
-    if only == "data":
-        measured = data.measure_input(config, *open_input(config), warmup, steps)
+    if measured:
         measured = dataclasses.replace(measured, step=results[0].images_per_second)
-        data.print_input(console, measured)
+        data.print_step(console, measured)
         found["input"] = dataclasses.asdict(measured)
     path = Path(workdir) / f"benchmark-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     write_json(path, results, **found)

@@ -50,8 +50,9 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
             raise OSError(f"{path} is not a file")
         if status.st_size > most:
             raise OSError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read")
+        # By its size: to read at most `most` bytes would ask for memory for all of them.
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(most)
+            return file.read(status.st_size)
     finally:
         os.close(descriptor)
 

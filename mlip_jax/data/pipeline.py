@@ -18,20 +18,22 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mlip_jax.config import UserError
 from mlip_jax.data import captions
-from mlip_jax.data.augment import augment, short_side
+from mlip_jax.data.augment import augment, by_pillow, short_side
+from mlip_jax.data.fast import decode_pixels
 from mlip_jax.data.images import Preprocessing, decode, flatten
 from mlip_jax.data.mixtures import neighbours
 from mlip_jax.data.order import order
 from mlip_jax.data.records import Record, Source
 from mlip_jax.data.text import Tokenizer
-from mlip_jax.data.workers import cores, end_with_parent
+from mlip_jax.data.workers import cores, end_with_parent, worker_count
 
-_MAX_WORKERS = 8
+_MAX_THREADS = 8  # of an evaluation
 _MAX_REPLACEMENTS = 100  # unreadable images in a row
 _KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole set fits
 _LAST_WISHES_SECONDS = 30.0
@@ -76,15 +78,16 @@ def train_batches(
         raise UserError(f"the training set {source.name!r} is empty")
     fed = tuple(range(config.batch_size) if rows is None else map(int, rows))
     examples = order(source, config.seed).random_map(_Example(config, source))
-    workers = worker_count(config.data.workers)
+    workers = worker_count(config.data.workers, batch_bytes(config, len(fed)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
     batches = (
         grain.MapDataset.source(_Rows(examples, config.batch_size, fed))
         .slice(slice(start_step * len(fed), None))
-        .batch(len(fed), batch_fn=_Stack(tokenizer, config.model.text.context_length))
-        # An element is a whole batch: a deep buffer of them would be large, and late.
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 2))
+        .batch(len(fed), batch_fn=_Stack(tokenizer, config.model.text.context_length, workers > 0))
+        # An element is a whole batch: a deep buffer of them would be large, and late. A worker has
+        # one ready and one in the making, in one thread.
+        .to_iter_dataset(grain.ReadOptions(0, 0) if workers else grain.ReadOptions(1, 2))
         .mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
             worker_init_fn=_outlive_nobody,
@@ -93,14 +96,10 @@ def train_batches(
     return _until_closed(batches)
 
 
-def worker_count(workers: int) -> int:
-    """How many processes decode and augment: `config.data.workers`, -1 by the number of cores.
-
-    With up to two cores a thread beside the training step is faster than a process.
-    """
-    if workers >= 0:
-        return workers
-    return 0 if cores() <= 2 else min(_MAX_WORKERS, cores() - 1)
+def batch_bytes(config: ConfigDict, rows: int) -> int:
+    """The bytes of the images of a batch of this many rows, all views."""
+    views = 2 if config.perspectives.augmented_image.weight > 0 else 1
+    return views * rows * 3 * config.model.image.image_size**2
 
 
 def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
@@ -111,6 +110,9 @@ def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]
         iterator.close()
 
 
+_Decoded = Image.Image | np.ndarray  # RGB, uint8 [height, width, 3]
+
+
 class _Example:
     """From the index of a record to a view of its image and a caption."""
 
@@ -119,15 +121,17 @@ class _Example:
         self._augment = config.data.augment.copy_and_resolve_references()
         self._caption = config.data.caption.to_dict()
         self._size = config.model.image.image_size
-        self._at_least = short_side(self._augment, self._size)
+        self._exact = config.data.decode == "exact"
+        self._by_pillow = self._exact or by_pillow(self._augment)
+        self._at_least = 0 if self._exact else short_side(self._augment, self._size)
         self._two_images = config.perspectives.augmented_image.weight > 0
         self._two_captions = config.perspectives.other_caption.weight > 0
-        self._kept: dict[int, tuple[Record, Image.Image]] = {}
+        self._kept: dict[int, tuple[Record, _Decoded]] = {}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         record, image, skipped = self._readable(int(index))
         # The same draws in the same order, whether second views follow or not.
-        pixels, flipped = augment(image, self._augment, self._size, rng)
+        pixels, flipped = self._view(image, rng)
         said = record.captions, record.tags, self._caption, rng
         texts = captions.compose_two(*said) if self._two_captions else (captions.compose(*said),)
         if flipped:
@@ -135,10 +139,13 @@ class _Example:
         example = {"image": pixels, "skipped": skipped}
         example |= zip(("caption", "caption_2"), texts, strict=False)
         if self._two_images:
-            example["image_2"], _ = augment(image, self._augment, self._size, rng)
+            example["image_2"], _ = self._view(image, rng)
         return example
 
-    def _readable(self, index: int) -> tuple[Record, Image.Image, int]:
+    def _view(self, image: _Decoded, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+        return augment(image, self._augment, self._size, rng, exact=self._exact)
+
+    def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
         """The record, or the next one of its set whose image can be read."""
         first_error = None
         own = neighbours(self._source, index)
@@ -154,15 +161,20 @@ class _Example:
             f"{self._source.name_of(index)} ({first_error})"
         )
 
-    def _decoded(self, index: int) -> tuple[Record, Image.Image]:
+    def _decoded(self, index: int) -> tuple[Record, _Decoded]:
         if index in self._kept:
             return self._kept[index]
         record = self._source[index]
-        image = flatten(decode(record.image, at_least=self._at_least), "white")
+        if self._by_pillow:
+            image = flatten(decode(record.image, at_least=self._at_least), "white")
+            area = image.width * image.height
+        else:
+            image = decode_pixels(record.image, self._at_least)
+            area = image.shape[0] * image.shape[1]
         record = replace(record, image=b"")
         # A small set is decoded once, which about halves the work of its later epochs.
-        if 3 * image.width * image.height * len(self._source) <= _KEPT_BYTES:
-            self._kept[index] = record, image
+        if 3 * area * len(self._source) <= _KEPT_BYTES:
+            self._kept[index] = record, image.copy()
         return record, image
 
 
@@ -185,15 +197,20 @@ class _Rows:
 class _Stack:
     """Examples to the arrays of a batch; captions are tokenised together."""
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, context_length: int, shared: bool) -> None:
+        """Images go into memory that another process reads without a copy, if `shared`."""
         self._tokenizer = tokenizer
         self._context_length = context_length
+        self._shared = shared
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         batch = {"skipped": np.array([example["skipped"] for example in examples], np.int32)}
         for view in ("", "_2"):
             if f"image{view}" in examples[0]:
-                batch[f"image{view}"] = np.stack([example[f"image{view}"] for example in examples])
+                images = [example[f"image{view}"] for example in examples]
+                shape = len(images), *images[0].shape
+                out = SharedMemoryArray(shape, np.uint8) if self._shared else None
+                batch[f"image{view}"] = np.stack(images, out=out)
             if f"caption{view}" in examples[0]:
                 texts = [example[f"caption{view}"] for example in examples]
                 batch[f"token_ids{view}"] = self._tokenizer.encode(texts, self._context_length)
@@ -278,7 +295,7 @@ def evaluation_batches(
             return f"{source.name_of(index)} ({error})"
 
     starts = range(0, len(source), batch_size)
-    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, cores())) as pool:
         ahead = None
         for start in starts:
             loading = pool.map(load, range(start, min(start + batch_size, len(source))))

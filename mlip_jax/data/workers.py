@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import sys
 import threading
+
+from mlip_jax.config import UserError
+
+_MAX_WORKERS = 32
+_SHARED = "/dev/shm"
 
 
 def end_with_parent() -> None:
@@ -20,7 +27,40 @@ def _wait_and_end() -> None:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores that this process may use: by its affinity, and by a container's quota."""
+    import joblib  # here: it takes its time to import, and workers need no count
+
+    return joblib.cpu_count()
+
+
+def worker_count(workers: int, batch: int = 0) -> int:
+    """How many processes decode and augment: `config.data.workers`, -1 by cores and memory.
+
+    With up to two cores a thread beside the training step is faster than a process.
+
+    Args:
+      workers: as the config has it.
+      batch: bytes of a process's batch: as many workers as their shared memory holds.
+
+    Raises:
+      UserError: when the shared memory is too small for `workers`.
+    """
+    if workers == 0 or workers < 0 and cores() <= 2:
+        return 0
+    # Two batches of each worker, ready and in the making, and two with the training step. Writing
+    # to more than there is would end a worker by a signal, without a word.
+    room = (_shared_bytes() // max(batch, 1) - 2) // 2
+    if workers < 0:
+        return max(0, min(_MAX_WORKERS, cores() - 1, room))
+    if workers > room:
+        raise UserError(
+            f"config.data.workers={workers} needs {(2 * workers + 2) * batch / 2**20:,.0f} MiB of "
+            f"{_SHARED}, and {_shared_bytes() / 2**20:,.0f} MiB are free: give the container more "
+            f"(docker run --shm-size), or set --config.data.workers={max(room, 0)}"
+        )
+    return workers
+
+
+def _shared_bytes() -> int:
+    """Free memory that processes may share."""
+    return shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else sys.maxsize
