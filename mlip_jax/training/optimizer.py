@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
-from optax.contrib import MuonDimensionNumbers, muon
 
 from mlip_jax.parallel import path_name
+from mlip_jax.training.muon import muon
 
 _ADAMW_RMS = 0.2  # of an element of AdamW's updates, before the learning rate
 
@@ -43,15 +43,14 @@ def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     return leaf.ndim >= 2 and not name.endswith("position")
 
 
-def matrices(params: Any) -> Any:
-    """What Muon turns into orthogonal updates: the kernels, as maps from all else to outputs."""
+def by_muon(params: Any) -> Any:
+    """What Muon turns into orthogonal updates, the kernels, and what it leaves to Adam."""
 
-    def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
-        if not path_name(path).endswith("kernel"):
-            return None
-        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+    def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        del leaf
+        return "muon" if path_name(path).endswith("kernel") else "adam"
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def make(config: ConfigDict) -> optax.GradientTransformation:
@@ -86,16 +85,22 @@ def _updates(settings: ConfigDict, rate: optax.Schedule) -> optax.GradientTransf
             optax.sgd(rate, settings.momentum),
         )
     if settings.name == "muon":
-        return muon(
+        others = optax.adamw(
             rate,
+            b1=settings.b1,
+            b2=settings.b2,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            weight_decay_mask=mask,
-            adam_b1=settings.b1,
-            adam_b2=settings.b2,
-            adam_weight_decay=settings.weight_decay,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=_ADAMW_RMS,
+            nesterov=True,
+        )
+        return muon(
+            rate,
+            others,
+            by_muon,
+            eps=settings.eps,
+            rms=_ADAMW_RMS,
+            weight_decay=settings.weight_decay,
+            mask=mask,
         )
     return optax.adamw(
         rate,
