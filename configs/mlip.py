@@ -4,7 +4,7 @@
     python -m mlip_jax.main --config=configs/mlip.py:size=B/16,data=jsonl:pairs.jsonl
     python -m mlip_jax.main --config=configs/mlip.py:objective=jsd
 
-The first takes about 8 minutes on two CPU cores and reaches an R@1 of about 41 % each way, of 952.
+The first takes about 6 minutes on two CPU cores and reaches an R@1 of about 41 % each way, of 952.
 The second is the literature's recipe for a pod slice and has not been run here.
 
 `objective` (softmax, sigmoid or jsd) is the loss of the global perspectives; the token-level ones
