@@ -261,7 +261,7 @@ def start(*arguments):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, how):
     pictures(tmp_path / "in/a", 400, ".png")
-    common = [f"--source=folder:{tmp_path / 'in'}", "--shard-records=25"]
+    common = [f"--source=folder:{tmp_path / 'in'}", "--shard-records=4"]
     out = tmp_path / "out"
     job = start(*common, f"--out={out}", "--workers=2")
     try:

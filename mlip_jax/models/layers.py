@@ -128,12 +128,12 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
         if self.dtype == jnp.bfloat16:
             y = half_product(x, kernel)
         else:
             y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
-        return y if bias is None else _add_bias(y, bias)
+        return y if bias is None else _add_bias(y, jnp.asarray(bias))
 
 
 def dense(
