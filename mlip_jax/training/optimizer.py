@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,32 +85,25 @@ def _updates(settings: ConfigDict, rate: optax.Schedule) -> optax.GradientTransf
             optax.add_decayed_weights(settings.weight_decay, mask),
             optax.sgd(rate, settings.momentum),
         )
+    adamw = functools.partial(
+        optax.adamw,
+        rate,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
     if settings.name == "muon":
-        others = optax.adamw(
-            rate,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            nesterov=True,
-        )
         return muon(
             rate,
-            others,
+            adamw(nesterov=True),
             by_muon,
             eps=settings.eps,
             rms=_ADAMW_RMS,
             weight_decay=settings.weight_decay,
             mask=mask,
         )
-    return optax.adamw(
-        rate,
-        b1=settings.b1,
-        b2=settings.b2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        mask=mask,
-    )
+    return adamw(mask=mask)
 
 
 def tower(path: tuple[Any, ...]) -> str:
