@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
 from mlip_jax import parallel
+from mlip_jax.compiled import keep_compiled
 from mlip_jax.config import UserError
-from mlip_jax.data.cache import cache_folder
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.inference.model import Model
@@ -61,7 +59,7 @@ def load(
     Raises:
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
-    _keep_compiled()
+    keep_compiled()
     folder = Path(path).expanduser()
     kind = folders.kind(folder)
     found = folders.read(folder, step)
@@ -83,23 +81,6 @@ def load(
     model = Model(asked, variables, tokenizer, prepared)
     model.step, model.about = found.step, found.about
     return model
-
-
-def _keep_compiled() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = cache_folder("") / "compiled" / _host()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def _host() -> str:
-    """A name for this kind of CPU: code for one with other instructions may not run."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        flags = next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    digest = hashlib.sha256(flags.encode()).hexdigest()
-    return f"{platform.machine()}-{digest[:12]}"
 
 
 def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax import cluster, parallel, processes
+from mlip_jax.compiled import keep_compiled
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.mixtures import samples_by_set
@@ -74,6 +75,8 @@ def _start(
 ) -> tuple[Run, TrainState, Step | None]:
     """Opens everything and compiles; no step for a run that is finished."""
     mesh = parallel.make_mesh(config.mesh, config.batch_size)
+    if mesh.size == 1 or jax.default_backend() != "cpu":
+        keep_compiled(config.data.cache_dir)
     # Before the workdir is taken: a mistake in a path leaves none behind.
     cleaning = config.model.text.cleaning
     source = open_training(config.data, cleaning)
