@@ -106,10 +106,21 @@ def _normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+def _ranks(scores: Float[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+    """Ranks within each row, from 0; of equal scores the earlier has the lower rank.
+
+    By counting: for a few hundred tokens all comparisons cost less than two sorts
+    (docs/performance.md).
+    """
+    index = jnp.arange(scores.shape[-1])
+    one, other = scores[:, :, None], scores[:, None, :]
+    before = (other < one) | ((other == one) & (index < index[:, None]))
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+
 def rank01(scores: Float[Array, "batch tokens"]) -> Float[Array, "batch tokens"]:
     """Ranks within each row, scaled to [0, 1]; of equal scores the earlier has the lower rank."""
-    ranks = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
-    return ranks.astype(jnp.float32) / max(scores.shape[-1] - 1, 1)
+    return _ranks(scores).astype(jnp.float32) / max(scores.shape[-1] - 1, 1)
 
 
 def importance(
@@ -170,14 +181,12 @@ def match(
             "bsd,btd->bst", features, features
         )
     patches = tokens - protected
-    rank = jnp.argsort(jnp.argsort(guidance, axis=-1), axis=-1)
-    is_source = rank < patches // 2
+    is_source = _ranks(guidance) < patches // 2
     similarity = jnp.where(is_source[:, None, :], _NEVER, similarity)
     strength = jnp.max(similarity, axis=-1) - importance_penalty * guidance
     strength = jnp.where(is_source, strength, _NEVER)
     destination = jnp.argmax(similarity, axis=-1) + protected
-    order = jnp.argsort(jnp.argsort(-strength, axis=-1), axis=-1)
-    merged = jnp.pad(order < r, ((0, 0), (protected, 0)))
+    merged = jnp.pad(_ranks(-strength) < r, ((0, 0), (protected, 0)))
     destination = jnp.pad(destination, ((0, 0), (protected, 0)))
     kept_slot = jnp.cumsum(~merged, axis=-1) - 1
     slot = jnp.where(merged, jnp.take_along_axis(kept_slot, destination, axis=-1), kept_slot)
@@ -192,7 +201,7 @@ def _match_alternating(
     similarity = jnp.einsum("bsd,btd->bst", even, odd)
     if class_token:
         similarity = similarity.at[:, 0].set(_NEVER)
-    order = jnp.argsort(jnp.argsort(-jnp.max(similarity, axis=-1), axis=-1), axis=-1)
+    order = _ranks(-jnp.max(similarity, axis=-1))
     merged = order < r
     # With a class token ToMe puts the unmerged tokens back in place; without, by edge strength.
     kept_slot = jnp.cumsum(~merged, axis=-1) - 1 if class_token else order - r
