@@ -128,7 +128,7 @@ def score(sets: Sets, spec: str) -> Outcome:
 
 
 def examples(
-    model: Grounder, regions: Regions, config: ConfigDict, count: int, among: int = 1000
+    model: Grounder, regions: Regions, config: ConfigDict, count: int, among: int = 256
 ) -> list[Example]:
     """Queries at even steps from the best IoU to the worst.
 
