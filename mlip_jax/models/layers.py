@@ -95,6 +95,37 @@ half_product.defvjp(_half_product_forward, _half_product_backward)
 
 
 @jax.custom_vjp
+def half_scores(
+    q: Float[Array, "batch heads queries head"], k: Float[Array, "batch heads keys head"]
+) -> Float[Array, "batch heads queries keys"]:
+    """The products of all queries with all keys, in float32, of bfloat16 arrays.
+
+    Their gradient is rounded to bfloat16 first. It comes in float32, and would have GPUs and TPUs
+    multiply in float32 for the gradients of queries and keys.
+    """
+    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+
+def _half_scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    def products(q: Array, k: Array, gradient: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+        q, k, gradient = (x.astype(dtype) for x in (q, k, gradient))
+        for_q = jnp.einsum("bhqk,bhkd->bhqd", gradient, k)
+        for_k = jnp.einsum("bhqk,bhqd->bhkd", gradient, q)
+        return for_q.astype(jnp.bfloat16), for_k.astype(jnp.bfloat16)
+
+    return jax.lax.platform_dependent(
+        *kept,
+        gradient,
+        # XLA would compute them in float32 there in any case, after copies.
+        cpu=functools.partial(products, dtype=jnp.dtype("float32")),
+        default=functools.partial(products, dtype=jnp.dtype("bfloat16")),
+    )
+
+
+half_scores.defvjp(lambda q, k: (half_scores(q, k), (q, k)), _half_scores_backward)
+
+
+@jax.custom_vjp
 def _add_bias(
     x: Float[Array, "*batch features"], bias: Float[Array, " features"]
 ) -> Float[Array, "*batch features"]:
@@ -253,7 +284,10 @@ class Attention(nn.Module):
         qkv = dense(x, 3 * width, "qkv", self.dtype)
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+        if self.dtype == jnp.bfloat16:
+            logits = half_scores(q, k)
+        else:
+            logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
         if size is not None:
             logits = logits + jnp.log(size)[:, None, None, :]
         if mask is not None:
