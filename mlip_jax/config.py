@@ -29,6 +29,7 @@ LOSSES = ("softmax", "sigmoid", "jsd")
 OPTIMIZERS = ("adamw", "muon", "sgd")
 CLEANINGS = ("none", "clip_lite", "whitespace", "canonicalize", "siglip")
 NORMALIZATIONS = ("clip", "imagenet", "siglip")
+ATTENTIONS = ("plain", "xla", "cudnn")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 GUIDANCES = ("none", "spatial", "frequency", "both")
@@ -56,6 +57,7 @@ _FREE_AT_RESUME = (
     "sharding",
     "accumulation",
     "ring",
+    "attention",
     "data.cache_dir",
     "data.workers",
     "data.max_skipped_share",
@@ -82,6 +84,9 @@ def default() -> ConfigDict:
     config.accumulation = 1  # parts that are embedded one after the other; the same gradient
     config.samples = 256_000  # image-text pairs seen in the whole run; the only clock
     config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
+    # Of training, in a ViT and a "clip" text encoder: "plain", our own, or "xla" or "cudnn", JAX's;
+    # "auto": what a probe finds the fastest on a GPU, else "plain". Evaluation is "plain".
+    config.attention = "auto"
     config.log_every = 10  # steps
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     config.sharding = ()  # texts: rules PATTERN=AXES before the usual ones: see parallel.py

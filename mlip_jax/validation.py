@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.config import (
     ACTIVATIONS,
+    ATTENTIONS,
     CLEANINGS,
     GUIDANCES,
     IMAGE_VIEWS,
@@ -78,6 +79,12 @@ def validate(config: ConfigDict) -> None:
             "above 0 and at most 1"
         )
     choose("compute_dtype", config.compute_dtype, ("auto", "float32", "bfloat16"))
+    choose("attention", config.attention, ("auto", *ATTENTIONS))
+    if config.attention == "cudnn" and config.compute_dtype == "float32":
+        raise UserError(
+            "config.attention='cudnn' computes in bfloat16 only, not in config.compute_dtype="
+            "'float32': set config.attention='auto'"
+        )
     choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
     choose("data.decode", config.data.decode, ("fast", "exact"))
     choose("ring", config.ring, ("auto", "always", "never"))

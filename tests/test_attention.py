@@ -1,4 +1,7 @@
-"""Attention against the plain formula, and what its products are computed in."""
+"""Attention in all its forms against the plain formula, and which of them a run takes."""
+
+import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,15 @@ import numpy as np
 import pytest
 from einops import rearrange
 
+from mlip_jax import config as schema
+from mlip_jax import main as door
+from mlip_jax import parallel
+from mlip_jax.config import ATTENTIONS, UserError
+from mlip_jax.models import two_tower
 from mlip_jax.models.layers import Attention, Dense
+from mlip_jax.planning import estimates, machines
+from mlip_jax.training import attention, loop
+from mlip_jax.validation import validate
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 9, 4, 32
 
@@ -52,9 +63,9 @@ def gradient(function, params, x):
     return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), found)
 
 
-def ours(dtype, x, mask, size):
+def ours(dtype, x, mask, size, form="plain"):
     """Attention as a function of its parameters and tokens, and parameters."""
-    layer = Attention(HEADS, 0.0, jnp.dtype(dtype))
+    layer = Attention(HEADS, 0.0, jnp.dtype(dtype), form)
     params = layer.init(jax.random.key(0), x, True)["params"]
     return lambda params, x: layer.apply({"params": params}, x, True, mask, size), params
 
@@ -93,3 +104,201 @@ def test_accelerators_multiply_bfloat16_forth_and_back(inputs, platform):
     for line in products:
         operands, _ = line.rsplit(":", 1)[1].split("->")
         assert operands.count("bf16") == 2, line
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """cuDNN's place is taken by XLA's form, which then gets what cuDNN would, and its limits."""
+    real = jax.nn.dot_product_attention
+
+    def act(q, k, v, bias, mask, *, key_value_seq_lengths, implementation):
+        if implementation == "cudnn":
+            assert q.shape[1] % 2 == 0
+            for array in (bias, mask):
+                assert array is None or array.shape == (len(q), 1, q.shape[1], q.shape[1])
+            assert bias is None or bias.dtype == q.dtype
+        lengths = {"key_value_seq_lengths": key_value_seq_lengths}
+        return real(q, k, v, bias, mask, **lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", act)
+
+
+@pytest.mark.usefixtures("cudnn_by_xla")
+@pytest.mark.parametrize("form", ["xla", "cudnn"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_the_forms_are_equal_up_to_rounding(inputs, form, masked, sized):
+    x, size, mask = inputs
+    mask, size = mask if masked else None, size if sized else None
+    function, params = ours("float32", x, mask, size, form)
+    found = gradient(function, params, x)
+    wanted = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+@pytest.fixture
+def config():
+    config = schema.default()
+    image, text = config.model.image, config.model.text
+    image.width, image.depth, image.heads, image.image_size, image.patch_size = 32, 4, 4, 24, 4
+    image.frequency.depth = 1
+    image.merging.rate = 0.5
+    image.merging.proportional_attention = True
+    text.width, text.depth, text.heads, text.context_length = 32, 2, 4, 9
+    config.batch_size, config.samples = 8, 16
+    validate(config)
+    return config
+
+
+def test_a_model_with_merging_is_the_same_in_another_form(config):
+    network = two_tower.build(config, vocab_size=32, start_id=30, end_id=31)
+    other = two_tower.with_attention(network, {"image": "xla", "text": "xla"})
+    variables = two_tower.initialise(network, config, jax.random.key(0))
+    same = two_tower.initialise(other, config, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, variables, same)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(4, 24, 24, 3)), jnp.float32)
+    texts = jnp.asarray(rng.integers(0, 32, (4, 9)), jnp.int32)
+
+    def loss(network, variables):
+        embeddings, _, _ = network.apply(variables, images, texts)
+        return sum(jnp.sum(jnp.sin(e)) for e in embeddings.values() if e.dtype == jnp.float32)
+
+    one, two = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, module)))(variables)
+        for module in (network, other)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
+    one, two = (
+        module.apply(variables, images, method="inspect_images") for module in (network, other)
+    )
+    np.testing.assert_array_equal(one.source, two.source)
+    np.testing.assert_array_equal(one.importance, two.importance)
+
+
+def mesh_of(config):
+    return parallel.make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+
+
+def test_the_probe_takes_the_largest_attention_of_each_tower(config):
+    mesh = mesh_of(config)
+    assert attention.shapes(config, mesh) == {
+        "image": attention.Shape(8, 37, 4, 8, sized=True, first=True),
+        "text": attention.Shape(8, 9, 4, 8, mask="causal"),
+    }
+    config.perspectives.other_caption.weight = 1.0
+    config.model.image.patch_dropout = 0.5
+    config.accumulation = 2
+    found = attention.shapes(config, mesh)
+    assert (found["image"].rows, found["image"].tokens, found["text"].rows) == (4, 19, 8)
+    config.model.image.architecture, config.model.text.architecture = "resnet", "bert"
+    assert attention.shapes(config, mesh) == {}
+    assert attention.choose(config, mesh) == attention.Choice({}, [])
+
+
+def test_auto_is_plain_without_a_probe_where_there_is_no_gpu(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(attention, "_Contest", None)
+    chosen = attention.choose(config, mesh_of(config), tmp_path)
+    assert chosen.forms == {"image": "plain", "text": "plain"}
+    assert chosen.lines == ["attention: plain"] and not list(tmp_path.iterdir())
+
+
+def test_the_fastest_that_works_is_taken_and_kept(config, monkeypatch, tmp_path):
+    mesh = mesh_of(config)
+    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
+    chosen = attention.choose(config, mesh, tmp_path)
+    assert set(chosen.forms.values()) <= {"plain", "xla"}
+    assert chosen.lines[0].startswith("attention: image ") and len(chosen.lines) == 3
+    for line in chosen.lines[1:]:
+        assert "plain" in line and "xla" in line and "not cudnn: cuDNN is not detected" in line
+    record = json.loads((tmp_path / attention.RECORD).read_text())
+    assert record["forms"] == chosen.forms
+
+    slowest = {"plain": 2.0, "xla": 1.0}
+    monkeypatch.setattr(attention._Contest, "seconds", lambda _: slowest)
+    for form in ("plain", "xla"):  # what is kept counts
+        record["forms"] = dict.fromkeys(chosen.forms, form)
+        (tmp_path / attention.RECORD).write_text(json.dumps(record))
+        assert attention.choose(config, mesh, tmp_path).forms == record["forms"]
+    record["device"] = "another"
+    record["forms"] = dict.fromkeys(chosen.forms, "plain")
+    (tmp_path / attention.RECORD).write_text(json.dumps(record))
+    assert attention.choose(config, mesh, tmp_path).forms == dict.fromkeys(chosen.forms, "xla")
+    (tmp_path / attention.RECORD).write_text("{")
+    with pytest.raises(UserError, match="attention.json is damaged"):
+        attention.choose(config, mesh, tmp_path)
+
+
+def test_a_form_whose_bits_vary_is_left_out(config, monkeypatch):
+    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
+    program, calls = attention._Contest._program, iter(range(100))
+
+    def vary(contest, form):
+        if form != "xla":
+            return program(contest, form)
+        return lambda: jnp.float32(next(calls))
+
+    monkeypatch.setattr(attention._Contest, "_program", vary)
+    chosen = attention.choose(config, mesh_of(config))
+    assert chosen.forms == {"image": "plain", "text": "plain"}
+    assert "not xla: its bits differ" in chosen.lines[1]
+
+
+def test_with_nothing_that_works_it_is_plain(config, monkeypatch):
+    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
+    monkeypatch.setattr(attention, "attend", None)
+    assert attention.choose(config, mesh_of(config)).forms == {"image": "plain", "text": "plain"}
+
+
+@pytest.mark.parametrize("form", ["plain", "xla"])
+def test_a_form_that_is_named_is_taken(config, form):
+    config.attention = form
+    attention.check(config, mesh_of(config))
+    chosen = attention.choose(config, mesh_of(config))
+    assert chosen.forms == {"image": form, "text": form}
+    assert chosen.lines == [f"attention: {form}"]
+
+
+def test_what_cannot_be_had_is_one_line(config, monkeypatch):
+    config.attention = "cudnn"
+    with pytest.raises(UserError, match="attention='cudnn' is for GPUs, not for CPUs: set"):
+        attention.check(config, mesh_of(config))
+    with pytest.raises(UserError, match="is for GPUs, not for CPUs"):
+        estimates.estimate(config, machines.find("cpu:1"))
+    monkeypatch.setattr(attention, "named", lambda *_: "cudnn")
+    with pytest.raises(UserError, match="image attention of 8 x 4 .*cuDNN is not detected; set"):
+        attention.check(config, mesh_of(config))
+    config.mesh.tensor, config.mesh.data = 2, 4
+    with pytest.raises(UserError, match="config.mesh.tensor=2, which may split a head"):
+        attention.check(config, parallel.make_mesh(config.mesh, config.batch_size))
+    config.compute_dtype = "float32"
+    with pytest.raises(UserError, match="'cudnn' computes in bfloat16 only"):
+        validate(config)
+    config.attention = "cuddn"
+    with pytest.raises(UserError, match="not one of auto, plain, xla, cudnn; did you mean 'cudnn'"):
+        validate(config)
+
+
+def test_a_run_goes_on_with_the_form_it_began_with(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
+    trained = []
+
+    def no_step(network, *_):
+        trained.append((network.image["attention_form"], network.text["attention_form"]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(loop, "make_train_step", no_step)
+
+    def train(fastest, *flags):
+        seconds = {form: float(form != fastest) for form in ATTENTIONS}
+        monkeypatch.setattr(attention._Contest, "seconds", lambda _: seconds)
+        assert door.main(["mlip", f"--config={tiny}", f"--workdir={tmp_path}", *flags]) == 2
+        assert "error: enough" in capfd.readouterr().err
+        return trained[-1]
+
+    assert train("xla") == ("xla", "xla")
+    assert train("plain") == ("xla", "xla")
+    assert train("xla", "--config.attention=plain") == ("plain", "plain")
+    assert train("plain") == ("xla", "xla")
+    (tmp_path / attention.RECORD).unlink()
+    assert train("plain") == ("plain", "plain")

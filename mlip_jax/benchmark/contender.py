@@ -25,6 +25,7 @@ from mlip_jax.models import two_tower
 from mlip_jax.planning.estimates import Memory, network_of
 from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import GIB
+from mlip_jax.training import attention
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import abstract_batch, lower_step, make_train_step
@@ -52,6 +53,8 @@ class Contender:
         abstract = abstract_state(network, optimizer, config, self._mesh)
         self.model_flops = step_flops(network, abstract.evaluated, config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        attention.check(config, self._mesh)
+        network = two_tower.with_attention(network, attention.choose(config, self._mesh).forms)
         start = time.perf_counter()
         self._step, self.memory = _compile(network, optimizer, config, self._mesh, abstract)
         self.compile_seconds = time.perf_counter() - start

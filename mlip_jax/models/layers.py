@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from mlip_jax.models.attention import attend
 from mlip_jax.models.dropout import Dropout, DropPath
 
 TOKEN_INIT = nn.initializers.normal(0.02)
@@ -92,37 +93,6 @@ def _half_product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[
 
 
 half_product.defvjp(_half_product_forward, _half_product_backward)
-
-
-@jax.custom_vjp
-def half_scores(
-    q: Float[Array, "batch heads queries head"], k: Float[Array, "batch heads keys head"]
-) -> Float[Array, "batch heads queries keys"]:
-    """The products of all queries with all keys, in float32, of bfloat16 arrays.
-
-    Their gradient is rounded to bfloat16 first. It comes in float32, and would have GPUs and TPUs
-    multiply in float32 for the gradients of queries and keys.
-    """
-    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-
-
-def _half_scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    def products(q: Array, k: Array, gradient: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        q, k, gradient = (x.astype(dtype) for x in (q, k, gradient))
-        for_q = jnp.einsum("bhqk,bhkd->bhqd", gradient, k)
-        for_k = jnp.einsum("bhqk,bhqd->bhkd", gradient, q)
-        return for_q.astype(jnp.bfloat16), for_k.astype(jnp.bfloat16)
-
-    return jax.lax.platform_dependent(
-        *kept,
-        gradient,
-        # XLA would compute them in float32 there in any case, after copies.
-        cpu=functools.partial(products, dtype=jnp.dtype("float32")),
-        default=functools.partial(products, dtype=jnp.dtype("bfloat16")),
-    )
-
-
-half_scores.defvjp(lambda q, k: (half_scores(q, k), (q, k)), _half_scores_backward)
 
 
 @jax.custom_vjp
@@ -259,6 +229,7 @@ class Attention(nn.Module):
     heads: int
     dropout: float
     dtype: jnp.dtype
+    form: str = "plain"  # see `attend`
 
     @nn.compact
     def __call__(
@@ -282,22 +253,9 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         qkv = dense(x, 3 * width, "qkv", self.dtype)
-        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        if self.dtype == jnp.bfloat16:
-            logits = half_scores(q, k)
-        else:
-            logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-        if size is not None:
-            logits = logits + jnp.log(size)[:, None, None, :]
-        if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(self.dtype), v)
-        out = rearrange(out, "b h t d -> b t (h d)")
+        out, keys, first = attend(qkv, self.heads, self.form, mask, size)
         out = dense(out, width, "out", self.dtype)
-        out = Dropout(self.dropout)(out, deterministic)
-        return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(weights[:, :, 0], axis=1)
+        return Dropout(self.dropout)(out, deterministic), keys, first
 
 
 class AttentionPool(nn.Module):
@@ -349,6 +307,7 @@ class Block(nn.Module):
     drop_path: float
     dtype: jnp.dtype
     epsilon: float = EPSILON  # of the norms
+    attention_form: str = "plain"  # see `attend`
 
     @nn.compact
     def __call__(
@@ -358,9 +317,9 @@ class Block(nn.Module):
         mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
-        y, _, _ = Attention(self.heads, self.dropout, self.dtype, name="attention")(
-            y, deterministic, mask
-        )
+        y, _, _ = Attention(
+            self.heads, self.dropout, self.dtype, self.attention_form, name="attention"
+        )(y, deterministic, mask)
         x = x + DropPath(self.drop_path)(y, deterministic)
         y = layer_norm("norm_mlp", self.dtype, self.epsilon)(x)
         y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(

@@ -80,6 +80,7 @@ class TextEncoder(nn.Module):
     remat: bool = False  # blocks are computed again for their gradient
     attend_padding: bool = False  # padding is attended to like words
     norm_epsilon: float = EPSILON
+    attention_form: str = "plain"  # see `models.attention`
 
     @nn.compact
     def __call__(
@@ -109,6 +110,7 @@ class TextEncoder(nn.Module):
                 drop_path=self.drop_path,
                 dtype=self.dtype,
                 epsilon=self.norm_epsilon,
+                attention_form=self.attention_form,
                 name=f"block_{layer}",
             )(x, deterministic, mask)
         x = layer_norm("norm", self.dtype, self.norm_epsilon)(x)

@@ -376,6 +376,18 @@ def build_for(config: ConfigDict, tokenizer: Vocabulary, *, training: bool = Tru
     )
 
 
+def with_attention(network: TwoTower, forms: Mapping[str, str]) -> TwoTower:
+    """The model with other forms of attention; the parameters are the same.
+
+    Args:
+      network: the model.
+      forms: of some towers ("image", "text"); see `models.attention`.
+    """
+    towers = {"image": network.image, "text": network.text}
+    changed = {name: {**towers[name], "attention_form": form} for name, form in forms.items()}
+    return network.clone(**changed)
+
+
 def parameter_shapes(config: ConfigDict, tokenizer: Vocabulary) -> Any:
     """The shapes and types of the parameters of `build_for`."""
     network = build_for(config, tokenizer, training=False)

@@ -62,6 +62,7 @@ class SpatialBlock(nn.Module):
     dtype: jnp.dtype
     class_token: bool = True  # the first token is one
     epsilon: float = EPSILON  # of the norms
+    attention_form: str = "plain"  # see `models.attention`
 
     @nn.compact
     def __call__(
@@ -74,7 +75,7 @@ class SpatialBlock(nn.Module):
         """Returns tokens, sizes and frequency features after the block, the plan, the guidance."""
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
         y, keys, class_attention = Attention(
-            self.heads, self.dropout, self.dtype, name="attention"
+            self.heads, self.dropout, self.dtype, self.attention_form, name="attention"
         )(y, deterministic, size=size if self.proportional_attention else None)
         x = x + DropPath(self.drop_path)(y, deterministic)
         plan = guidance = None
@@ -178,6 +179,7 @@ class ImageEncoder(nn.Module):
     pre_norm: bool = False  # a norm before the Spatial Stage, as CLIP's ViTs have
     pooling: str = "class"  # the global view: the class token, or "attention", as SigLIP's
     norm_epsilon: float = EPSILON  # of the Spatial Stage's norms
+    attention_form: str = "plain"  # see `models.attention`
 
     @nn.compact
     def __call__(
@@ -255,6 +257,7 @@ class ImageEncoder(nn.Module):
                 proportional_attention=self.proportional_attention,
                 class_token=bool(first),
                 epsilon=self.norm_epsilon,
+                attention_form=self.attention_form,
                 name=f"spatial_{index}",
             )(x, size, features, deterministic)
             if inspect and plan is not None:

@@ -22,6 +22,7 @@ from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.planning import hlo
 from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import Machine
+from mlip_jax.training import attention
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import lower_step, make_train_step
@@ -114,7 +115,8 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
       machine: from `machines.find`.
 
     Raises:
-      UserError: when the mesh does not fit the machine or does not divide the batch.
+      UserError: when the mesh does not fit the machine or does not divide the batch, or for a form
+        of attention that the machine does not have.
     """
     config = copy.deepcopy(config)
     config.compute_dtype = _compute_dtype(config, machine)
@@ -122,7 +124,9 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     network = network_of(config)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
-    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
+    form = attention.named(config, "tpu" if machine.chip else "cpu")
+    trained = two_tower.with_attention(network, dict.fromkeys(attention.shapes(config, mesh), form))
+    step = make_train_step(trained, optimizer, config, Preprocessing.of(config), mesh)
     known = {
         "machine": machine,
         "mesh": mesh,

@@ -27,8 +27,8 @@ from mlip_jax.interop import pretrained
 from mlip_jax.models import two_tower
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
+from mlip_jax.training import attention, summary
 from mlip_jax.training import optimizer as optimizers
-from mlip_jax.training import summary
 from mlip_jax.training.channel import Channel, Step
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
 from mlip_jax.training.log import Log
@@ -82,6 +82,7 @@ def _start(
     source = open_training(config.data, cleaning)
     validation = open_validation(config.data, cleaning)
     evaluations.check(config)
+    attention.check(config, mesh)
     tokenizer = _tokenizer(config, source, Path(workdir))
     network = two_tower.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
@@ -134,10 +135,14 @@ def _start(
         run.console.print(f"{folder} holds this run: {left}")
     if start >= run.steps:
         return run, state, None
+    chosen = attention.choose(config, mesh, folder)
+    trained = two_tower.with_attention(network, chosen.forms)
     step = compile_step(
-        make_train_step(network, optimizer, config, preprocessing, mesh), run, abstract
+        make_train_step(trained, optimizer, config, preprocessing, mesh), run, abstract
     )
-    summary.print_compiled(run.console, network, abstract.evaluated, step, config, mesh)
+    summary.print_compiled(
+        run.console, network, abstract.evaluated, step, config, mesh, chosen.lines
+    )
     if state is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         # Pretrained arrays are arguments: captured, they would be constants of the program.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,8 +81,12 @@ def print_compiled(
     step: jax.stages.Compiled,
     config: ConfigDict,
     mesh: Mesh,
+    attention: Sequence[str] = (),
 ) -> None:
-    """Parameters and FLOPs by tower, memory a device, and how parameters are sharded."""
+    """Parameters and FLOPs by tower, memory a device, and how parameters are sharded.
+
+    `attention` are lines on its form.
+    """
     params = variables["params"]
     flops = forward_flops(network, variables, config)
     table = Table(box=box.SIMPLE_HEAD)
@@ -102,6 +106,8 @@ def print_compiled(
             left = tokens - sum(merge_counts(config, training=True))
             words += f"; in training {tokens}, {left} after merging"
     console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
+    for line in attention:
+        console.print(line)
     sharding = Table(box=box.SIMPLE_HEAD)
     sharding.add_column("Parameters whose path matches")
     sharding.add_column("Sharded over")

@@ -1,0 +1,130 @@
+"""Multi-head attention as a function, in several forms: equal up to rounding, not in speed.
+
+`mlip_jax.training.attention` says which form a run trains with.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+
+@jax.custom_vjp
+def half_scores(
+    q: Float[Array, "batch heads queries head"], k: Float[Array, "batch heads keys head"]
+) -> Float[Array, "batch heads queries keys"]:
+    """The products of all queries with all keys, in float32, of bfloat16 arrays.
+
+    Their gradient is rounded to bfloat16 first. It comes in float32, and would have GPUs and TPUs
+    multiply in float32 for the gradients of queries and keys.
+    """
+    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+
+def _half_scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    def products(q: Array, k: Array, gradient: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+        q, k, gradient = (x.astype(dtype) for x in (q, k, gradient))
+        for_q = jnp.einsum("bhqk,bhkd->bhqd", gradient, k)
+        for_k = jnp.einsum("bhqk,bhqd->bhkd", gradient, q)
+        return for_q.astype(jnp.bfloat16), for_k.astype(jnp.bfloat16)
+
+    return jax.lax.platform_dependent(
+        *kept,
+        gradient,
+        # XLA would compute them in float32 there in any case, after copies.
+        cpu=functools.partial(products, dtype=jnp.dtype("float32")),
+        default=functools.partial(products, dtype=jnp.dtype("bfloat16")),
+    )
+
+
+half_scores.defvjp(lambda q, k: (half_scores(q, k), (q, k)), _half_scores_backward)
+
+
+def attend(
+    qkv: Float[Array, "batch tokens qkv"],
+    heads: int,
+    form: str = "plain",
+    mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+    size: Float[Array, "batch tokens"] | None = None,
+) -> tuple[
+    Float[Array, "batch tokens width"],
+    Float[Array, "batch tokens head"],
+    Float[Array, "batch tokens"],
+]:
+    """Attends over all tokens.
+
+    Args:
+      qkv: queries, keys and values, one after the other, each with its heads in a row.
+      heads: how many there are.
+      form: one of `config.ATTENTIONS`: "plain", or an implementation of JAX's
+        `dot_product_attention`.
+      mask: True where a query may look at a key.
+      size: patches behind each token; its log is added to the logits (proportional attention).
+
+    Returns:
+      The output, the head-mean keys and the head-mean attention of the first token on all tokens.
+      What is not used is not computed.
+    """
+    q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
+    if form == "plain":
+        weights = _weights(q, k, mask, size)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(qkv.dtype), v)
+        first = weights[:, :, 0]
+    else:
+        out = _by_jax(q, k, v, form, mask, size)
+        mask = None if mask is None else mask[:, :, :1]
+        first = _weights(q[:, :, :1], k, mask, size)[:, :, 0]
+    out = rearrange(out, "b h t d -> b t (h d)")
+    return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(first, axis=1)
+
+
+def _weights(
+    q: Float[Array, "batch heads queries head"],
+    k: Float[Array, "batch heads keys head"],
+    mask: Bool[Array, "#batch 1 #queries keys"] | None,
+    size: Float[Array, "batch keys"] | None,
+) -> Float[Array, "batch heads queries keys"]:
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    if q.dtype == jnp.bfloat16:
+        logits = half_scores(q, k)
+    else:
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if size is not None:
+        logits = logits + jnp.log(size)[:, None, None, :]
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def _by_jax(
+    q: Float[Array, "batch heads tokens head"],
+    k: Float[Array, "batch heads tokens head"],
+    v: Float[Array, "batch heads tokens head"],
+    implementation: str,
+    mask: Bool[Array, "#batch 1 #tokens tokens"] | None,
+    size: Float[Array, "batch tokens"] | None,
+) -> Float[Array, "batch heads tokens head"]:
+    batch, _, tokens, _ = q.shape
+    bias = None if size is None else jnp.log(size)[:, None, None, :]
+    lengths = None
+    if implementation == "cudnn":
+        # In training it takes even numbers of tokens alone.
+        odd = tokens % 2
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, 0))) for x in (q, k, v))
+        if mask is not None or bias is not None:
+            # It adds both as one array in the queries' type, and that is to be whole.
+            square = (batch, 1, tokens, tokens)
+            mask = jnp.broadcast_to(True if mask is None else mask, square)
+            bias = jnp.broadcast_to(0.0 if bias is None else bias, square).astype(q.dtype)
+            mask, bias = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, odd))) for x in (mask, bias))
+        elif odd:
+            lengths = jnp.full(batch, tokens, jnp.int32)
+    q, k, v = (rearrange(x, "b h t d -> b t h d") for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v, bias, mask, key_value_seq_lengths=lengths, implementation=implementation
+    )
+    return rearrange(out[:, :tokens], "b t h d -> b h t d")
