@@ -115,6 +115,20 @@ def test_workers_change_nothing(source):
     assert_same(found, batches(settings(), source, 5, start_step=3))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kept_batches_stay_as_they_are(source, workers):
+    """Workers use memory again, and only what nobody looks at any more."""
+    config = settings(**{"data.workers": workers, "perspectives.augmented_image.weight": 1.0})
+    stream = train_batches(config, source, load_tokenizer("clip"), start_step=0)
+    whole = list(itertools.islice(stream, 16))  # more than a worker lends
+    views = [next(stream)["image"][2:4, ::2] for _ in range(8)]
+    stream.close()
+    expected = batches(settings(**{"perspectives.augmented_image.weight": 1.0}), source, 24)
+    assert_same(whole, expected[:16])
+    for view, batch in zip(views, expected[16:], strict=True):
+        np.testing.assert_array_equal(view, batch["image"][2:4, ::2])
+
+
 def test_epochs(source):
     """Each epoch holds every record once, in another order, seen in another way."""
     config = settings(**{"data.augment.flip": False})
@@ -221,12 +235,12 @@ def test_worker_count(monkeypatch):
 
 
 def test_workers_fit_the_shared_memory(monkeypatch, source):
-    """Each has a batch ready and one in the making, and the step has two."""
+    """Each has five batches on their way, and the step one more."""
     monkeypatch.setattr(workers, "cores", lambda: 64)
     monkeypatch.setattr(workers, "_shared_bytes", lambda: 64 * 2**20)
-    assert worker_count(-1, 2**20) == 31 and worker_count(-1, 2**23) == 3
+    assert worker_count(-1, 2**20) == 12 and worker_count(-1, 2**23) == 1
     assert worker_count(-1, 2**26) == 0 and worker_count(0, 2**26) == 0
-    with pytest.raises(UserError, match="workers=4 needs 80 MiB .* 64 MiB are free.*workers=3$"):
+    with pytest.raises(UserError, match="workers=4 needs 168 MiB .* 64 MiB are free.*workers=1$"):
         worker_count(4, 2**23)
     monkeypatch.setattr(workers, "_shared_bytes", lambda: 1000)
     with pytest.raises(UserError, match="--config.data.workers=0$"):
@@ -306,6 +320,13 @@ def test_workers_end_with_their_parent(folder, tmp_path, killed):
     assert process.stdout.readline() == "ready\n"
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
+    shared = {
+        Path(mapped.path.removesuffix(" (deleted)"))
+        for of in (psutil.Process(process.pid), *children)
+        for mapped in of.memory_maps()
+        if mapped.path.startswith("/dev/shm/psm_")
+    }
+    assert shared or not Path("/dev/shm").is_dir()
     if killed:
         process.kill()
     else:  # the whole group, as a terminal and a scheduler do
@@ -318,6 +339,7 @@ def test_workers_end_with_their_parent(folder, tmp_path, killed):
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
         assert time.monotonic() < deadline, children
         time.sleep(0.1)
+    assert not [path for path in shared if path.exists()]
 
 
 def test_evaluation_batches(bad_source):

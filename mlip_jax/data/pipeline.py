@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags
-from grain.multiprocessing import SharedMemoryArray
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -30,14 +29,17 @@ from mlip_jax.data.images import Preprocessing, decode, flatten
 from mlip_jax.data.mixtures import neighbours
 from mlip_jax.data.order import order
 from mlip_jax.data.records import Record, Source
+from mlip_jax.data.shared import Lender, Lent, Receiver
 from mlip_jax.data.text import Tokenizer
-from mlip_jax.data.workers import cores, end_with_parent, worker_count
+from mlip_jax.data.workers import BATCHES_IN_FLIGHT, cores, end_with_parent, worker_count
 
 _MAX_THREADS = 8  # of an evaluation
 _MAX_REPLACEMENTS = 100  # unreadable images in a row
 _KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole set fits
 _LAST_WISHES_SECONDS = 30.0
 _NAMES_SHOWN = 3
+# Token ids of thousands of captions are sent sooner than shared memory is opened and closed.
+_SMALL_ARRAYS_ARE_COPIED = grain.experimental.DatasetOptions(min_shm_size=2**20)
 
 
 def train_batches(
@@ -81,31 +83,45 @@ def train_batches(
     workers = worker_count(config.data.workers, batch_bytes(config, len(fed)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
+    lender = Lender((BATCHES_IN_FLIGHT + 1) * image_views(config) if workers else 0)
+    made = _Batches(
+        examples, config.batch_size, fed, tokenizer, config.model.text.context_length, lender
+    )
     batches = (
-        grain.MapDataset.source(_Rows(examples, config.batch_size, fed))
-        .slice(slice(start_step * len(fed), None))
-        .batch(len(fed), batch_fn=_Stack(tokenizer, config.model.text.context_length, workers > 0))
+        grain.MapDataset.source(made)
+        .slice(slice(start_step, None))
         # An element is a whole batch: a deep buffer of them would be large, and late. A worker has
         # one ready and one in the making, in one thread.
         .to_iter_dataset(grain.ReadOptions(0, 0) if workers else grain.ReadOptions(1, 2))
-        .mp_prefetch(
+    )
+    batches = grain.experimental.WithOptionsIterDataset(batches, _SMALL_ARRAYS_ARE_COPIED)
+    return _until_closed(
+        batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
             worker_init_fn=_outlive_nobody,
         )
     )
-    return _until_closed(batches)
+
+
+def image_views(config: ConfigDict) -> int:
+    """Views of each image in a batch."""
+    return 2 if config.perspectives.augmented_image.weight > 0 else 1
 
 
 def batch_bytes(config: ConfigDict, rows: int) -> int:
     """The bytes of the images of a batch of this many rows, all views."""
-    views = 2 if config.perspectives.augmented_image.weight > 0 else 1
-    return views * rows * 3 * config.model.image.image_size**2
+    return image_views(config) * rows * 3 * config.model.image.image_size**2
 
 
 def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
-    iterator = iter(batches)
+    iterator, receiver = iter(batches), Receiver()
     try:
-        yield from iterator
+        for batch in iterator:
+            yield {
+                key: receiver.images(value) if isinstance(value, Lent) else value
+                for key, value in batch.items()
+            }
+            del batch
     finally:
         iterator.close()
 
@@ -178,42 +194,47 @@ class _Example:
         return record, image
 
 
-class _Rows:
-    """The rows that one process feeds, of one global batch after the other."""
+class _Batches:
+    """The rows that one process feeds of each global batch, as arrays."""
 
-    def __init__(self, examples: grain.MapDataset, batch_size: int, fed: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        batch_size: int,
+        fed: tuple[int, ...],
+        tokenizer: Tokenizer,
+        context_length: int,
+        lender: Lender,
+    ) -> None:
         self._examples = examples
         self._batch_size = batch_size
         self._fed = fed
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._lender = lender
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        step, place = divmod(int(row), len(self._fed))
-        return self._examples[step * self._batch_size + self._fed[place]]
-
-
-class _Stack:
-    """Examples to the arrays of a batch; captions are tokenised together."""
-
-    def __init__(self, tokenizer: Tokenizer, context_length: int, shared: bool) -> None:
-        """Images go into memory that another process reads without a copy, if `shared`."""
-        self._tokenizer = tokenizer
-        self._context_length = context_length
-        self._shared = shared
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        batch = {"skipped": np.array([example["skipped"] for example in examples], np.int32)}
+    def __getitem__(self, step: int) -> dict[str, np.ndarray | Lent]:
+        images: dict[str, np.ndarray] = {}
+        batch: dict[str, np.ndarray | Lent] = {}
+        rest: dict[str, list[Any]] = {}
+        for row, place in enumerate(self._fed):
+            example = self._examples[step * self._batch_size + place]
+            for key, value in example.items():
+                if not key.startswith("image"):
+                    rest.setdefault(key, []).append(value)
+                    continue
+                if key not in images:
+                    shape = (len(self._fed), *value.shape)
+                    images[key], batch[key] = self._lender.empty(shape)
+                images[key][row] = value  # at once, while it is in the processor's caches
+        batch["skipped"] = np.array(rest["skipped"], np.int32)
         for view in ("", "_2"):
-            if f"image{view}" in examples[0]:
-                images = [example[f"image{view}"] for example in examples]
-                shape = len(images), *images[0].shape
-                out = SharedMemoryArray(shape, np.uint8) if self._shared else None
-                batch[f"image{view}"] = np.stack(images, out=out)
-            if f"caption{view}" in examples[0]:
-                texts = [example[f"caption{view}"] for example in examples]
-                batch[f"token_ids{view}"] = self._tokenizer.encode(texts, self._context_length)
+            if f"caption{view}" in rest:  # tokenised together
+                ids = self._tokenizer.encode(rest[f"caption{view}"], self._context_length)
+                batch[f"token_ids{view}"] = ids
         return batch
 
 

@@ -10,6 +10,9 @@ import threading
 
 from mlip_jax.config import UserError
 
+# Batches of a worker that exist at a time: in the making, sent, two received, one with the training
+# step, which may have one more.
+BATCHES_IN_FLIGHT = 5
 _MAX_WORKERS = 32
 _SHARED = "/dev/shm"
 
@@ -47,14 +50,14 @@ def worker_count(workers: int, batch: int = 0) -> int:
     """
     if workers == 0 or workers < 0 and cores() <= 2:
         return 0
-    # Two batches of each worker, ready and in the making, and two with the training step. Writing
-    # to more than there is would end a worker by a signal, without a word.
-    room = (_shared_bytes() // max(batch, 1) - 2) // 2
+    # Writing to more than there is would end a worker by a signal, without a word.
+    room = (_shared_bytes() // max(batch, 1) - 1) // BATCHES_IN_FLIGHT
     if workers < 0:
         return max(0, min(_MAX_WORKERS, cores() - 1, room))
     if workers > room:
+        need = (BATCHES_IN_FLIGHT * workers + 1) * batch
         raise UserError(
-            f"config.data.workers={workers} needs {(2 * workers + 2) * batch / 2**20:,.0f} MiB of "
+            f"config.data.workers={workers} needs {need / 2**20:,.0f} MiB of "
             f"{_SHARED}, and {_shared_bytes() / 2**20:,.0f} MiB are free: give the container more "
             f"(docker run --shm-size), or set --config.data.workers={max(room, 0)}"
         )
