@@ -94,11 +94,6 @@ def test_without_the_resizer_pillow_resizes(monkeypatch):
     assert psnr(found, np.asarray(expected)) > 45
 
 
-def test_mirror():
-    pixels = np.asarray(photo())
-    np.testing.assert_array_equal(fast.mirror(pixels), pixels[:, ::-1])
-
-
 @pytest.mark.parametrize("cut", [3, 50, 2000])
 def test_damaged_files_are_unreadable(cut):
     with pytest.raises(UnreadableImage):

@@ -76,14 +76,18 @@ def augment(
         view = np.asarray(_affine(image, box, config_augment.affine, image_size, flipped, rng))
     else:
         view = _resized(image, box, image_size, exact)
-        view = fast.mirror(view) if flipped else view
+    changed = None  # Pillow's image of the view, once it has something to do
+    if flipped and not config_augment.affine:
+        changed = Image.fromarray(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config_augment.blur and rng.random() < config_augment.blur:
         radius = rng.uniform(0.1, 1.0) * max(1.0, image_size / 112)
-        view = np.asarray(Image.fromarray(view).filter(ImageFilter.GaussianBlur(radius)))
+        changed = (changed or Image.fromarray(view)).filter(ImageFilter.GaussianBlur(radius))
+        view = np.asarray(changed)
+    # The colours that the matrix starts from are the same in the mirror image.
     matrix = _color_matrix(view, config_augment.color, config_augment.grayscale, rng)
     if matrix is not None:
-        view = np.asarray(Image.fromarray(view).convert("RGB", matrix))
-    return view, flipped
+        changed = (changed or Image.fromarray(view)).convert("RGB", matrix)
+    return view if changed is None else np.asarray(changed), flipped
 
 
 def _resized(

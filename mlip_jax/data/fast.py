@@ -114,10 +114,3 @@ def _resizer() -> Any:
     if not hasattr(_of_thread, "resizer"):
         _of_thread.resizer = resizer.Resizer()
     return _of_thread.resizer
-
-
-def mirror(pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width 3"]:
-    """Left and right exchanged."""
-    # By pixels of three bytes: by bytes it takes three times as long.
-    whole = np.ascontiguousarray(pixels).view("V3")[:, ::-1]
-    return np.ascontiguousarray(whole).view(np.uint8)
