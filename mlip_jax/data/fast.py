@@ -34,8 +34,9 @@ def decode_pixels(data: bytes, at_least: int = 0) -> UInt8[np.ndarray, "height w
     Args:
       data: the bytes of a file, as `images.decode` takes them.
       at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its
-        short side keeps this many pixels, and two thirds of that are enough to spread colour, of
-        which JPEGs have less, over the pixels plainly; 0: neither, Pillow's pixels.
+        short side keeps this many pixels, and two thirds of that are enough to transform it with
+        less precision and to spread colour, of which JPEGs have less, over the pixels plainly; 0:
+        nothing of this, Pillow's pixels.
 
     Returns:
       RGB, in memory that the next call of this thread may write over: copy what is to be kept.
@@ -57,6 +58,7 @@ def _jpeg(data: bytes, at_least: int) -> UInt8[np.ndarray, "height width 3"] | N
             return None
         short = min(height, width)
         reduction = next((by for by in _REDUCTIONS if 0 < at_least * by <= short), 1)
+        hasty = 0 < 2 * at_least <= 3 * short
         rows, columns = -(-height // reduction), -(-width // reduction)
         need = rows * columns * 3
         # Fresh memory for every image would be asked of the system, and zeroed, each time.
@@ -65,7 +67,8 @@ def _jpeg(data: bytes, at_least: int) -> UInt8[np.ndarray, "height width 3"] | N
         return simplejpeg.decode_jpeg(
             data,
             buffer=_of_thread.canvas,
-            fastupsample=0 < 2 * at_least <= 3 * short,
+            fastdct=hasty,
+            fastupsample=hasty,
             min_height=-(-height // reduction),
             min_width=-(-width // reduction),
             min_factor=reduction,
