@@ -89,8 +89,8 @@ def test_in_bfloat16_it_is_near_float32(inputs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.1), found, wanted)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_multiply_bfloat16_forth_and_back(inputs, platform):
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_gpus_multiply_bfloat16_forth_and_back(inputs, platform):
     x, size, mask = inputs
     function, params = ours("bfloat16", x, mask, size)
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -19,26 +17,23 @@ def half_scores(
 ) -> Float[Array, "batch heads queries keys"]:
     """The products of all queries with all keys, in float32, of bfloat16 arrays.
 
-    Their gradient is rounded to bfloat16 first. It comes in float32, and would have GPUs and TPUs
+    On GPUs their gradient is rounded to bfloat16 first. It comes in float32, and would have them
     multiply in float32 for the gradients of queries and keys.
     """
     return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
 
 
 def _half_scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    def products(q: Array, k: Array, gradient: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        q, k, gradient = (x.astype(dtype) for x in (q, k, gradient))
+    def products(q: Array, k: Array, gradient: Array) -> tuple[Array, Array]:
         for_q = jnp.einsum("bhqk,bhkd->bhqd", gradient, k)
         for_k = jnp.einsum("bhqk,bhqd->bhkd", gradient, q)
-        return for_q.astype(jnp.bfloat16), for_k.astype(jnp.bfloat16)
+        return for_q.astype(q.dtype), for_k.astype(k.dtype)
 
-    return jax.lax.platform_dependent(
-        *kept,
-        gradient,
-        # XLA would compute them in float32 there in any case, after copies.
-        cpu=functools.partial(products, dtype=jnp.dtype("float32")),
-        default=functools.partial(products, dtype=jnp.dtype("bfloat16")),
-    )
+    def rounded(q: Array, k: Array, gradient: Array) -> tuple[Array, Array]:
+        return products(q, k, gradient.astype(q.dtype))
+
+    # TPUs multiply float32 in bfloat16 as it is, and CPUs bfloat16 in float32.
+    return jax.lax.platform_dependent(*kept, gradient, cuda=rounded, rocm=rounded, default=products)
 
 
 half_scores.defvjp(lambda q, k: (half_scores(q, k), (q, k)), _half_scores_backward)
