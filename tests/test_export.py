@@ -373,6 +373,7 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
 
 
 def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path):
+    before = "torch" in sys.modules  # other libraries import it where it is installed
     other = shutil.copytree(clip, tmp_path / "other")
     write_preprocessor(other)
     with pytest.raises(schema.UserError, match="is none of clip, imagenet, siglip"):
@@ -383,4 +384,4 @@ def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path):
         validate(config)
     bare = open_clip_folder(tmp_path / "bare")
     pretrained.adopt(schema.default(), str(bare))
-    assert sys.modules.get("torch") is None
+    assert ("torch" in sys.modules) == before
