@@ -243,14 +243,7 @@ class Attention(nn.Module):
         Float[Array, "batch tokens head"],
         Float[Array, "batch tokens"],
     ]:
-        """Attends over all tokens.
-
-        Args:
-          x: the tokens.
-          deterministic: no dropout.
-          mask: True where a query may look at a key.
-          size: patches behind each token; its log is added to the logits (proportional attention).
-        """
+        """Attends over all tokens, without dropout if `deterministic`; the rest as in `attend`."""
         width = x.shape[-1]
         qkv = dense(x, 3 * width, "qkv", self.dtype)
         out, keys, first = attend(qkv, self.heads, self.form, mask, size)
