@@ -296,6 +296,16 @@ def whole_number(name: str, text: str) -> int:
         raise UserError(f"config argument {name}={text!r}: expected a whole number") from None
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line: its first, or the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def views_of(config: ConfigDict, perspective: str) -> int:
+    """Inputs of a modality for each example: two where that perspective within it is in use."""
+    return 2 if config.perspectives[perspective].weight > 0 else 1
+
+
 def suggestion(word: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
     near = difflib.get_close_matches(str(word), list(valid), n=1, cutoff=0.5)

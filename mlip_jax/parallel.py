@@ -141,6 +141,11 @@ def _rule(text: str, shapes: Mapping[str, tuple[int, ...]]) -> Rule:
     return pattern, PartitionSpec(*(None if name == "-" else name for name in names))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch's rows are split in: the data axis times the fsdp axis."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def sharding_of(
     path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule] = RULES
 ) -> NamedSharding:

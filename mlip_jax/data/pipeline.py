@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax.config import UserError
+from mlip_jax.config import UserError, views_of
 from mlip_jax.data import captions
 from mlip_jax.data.augment import augment, by_pillow, short_side
 from mlip_jax.data.fast import decode_pixels
@@ -83,9 +83,9 @@ def train_batches(
     workers = worker_count(config.data.workers, batch_bytes(config, len(fed)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
-    lender = Lender((BATCHES_IN_FLIGHT + 1) * image_views(config) if workers else 0)
+    lent = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
     made = _Batches(
-        examples, config.batch_size, fed, tokenizer, config.model.text.context_length, lender
+        examples, config.batch_size, fed, tokenizer, config.model.text.context_length, Lender(lent)
     )
     batches = (
         grain.MapDataset.source(made)
@@ -103,14 +103,9 @@ def train_batches(
     )
 
 
-def image_views(config: ConfigDict) -> int:
-    """Views of each image in a batch."""
-    return 2 if config.perspectives.augmented_image.weight > 0 else 1
-
-
 def batch_bytes(config: ConfigDict, rows: int) -> int:
     """The bytes of the images of a batch of this many rows, all views."""
-    return image_views(config) * rows * 3 * config.model.image.image_size**2
+    return views_of(config, "augmented_image") * rows * 3 * config.model.image.image_size**2
 
 
 def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
@@ -121,7 +116,7 @@ def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]
                 key: receiver.images(value) if isinstance(value, Lent) else value
                 for key, value in batch.items()
             }
-            del batch
+            del batch  # held while the next is waited for, it would not be given back
     finally:
         iterator.close()
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int8
 
-from mlip_jax.config import UserError
+from mlip_jax.config import UserError, first_line
 from mlip_jax.data import emoji
 from mlip_jax.data.captions import usable
 from mlip_jax.data.file_sources import present_names
@@ -195,8 +195,7 @@ def open_tfds(name: str, wanted: Wanted, cleaning: str = "none") -> TfdsSource:
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
     except Exception as error:  # whatever the builder of a third party raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot open the data set 'tfds:{name}': {reason}") from error
+        raise UserError(f"cannot open the data set 'tfds:{name}': {first_line(error)}") from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"'tfds:{name}' is stored as {builder.info.file_format.value}: prepare it anew with "

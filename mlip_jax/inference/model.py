@@ -89,7 +89,7 @@ class Model:
         self._view = view = "spatial_global" if "spatial_global" in views else views[0]
         self._batch_size = config.evaluation.batch_size
         if mesh:
-            shards = mesh.shape["data"] * mesh.shape["fsdp"]
+            shards = parallel.batch_shards(mesh)
             self._batch_size = -(-self._batch_size // shards) * shards
 
         pairwise = network.critic == "concat"

@@ -171,7 +171,7 @@ def largest_batch(
     """
     first = first or estimate(config, machine)
     tried(first)
-    unit = first.mesh.shape["data"] * first.mesh.shape["fsdp"]
+    unit = parallel.batch_shards(first.mesh)
     if config.accumulation > 1:
         unit = first.mesh.size * config.accumulation  # the tensor axis shares rows too
 

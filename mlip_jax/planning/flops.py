@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
-from mlip_jax.config import PERSPECTIVES
+from mlip_jax.config import PERSPECTIVES, views_of
 from mlip_jax.models import two_tower
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
@@ -47,8 +47,7 @@ def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
         program, out = jax.make_jaxpr(embed, return_shape=True)(local, example)
         shapes |= out
         passes = 1 if tower in network.frozen else 3
-        views = 2 if config.perspectives[second].weight > 0 else 1
-        total += passes * views * config.batch_size * matrix_flops(program.jaxpr)
+        total += passes * views_of(config, second) * config.batch_size * matrix_flops(program.jaxpr)
     return total + 3 * sum(
         _score_flops(term, shapes, config.batch_size) for term in perspectives.terms(config)
     )

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlip_jax import parallel
 from mlip_jax.planning.estimates import Estimate
 from mlip_jax.planning.hlo import COLLECTIVES
 from mlip_jax.planning.machines import GIB
@@ -42,7 +43,7 @@ def print_largest(console: Console, found: Estimate | None) -> None:
     if found is None:
         console.print("largest global batch that fits: none; shard the parameters (fsdp)")
         return
-    rows = found.batch_size // (found.mesh.shape["data"] * found.mesh.shape["fsdp"])
+    rows = found.batch_size // parallel.batch_shards(found.mesh)
     console.print(
         f"largest global batch that fits: {found.batch_size:,} ({rows:,} rows a device, "
         f"{found.memory.total / GIB:.2f} GiB)"

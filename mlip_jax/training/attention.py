@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from mlip_jax import processes
-from mlip_jax.config import ATTENTIONS, UserError
+from mlip_jax import parallel, processes
+from mlip_jax.config import ATTENTIONS, UserError, first_line, views_of
 from mlip_jax.models.attention import attend
 from mlip_jax.models.two_tower import compute_dtype, training_patches
 from mlip_jax.storage.workdir import write_atomically
@@ -69,14 +69,13 @@ class Choice:
 def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
     """The largest attention of each tower ("image", "text") whose attention has several forms."""
     image, text = config.model.image, config.model.text
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = parallel.batch_shards(mesh)
     if config.accumulation > 1:  # the tensor axis shares rows too
         shards = mesh.size * config.accumulation
 
     def shape(tower: ConfigDict, view: str, tokens: int, **more: Any) -> Shape:
-        views = 2 if config.perspectives[view].weight > 0 else 1
         heads = max(tower.heads // mesh.shape["tensor"], 1)
-        rows = max(config.batch_size * views // shards, 1)
+        rows = max(config.batch_size * views_of(config, view) // shards, 1)
         return Shape(rows, tokens, heads, tower.width // tower.heads, **more)
 
     found = {}
@@ -188,7 +187,7 @@ def _words(forms: dict[str, str]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return first_line(error)[:200].rstrip(".")
 
 
 def _candidates(mesh: Mesh) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlip_jax.config import UserError
+from mlip_jax.config import UserError, first_line
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
@@ -50,7 +50,7 @@ class _Columns(Reader):
             try:
                 schema, rows = self._open(file)
             except (pa.ArrowException, OSError) as error:
-                self._broken[number] = Broken(str(file), f"cannot be read: {_line(error)}")
+                self._broken[number] = Broken(str(file), f"cannot be read: {first_line(error)}")
                 self._rows.append(0)
                 continue
             self._rows.append(rows)
@@ -131,7 +131,7 @@ class _Columns(Reader):
                 if row is None:
                     return
         except (pa.ArrowException, OSError) as error:
-            reason = f"the file cannot be read on: {_line(error)}"
+            reason = f"the file cannot be read on: {first_line(error)}"
         else:
             reason = "the file ends before this row"
         for lost in itertools.chain(() if row is None else (row,), left):
@@ -300,7 +300,3 @@ def _image(folder: Path, value: Any) -> bytes:
     if not isinstance(value, bytes):
         raise ValueError("it has no image")
     return value
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
