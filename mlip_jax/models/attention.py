@@ -25,8 +25,8 @@ def half_scores(
 
 def _half_scores_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     def products(q: Array, k: Array, gradient: Array) -> tuple[Array, Array]:
-        for_q = jnp.einsum("bhqk,bhkd->bhqd", gradient, k)
-        for_k = jnp.einsum("bhqk,bhqd->bhkd", gradient, q)
+        for_q = jnp.einsum("bhqk,bhkd->bhqd", gradient, k, preferred_element_type=jnp.float32)
+        for_k = jnp.einsum("bhqk,bhqd->bhkd", gradient, q, preferred_element_type=jnp.float32)
         return for_q.astype(q.dtype), for_k.astype(k.dtype)
 
     def rounded(q: Array, k: Array, gradient: Array) -> tuple[Array, Array]:
