@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         # Eight devices that share a busy core keep each other waiting; by default 40 s are fatal.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        # Most of the time goes into compiling programs that run once or twice.
+        "--xla_backend_optimization_level=0",
     ]
 ).strip()
 os.environ["MPLBACKEND"] = "Agg"

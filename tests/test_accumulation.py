@@ -14,7 +14,7 @@ from test_step import END, START, VOCABULARY, assert_same, batch, small_config
 from mlip_jax import parallel
 from mlip_jax.config import UserError, default
 from mlip_jax.data.images import Preprocessing
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.models.dropout import NUMBER, ROWS, Dropout, DropPath
 from mlip_jax.planning import hlo
 from mlip_jax.training.state import abstract_state, initial_state
@@ -55,7 +55,7 @@ def program(accumulation, changes=MLIP, shape=ONE):
     config = config_of(accumulation, **dict(changes))
     axes = ConfigDict(dict(zip(parallel.AXES, shape, strict=True)))
     mesh = parallel.make_mesh(axes, config.batch_size, jax.devices()[: math.prod(shape)])
-    model = two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
+    model = building.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
     optimizer = optax.scale(-1.0)
     state = abstract_state(model, optimizer, config, mesh)
     step = make_train_step(model, optimizer, config, Preprocessing.of(config), mesh)
@@ -161,7 +161,7 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(UserError, match="accumulation=2 does not go with config.model.image.arch"):
         validate(config)
     config = config_of(3)
-    model = two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
+    model = building.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
     with pytest.raises(UserError, match="batch_size=16 is no multiple of config.accumulation=3"):
         make_train_step(model, optax.scale(-1.0), config, Preprocessing.of(config))
     with pytest.raises(UserError, match="config.accumulation=0 must be at least 1"):

@@ -13,7 +13,7 @@ from mlip_jax import config as schema
 from mlip_jax import main as door
 from mlip_jax import parallel
 from mlip_jax.config import ATTENTIONS, UserError
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.models.layers import Attention, Dense
 from mlip_jax.planning import estimates, machines
 from mlip_jax.training import attention, loop
@@ -151,10 +151,10 @@ def config():
 
 
 def test_a_model_with_merging_is_the_same_in_another_form(config):
-    network = two_tower.build(config, vocab_size=32, start_id=30, end_id=31)
-    other = two_tower.with_attention(network, {"image": "xla", "text": "xla"})
-    variables = two_tower.initialise(network, config, jax.random.key(0))
-    same = two_tower.initialise(other, config, jax.random.key(0))
+    network = building.build(config, vocab_size=32, start_id=30, end_id=31)
+    other = building.with_attention(network, {"image": "xla", "text": "xla"})
+    variables = building.initialise(network, config, jax.random.key(0))
+    same = building.initialise(other, config, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, variables, same)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(4, 24, 24, 3)), jnp.float32)

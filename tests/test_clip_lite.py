@@ -17,7 +17,7 @@ from mlip_jax import main as door
 from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
-from mlip_jax.models import resnet, two_tower
+from mlip_jax.models import building, resnet
 from mlip_jax.objectives import contrastive, perspectives
 from mlip_jax.storage.checkpoint import restore_fields
 from mlip_jax.training import optimizer as optimizers
@@ -78,7 +78,7 @@ def small_config(**changes):
 
 
 def build(config):
-    return two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
+    return building.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
 
 
 def parts(config, mesh=None):

@@ -12,7 +12,7 @@ from mlip_jax import command_line
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
 from mlip_jax.data.text import load_tokenizer
-from mlip_jax.models import presets, two_tower
+from mlip_jax.models import building, presets
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
@@ -30,7 +30,7 @@ def parse(file, *overrides):
 def shapes(config):
     """The parameters of the config's model, without computing any."""
     tokenizer = load_tokenizer(config.model.text.tokenizer, captions=lambda: ["a few words"])
-    network = two_tower.build(
+    network = building.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
     size = config.model.image.image_size
@@ -68,8 +68,8 @@ def test_every_size_is_valid_and_merges_as_asked(file, size):
     config = parse(f"{file}:size={size},data=jsonl:pairs.jsonl")
     assert config.data.train == "jsonl:pairs.jsonl"
     image = config.model.image
-    patches = two_tower.grid(config) ** 2
-    assert sum(two_tower.merge_counts(config)) == round(image.merging.rate * patches)
+    patches = building.grid(config) ** 2
+    assert sum(building.merge_counts(config)) == round(image.merging.rate * patches)
     if size.startswith("RN"):
         assert (image.architecture, f"RN{image.depth}") == ("resnet", size)
         assert patches == 7 * 7
@@ -144,6 +144,6 @@ def test_a_rate_that_cannot_be_reached_names_the_largest():
     config = parse("mlip.py", "--config.model.image.merging.rate=0.95")
     config.model.image.frequency.depth = config.model.image.depth - 1
     with pytest.raises(UserError, match="largest rate here is") as found:
-        two_tower.merge_counts(config)
+        building.merge_counts(config)
     config.model.image.merging.rate = float(str(found.value).rsplit(" ", 1)[1])
-    assert sum(two_tower.merge_counts(config)) > 0
+    assert sum(building.merge_counts(config)) > 0

@@ -33,7 +33,7 @@ from mlip_jax.data.text import load_tokenizer
 from mlip_jax.export import own, programs
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.training.optimizer import make
 from mlip_jax.training.state import initial_state
 from mlip_jax.validation import validate
@@ -128,10 +128,10 @@ def own_model(**changes):
     for key, value in changes.items():
         schema.set_key(config, key.replace("__", "."), value)
     tokenizer = load_tokenizer(config.model.text.tokenizer)
-    network = two_tower.build(
+    network = building.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
-    variables = two_tower.initialise(network, config, jax.random.key(0))
+    variables = building.initialise(network, config, jax.random.key(0))
     rng = np.random.default_rng(0)
     patch = variables["params"]["image_encoder"]["patch_embedding"]
     if "patch" in patch:
@@ -352,10 +352,10 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
     assert image.pre_norm and image.merging.proportional_attention
     assert found.optimizer.learning_rate == pytest.approx(3e-4)
     tokenizer = load_tokenizer(found.model.text.tokenizer, vocab_size=300)
-    network = two_tower.build(
+    network = building.build(
         found, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
-    wanted = jax.eval_shape(lambda: two_tower.initialise(network, found, jax.random.key(0)))
+    wanted = jax.eval_shape(lambda: building.initialise(network, found, jax.random.key(0)))
     taken = pretrained.read(found, wanted)
     assert taken["params"]["image_encoder"]["position"].shape == (5, 5, 48)
     lines = pretrained.summary(found, taken, wanted)

@@ -19,7 +19,7 @@ from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import load_tokenizer
 from mlip_jax.evaluations.workdir import changes, results_name
-from mlip_jax.models import resnet, two_tower
+from mlip_jax.models import building, resnet, two_tower
 from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.storage.checkpoint import restore_fields
 
@@ -244,7 +244,7 @@ def test_bytes_in_memory(model, paths, embeddings):
 
 def network_of(config) -> two_tower.TwoTower:
     tokenizer = load_tokenizer("clip_8k")
-    return two_tower.build(
+    return building.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
 
@@ -269,7 +269,7 @@ def untrained(**changes) -> inference.Model:
         | changes
     )
     tokenizer, network = load_tokenizer("clip_8k"), network_of(config)
-    variables = jax.jit(lambda: two_tower.initialise(network, config, jax.random.key(0)))()
+    variables = jax.jit(lambda: building.initialise(network, config, jax.random.key(0)))()
     return inference.Model(config, variables, tokenizer, Preprocessing.of(config))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
-from mlip_jax.models import presets, two_tower, vit
+from mlip_jax.models import building, presets, vit
 from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
@@ -42,7 +42,7 @@ def small_config(**changes):
 
 
 def build(config):
-    return two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
+    return building.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
 
 
 def stirred(params):
@@ -121,7 +121,7 @@ def test_sizes_sum_to_the_patches_after_every_block(guidance):
     )
     _, state = jax.jit(capture)({"params": parameters()}, images(), token_ids())
     blocks = state["intermediates"]["image_encoder"]
-    counts = two_tower.merge_counts(small_config())
+    counts = building.merge_counts(small_config())
     left = PATCHES
     for index, r in enumerate(counts):
         left -= r
@@ -412,7 +412,7 @@ def test_any_encoders_go_together_under_any_loss(image, text, loss):
         )
         return perspectives.total_loss(terms, *results, jnp.float32(0))
 
-    variables = jax.eval_shape(lambda: two_tower.initialise(model, config, jax.random.key(0)))
+    variables = jax.eval_shape(lambda: building.initialise(model, config, jax.random.key(0)))
     loss, losses = jax.eval_shape(total, variables)
     assert loss.shape == () and losses.keys() == {"spatial_global", "spatial_tokens"}
     gradients = jax.eval_shape(jax.grad(lambda *a: total(*a)[0]), variables)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mlip_jax import command_line, parallel
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.objectives import perspectives, sharded
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
@@ -83,7 +83,7 @@ def small():
     image.frequency.depth = 1
     text.context_length, text.width, text.depth, text.heads = 8, 32, 1, 2
     config.model.embed_dim = config.model.token_dim = 16
-    model = two_tower.build(config, vocab_size=64, start_id=62, end_id=63)
+    model = building.build(config, vocab_size=64, start_id=62, end_id=63)
     return model, optax.adam(1e-3), config
 
 
@@ -145,7 +145,7 @@ def test_a_device_of_8_holds_an_eighth_of_a_base_model(name, shape):
     """Optimizer and EMA included; what is replicated is small beside the kernels."""
     file = f"--config={CONFIGS / name}.py:size=B/16,data=jsonl:pairs.jsonl"
     config = command_line.parse([file, "--config.optimizer.ema=0.99"], ["train"]).config
-    model = two_tower.build(config, vocab_size=49408, start_id=49406, end_id=49407)
+    model = building.build(config, vocab_size=49408, start_id=49406, end_id=49407)
     mesh = parallel.make_mesh(axes(*shape), BATCH)
     leaves = jax.tree.leaves(abstract_state(model, optimizers.make(config), config, mesh))
     whole = sum(leaf.size for leaf in leaves)

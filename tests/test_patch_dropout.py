@@ -25,7 +25,7 @@ from test_models import (
 
 from mlip_jax import parallel
 from mlip_jax.config import IMAGE_VIEWS, UserError
-from mlip_jax.models import two_tower, vit
+from mlip_jax.models import building, vit
 from mlip_jax.models.dropout import NUMBER, ROWS, random_patches
 from mlip_jax.planning.flops import step_flops
 from mlip_jax.training import summary
@@ -118,7 +118,7 @@ def test_the_blocks_see_the_patches_that_are_kept(frequency_depth):
     used = ("spatial_global", "spatial_tokens")
     weights = {f"perspectives.{view}.weight": float(view in used) for view in IMAGE_VIEWS}
     config = small_config(**changes, **weights)
-    model, counts = build(config), two_tower.merge_counts(config, training=True)
+    model, counts = build(config), building.merge_counts(config, training=True)
     before = f"frequency_{frequency_depth - 1}" if frequency_depth else "patch_embedding"
 
     def capture(module, _):
@@ -171,7 +171,7 @@ def test_what_a_run_prints_is_what_training_keeps():
         changes = {f"model.image.{name}": value for name, value in changes.items()}
         config = small_config(**changes)
         network = build(config)
-        variables = jax.eval_shape(lambda: two_tower.initialise(network, config, jax.random.key(0)))
+        variables = jax.eval_shape(lambda: building.initialise(network, config, jax.random.key(0)))
         console = Console(file=io.StringIO(), width=200)
         step = types.SimpleNamespace(memory_analysis=lambda: None)
         mesh = jax.make_mesh((1, 1, 1), parallel.AXES, devices=jax.devices()[:1])
@@ -192,7 +192,7 @@ def test_what_a_run_prints_is_what_training_keeps():
     ("share", "kept"), [(0.0, 16), (0.02, 16), (0.5, 8), (0.7, 5), (0.75, 4), (0.99, 1)]
 )
 def test_how_many_patches_a_share_keeps(share, kept):
-    assert two_tower.training_patches(small_config(**{"model.image.patch_dropout": share})) == kept
+    assert building.training_patches(small_config(**{"model.image.patch_dropout": share})) == kept
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
@@ -220,4 +220,4 @@ def test_a_merging_rate_out_of_reach_of_what_is_kept_is_refused_in_training_alon
     message = r"largest rate here is 0.428 \(of the 7 patches that config.model.image.patch_dropout"
     with pytest.raises(UserError, match=message):
         build(config)
-    two_tower.build(config, vocab_size=32, start_id=30, end_id=31, training=False)
+    building.build(config, vocab_size=32, start_id=30, end_id=31, training=False)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax import command_line, planning
 from mlip_jax.config import UserError
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.planning import Memory, estimates, flops, hlo, machines, tables, verb
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
@@ -128,8 +128,8 @@ def test_model_flops_are_the_formula_of_a_transformer():
     image = tower(197, 768) + 2 * 196 * 768 * 768 + 2 * 768 * 512
     text = tower(77, 512) + 2 * 512 * 512
     pairs = 2 * config.batch_size * 512
-    network = two_tower.build(config, vocab_size=49_408, start_id=49_406, end_id=49_407)
-    variables = jax.eval_shape(lambda: two_tower.initialise(network, config, jax.random.key(0)))
+    network = building.build(config, vocab_size=49_408, start_id=49_406, end_id=49_407)
+    variables = jax.eval_shape(lambda: building.initialise(network, config, jax.random.key(0)))
     counted = flops.step_flops(network, variables, config)
     assert counted == pytest.approx(3 * config.batch_size * (image + text + pairs), rel=1e-6)
 
@@ -140,7 +140,7 @@ def on_cpus(config):
 
 
 def test_memory_of_a_device_is_its_share_of_state_and_batch(config, on_cpus):
-    network = two_tower.build(config, vocab_size=49_408, start_id=49_406, end_id=49_407)
+    network = building.build(config, vocab_size=49_408, start_id=49_406, end_id=49_407)
     state = abstract_state(network, optimizers.make(config), config, on_cpus.mesh)
 
     def share(leaf):

@@ -11,7 +11,7 @@ import pytest
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
 from mlip_jax.interop import pretrained
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import initial_state
 from mlip_jax.validation import validate
@@ -42,12 +42,12 @@ def config_with(folder, **changes):
 
 
 def build(config):
-    return two_tower.build(config, vocab_size=len(WORDS), start_id=2, end_id=3)
+    return building.build(config, vocab_size=len(WORDS), start_id=2, end_id=3)
 
 
 def shapes(config, network=None):
     network = network or build(config)
-    return jax.eval_shape(lambda: two_tower.initialise(network, config, jax.random.key(0)))
+    return jax.eval_shape(lambda: building.initialise(network, config, jax.random.key(0)))
 
 
 def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
@@ -112,7 +112,7 @@ def test_another_encoder_than_the_folders_is_refused(folder, changes, message):
 
 def test_another_vocabulary_is_refused_with_both_shapes(folder):
     config = config_with(folder)
-    network = two_tower.build(config, vocab_size=61, start_id=2, end_id=3)
+    network = building.build(config, vocab_size=61, start_id=2, end_id=3)
     message = re.escape("word_embeddings.weight has shape (60, 32), the configured model wants (61")
     with pytest.raises(UserError, match=message):
         pretrained.read(config, shapes(config, network))

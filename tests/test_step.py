@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mlip_jax import config as schema
 from mlip_jax import parallel
 from mlip_jax.data.images import Preprocessing
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import make_train_step
@@ -49,7 +49,7 @@ def small_config():
 @functools.cache
 def parts():
     config = small_config()
-    model = two_tower.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
+    model = building.build(config, vocab_size=VOCABULARY, start_id=START, end_id=END)
     optimizer = optimizers.make(config)
     train_step = make_train_step(model, optimizer, config, Preprocessing.of(config))
     return config, model, optimizer, train_step

@@ -21,7 +21,7 @@ from mlip_jax.data.pipeline import train_batches
 from mlip_jax.data.records import Source
 from mlip_jax.data.sources import open_training
 from mlip_jax.data.text import Tokenizer, load_tokenizer
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.planning.estimates import Memory, network_of
 from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import GIB
@@ -54,7 +54,7 @@ class Contender:
         self.model_flops = step_flops(network, abstract.evaluated, config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         attention.check(config, self._mesh)
-        network = two_tower.with_attention(network, attention.choose(config, self._mesh).forms)
+        network = building.with_attention(network, attention.choose(config, self._mesh).forms)
         start = time.perf_counter()
         self._step, self.memory = _compile(network, optimizer, config, self._mesh, abstract)
         self.compile_seconds = time.perf_counter() - start
@@ -118,7 +118,7 @@ class Contender:
             timings,
             name=self.name,
             batch_size=self.config.batch_size,
-            dtype=two_tower.compute_dtype(self.config).name,
+            dtype=building.compute_dtype(self.config).name,
             parameters=self.parameters,
             input="data" if self._real_input else "random",
             model_flops=self.model_flops,

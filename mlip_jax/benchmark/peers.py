@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
 from mlip_jax.config import RunError, UserError, suggestion
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 
 PEERS = ("open_clip",)
 _PROGRAM = Path(__file__).with_name("open_clip_step.py")
@@ -71,7 +71,7 @@ class Peer:
             timings,
             name=self.name,
             batch_size=self._config.batch_size,
-            dtype=two_tower.compute_dtype(self._config).name,
+            dtype=building.compute_dtype(self._config).name,
             parameters=self._parameters,
             compile_seconds=self._seconds,
         )
@@ -92,7 +92,7 @@ def started(config: ConfigDict) -> Iterator[Peer]:
     sizes = {
         "batch_size": config.batch_size,
         "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
-        "dtype": two_tower.compute_dtype(config).name,
+        "dtype": building.compute_dtype(config).name,
         "loss": "sigmoid" if config.perspectives.spatial_global.loss == "sigmoid" else "softmax",
         "learning_rate": config.optimizer.learning_rate,
         "weight_decay": config.optimizer.weight_decay,

@@ -19,7 +19,7 @@ from mlip_jax.benchmark.contender import Contender, open_input
 from mlip_jax.benchmark.peak import matrix_peak
 from mlip_jax.benchmark.results import Timing, print_results, write_json
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 
 _ROUNDS = 4  # turns that each side has
 _STEPS_BESIDE_INPUT = 5
@@ -110,7 +110,7 @@ def benchmark(
 
 def _peak(config: ConfigDict) -> float:
     """Of all devices, in what the model computes in; virtual CPU devices share the cores."""
-    peak = matrix_peak(two_tower.compute_dtype(config))
+    peak = matrix_peak(building.compute_dtype(config))
     return peak if jax.default_backend() == "cpu" else peak * jax.device_count()
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from mlip_jax.config import UserError
 from mlip_jax.evaluations.results import Results
 from mlip_jax.inference import Model
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.storage.workdir import write_atomically
 from mlip_jax.validation import validate
 
@@ -75,7 +75,7 @@ def at_rate(config: ConfigDict, rate: float) -> ConfigDict:
             settings.guidance = "none"
     settings.rate = rate
     validate(config)
-    two_tower.merge_counts(config)
+    building.merge_counts(config)
     return config
 
 
@@ -99,7 +99,7 @@ def sweep(
     rows = []
     for asked in [at_rate(config, rate) for rate in rates]:
         model = loaded(asked)
-        tokens = two_tower.grid(asked) ** 2 - sum(two_tower.merge_counts(asked))
+        tokens = building.grid(asked) ** 2 - sum(building.merge_counts(asked))
         rate, speed = asked.model.image.merging.rate, images_per_second(model)
         rows.append(Row(rate, tokens, model.image_flops(), speed, scored(model, asked)))
     return rows

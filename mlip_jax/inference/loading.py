@@ -19,7 +19,7 @@ from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.inference.model import Model
 from mlip_jax.interop import folders, positions
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.validation import validate
 
 
@@ -74,7 +74,7 @@ def load(
     if config is not None or overrides:
         validate(asked)
         if asked.model.image.architecture == "vit":
-            variables["params"] = positions.fit(variables["params"], two_tower.grid(asked))
+            variables["params"] = positions.fit(variables["params"], building.grid(asked))
     if config is not None or overrides or kind != "workdir":
         _check_parameters(asked, variables["params"], tokenizer, folder)
     prepared = _sized(preprocessing or found.preprocessing, asked.model.image.image_size)
@@ -93,7 +93,7 @@ def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
 
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Raises UserError when a checkpoint lacks what the config's model needs."""
-    needed = two_tower.parameter_shapes(config, tokenizer)
+    needed = building.parameter_shapes(config, tokenizer)
     saved = {
         parallel.path_name(path): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -12,18 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax import parallel
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
-from mlip_jax.models import two_tower
-from mlip_jax.models.grad_cam import grad_cam
-from mlip_jax.models.heads import normalize
-from mlip_jax.models.vit import ImageViews
+from mlip_jax.inference.batches import Batches
+from mlip_jax.inference.programs import global_view, programs
+from mlip_jax.models import building
 from mlip_jax.progress import track
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -75,75 +73,15 @@ class Model:
         self.config = config
         self.preprocess = preprocessing
         self._tokenizer = tokenizer
-        self._mesh = mesh
         # Numpy arrays would be copied to the device at every call.
         self._variables = variables if mesh else jax.device_put(variables)
-        network = two_tower.build_for(config, tokenizer, training=False)
-        views = [view for view in network.critics if two_tower.level(view) == "global"]
-        if not views:
-            raise UserError(
-                "token-level perspectives alone give no embedding of a whole image: give "
-                "config.perspectives.spatial_global.weight a value above 0"
-            )
-        # The class token has seen every stage; the frequency view lies before the merging.
-        self._view = view = "spatial_global" if "spatial_global" in views else views[0]
-        self._batch_size = config.evaluation.batch_size
-        if mesh:
-            shards = parallel.batch_shards(mesh)
-            self._batch_size = -(-self._batch_size // shards) * shards
-
-        pairwise = network.critic == "concat"
-        mix = config.evaluation.frequency_mix if "frequency_global" in views else 0.0
-
-        # They hold neither `self` nor the variables: `with_variables` shares them.
-        def embed_array(variables: Any, images: jax.Array) -> jax.Array:
-            embeddings = network.apply(variables, images, method="embed_images")
-            if not mix or view == "frequency_global":
-                return embeddings[view]
-            # Both views share the texts' space, so that a sum of scores is the score of a sum.
-            return normalize(embeddings[view] + mix * embeddings["frequency_global"])
-
-        def embed_pixels(variables: Any, images: jax.Array) -> jax.Array:
-            return embed_array(variables, preprocessing.normalize(images))
-
-        def embed_texts(variables: Any, token_ids: jax.Array) -> jax.Array:
-            return network.apply(variables, token_ids, method="embed_texts")["text_global"]
-
-        def score_pairs(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
-            pixels = preprocessing.normalize(images)
-            embeddings, scales, _ = network.apply(variables, pixels, token_ids)
-            image, text = embeddings[view], embeddings["text_global"]
-            if pairwise:
-                return network.apply(variables, view, image, text[None], method="score_pairs")[0]
-            return scales[view] * jnp.sum(image * text, axis=-1)
-
-        def inspect(variables: Any, images: jax.Array) -> ImageViews:
-            pixels = preprocessing.normalize(images)
-            return network.apply(variables, pixels, method="inspect_images")
-
-        def image_features(variables: Any, images: jax.Array) -> jax.Array:
-            return inspect(variables, images).spatial_global.astype(jnp.float32)
-
-        layers, side = two_tower.evidence_layers(config), two_tower.grid(config)
-
-        def saliency(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
-            texts = None if pairwise else embed_texts(variables, token_ids)
-
-            def score() -> jax.Array:
-                if pairwise:
-                    return score_pairs(variables, images, token_ids)
-                return jnp.sum(embed_pixels(variables, images) * texts, axis=-1)
-
-            source = inspect(variables, images).last_source
-            return _on_grid(grad_cam(score, layers), source, side)
-
-        self.pairwise = pairwise
+        network = building.build_for(config, tokenizer, training=False)
+        self._view = global_view(network)
+        self._programs = programs(network, self._view, config, preprocessing)
+        self._batches = Batches(config.evaluation.batch_size, mesh)
+        self.pairwise = network.critic == "concat"
         self.step: int | None = None
         self.about: Mapping[str, Any] = {}
-        self._embed_array, self._embed_pixels = jax.jit(embed_array), jax.jit(embed_pixels)
-        self._embed_texts, self._inspect = jax.jit(embed_texts), jax.jit(inspect)
-        self._score_pairs = jax.jit(score_pairs)
-        self._image_features, self._saliency = jax.jit(image_features), jax.jit(saliency)
 
     def with_variables(self, variables: Any) -> Model:
         """The model with other variables, placed as the former; nothing is compiled again."""
@@ -169,7 +107,7 @@ class Model:
         """
         self._check_joint_space()
         size, context = self.preprocess.image_size, self.config.model.text.context_length
-        embed_pixels, embed_texts = self._embed_pixels, self._embed_texts
+        embed_pixels, embed_texts = self._programs.embed_pixels, self._programs.embed_texts
         of_images, of_texts = (self._variables_without(tower) for tower in ("text", "image"))
         return {
             "encode_image": Program(
@@ -221,11 +159,13 @@ class Model:
         """
         images = _listed(images)
         self._check_joint_space()
-        size = self._size(len(images))
+        size = self._batches.size(len(images))
         if not images:
             return self.encode_image_pixels(self._pixels([]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return self._over(self._embed_pixels, self._decoded(images, size, pool, progress), size)
+            batches = self._decoded(images, size, pool, progress)
+            embed = self._programs.embed_pixels
+            return self._batches.over(embed, self._variables, batches, size)
 
     def encode_text(
         self, texts: Sequence[str], *, progress: bool = False
@@ -240,13 +180,13 @@ class Model:
           UserError: for a model that scores pairs, or whose folder holds no tokenizer.
         """
         texts = _listed(texts)
-        size = self._size(len(texts))
+        size = self._batches.size(len(texts))
         if not progress or not texts:
             return self.encode_token_ids(self.tokenize(texts))
         self._check_joint_space()
         starts = track(range(0, len(texts), size), "embedding texts")
         batches = ((self.tokenize(texts[start : start + size]),) for start in starts)
-        return self._over(self._embed_texts, batches, size)
+        return self._batches.over(self._programs.embed_texts, self._variables, batches, size)
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "texts context"]:
         """Token ids as the model takes them."""
@@ -256,19 +196,19 @@ class Model:
         self, images: UInt8[np.ndarray, "images size size 3"]
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images that `preprocess` has brought to size."""
-        return self._embedded(self._embed_pixels, np.asarray(images, np.uint8))
+        return self._embedded(self._programs.embed_pixels, np.asarray(images, np.uint8))
 
     def encode_image_array(
         self, images: Float[np.ndarray, "images size size 3"]
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images that are resized and normalised, as `preprocess.normalize` gives them."""
-        return self._embedded(self._embed_array, np.asarray(images, np.float32))
+        return self._embedded(self._programs.embed_array, np.asarray(images, np.float32))
 
     def encode_token_ids(
         self, token_ids: Int[np.ndarray, "texts context"]
     ) -> Float[np.ndarray, "texts width"]:
         """Embeds texts that are tokenised."""
-        return self._embedded(self._embed_texts, np.asarray(token_ids, np.int32))
+        return self._embedded(self._programs.embed_texts, np.asarray(token_ids, np.int32))
 
     def image_features(
         self, images: UInt8[np.ndarray, "images size size 3"]
@@ -278,7 +218,7 @@ class Model:
         Models that score pairs have it too. A ViT's is its class token, a ResNet's the mean of its
         last grid.
         """
-        return self._batched(self._image_features, np.asarray(images, np.uint8))
+        return self._batched(self._programs.image_features, np.asarray(images, np.uint8))
 
     def score_pairs(
         self, images: Sequence[ImageLike], texts: Sequence[str]
@@ -293,7 +233,7 @@ class Model:
         """
         images, texts = _listed(images), _listed(texts)
         _check_pairs(images, texts)
-        return self._batched(self._score_pairs, self._pixels(images), self.tokenize(texts))
+        return self._batched(self._programs.score_pairs, self._pixels(images), self.tokenize(texts))
 
     def saliency(
         self, images: UInt8[np.ndarray, "images size size 3"], texts: Sequence[str]
@@ -301,7 +241,7 @@ class Model:
         """Where image i speaks for text i: Grad-CAM of their score (arXiv 1610.02391).
 
         The score is the cosine that `encode_image` and `encode_text` give, or what the critic says.
-        `two_tower.evidence_layers` tells which layers it is of; the maps of several are added, and
+        `building.evidence_layers` tells which layers it is of; the maps of several are added, and
         each patch has its token's value.
 
         Args:
@@ -317,7 +257,7 @@ class Model:
         """
         images, texts = np.asarray(images, np.uint8), _listed(texts)
         _check_pairs(images, texts)
-        return self._batched(self._saliency, images, self.tokenize(texts))
+        return self._batched(self._programs.saliency, images, self.tokenize(texts))
 
     def inspect(self, images: UInt8[np.ndarray, "images size size 3"]) -> dict[str, Any]:
         """Where the image encoder's tokens come from.
@@ -327,8 +267,10 @@ class Model:
           cell), in row-major order; "sizes": float32 [images, merged]; "importance": float32
           [images, patches], the guidance of the first merge, or None.
         """
-        views = self._inspect(self._variables, jax.device_put(np.asarray(images, np.uint8)))
-        patches = two_tower.grid(self.config) ** 2
+        views = self._programs.inspect(
+            self._variables, jax.device_put(np.asarray(images, np.uint8))
+        )
+        patches = building.grid(self.config) ** 2
         if views.source is None:
             source = np.broadcast_to(np.arange(patches, dtype=np.int32), (len(images), patches))
         else:
@@ -344,7 +286,7 @@ class Model:
         """Floating-point operations to embed one image, as XLA counts them before optimisation."""
         size = self.preprocess.image_size
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-        cost = self._embed_pixels.lower(self._variables, image).cost_analysis() or {}
+        cost = self._programs.embed_pixels.lower(self._variables, image).cost_analysis() or {}
         return float(cost.get("flops", np.nan))
 
     def frequency_filters(self) -> list[np.ndarray]:
@@ -378,6 +320,9 @@ class Model:
         self._check_joint_space()
         return self._batched(embed, rows)
 
+    def _batched(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        return self._batches.call(function, self._variables, *arrays)
+
     def _check_joint_space(self) -> None:
         if self.pairwise:
             raise UserError(
@@ -385,66 +330,10 @@ class Model:
                 "use score_pairs(images, texts)"
             )
 
-    def _size(self, total: int) -> int:
-        """Rows of a batch; a few rows cost no whole one."""
-        if self._mesh:
-            return self._batch_size
-        return min(self._batch_size, 1 << max(total - 1, 0).bit_length())
-
-    def _batched(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
-        """Calls `function` on batches of few sizes, as each is compiled; the last is filled up."""
-        total = len(arrays[0])
-        if not total:
-            result = jax.eval_shape(function, self._variables, *map(jnp.asarray, arrays))
-            return np.zeros(result.shape, result.dtype)
-        size = self._size(total)
-        starts = range(0, total, size)
-        batches = (tuple(rows[start : start + size] for rows in arrays) for start in starts)
-        return self._over(function, batches, size)
-
-    def _over(
-        self,
-        function: Callable[..., jax.Array],
-        batches: Iterable[tuple[np.ndarray, ...]],
-        size: int,
-    ) -> np.ndarray:
-        """Calls `function` on each batch, filled up to `size` rows; its rows, one after another."""
-        results = []
-        for batch in batches:
-            parts = {str(index): _filled(rows, size) for index, rows in enumerate(batch)}
-            placed = (
-                parallel.global_batch(parts, self._mesh) if self._mesh else jax.device_put(parts)
-            )
-            result = function(self._variables, *(placed[index] for index in parts))
-            results.append((result, len(batch[0])))
-            if len(results) > 1:
-                # One batch ahead of the device, not all of them.
-                results[-2] = (jax.device_get(results[-2][0]), results[-2][1])
-        return np.concatenate([jax.device_get(rows)[:count] for rows, count in results])
-
-
-def _on_grid(
-    maps: Mapping[Any, Float[Array, "batch _"]],
-    source: Float[Array, "batch tokens patches"] | None,
-    side: int,
-) -> Float[Array, "batch side side"]:
-    """The sum of maps over tokens, merged by `source` where they are fewer, as one over patches."""
-    total = 0.0
-    for tokens in maps.values():
-        if tokens.shape[1] != side * side:
-            tokens = jnp.einsum("bt,btp->bp", tokens, source)
-        total = total + tokens
-    return jax.nn.relu(total).reshape(-1, side, side)
-
 
 def _check_pairs(images: Sequence[Any], texts: Sequence[str]) -> None:
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
-
-
-def _filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """The rows, and zeros up to `size` rows."""
-    return np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1))
 
 
 def _listed(items: Sequence[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.interop import layouts
 from mlip_jax.interop.layouts import Layout
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 
 Computed = Mapping[str, tuple[Any, Any]]
 
@@ -48,7 +48,7 @@ class Foreign:
         Raises:
           UserError: for weights that are missing, damaged or of another model.
         """
-        wanted = two_tower.parameter_shapes(self.config, self.tokenizer)
+        wanted = building.parameter_shapes(self.config, self.tokenizer)
         return layouts.read(self.weights, self.layout, wanted)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mlip_jax.config import UserError
 from mlip_jax.data.images import NORMALIZATIONS, Preprocessing
 from mlip_jax.interop import bert, folders, positions, resnet
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 
 
 def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -174,7 +174,7 @@ def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict
                 )
     variables = dict(found.variables)
     if config.model.image.architecture == "vit":
-        variables["params"] = positions.fit(variables["params"], two_tower.grid(config))
+        variables["params"] = positions.fit(variables["params"], building.grid(config))
     has = traverse_util.flatten_dict(variables, sep="/")
     asked = traverse_util.flatten_dict(dict(wanted), sep="/")
     taken = {}

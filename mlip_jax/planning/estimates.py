@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mlip_jax import parallel
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import load_tokenizer
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.planning import hlo
 from mlip_jax.planning.flops import step_flops
@@ -125,7 +125,7 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     form = attention.named(config, "tpu" if machine.chip else "cpu")
-    trained = two_tower.with_attention(network, dict.fromkeys(attention.shapes(config, mesh), form))
+    trained = building.with_attention(network, dict.fromkeys(attention.shapes(config, mesh), form))
     step = make_train_step(trained, optimizer, config, Preprocessing.of(config), mesh)
     known = {
         "machine": machine,
@@ -227,9 +227,9 @@ def network_of(config: ConfigDict) -> TwoTower:
     """The model without its data: a vocabulary to be trained counts as large as it may get."""
     text = config.model.text
     if text.tokenizer == "wordpiece":
-        return two_tower.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
+        return building.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
     tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
-    return two_tower.build_for(config, tokenizer)
+    return building.build_for(config, tokenizer)
 
 
 def _refusal(message: str) -> str:

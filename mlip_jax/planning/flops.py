@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
 from mlip_jax.config import PERSPECTIVES, views_of
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
 
@@ -41,7 +41,7 @@ def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
 
         def embed(variables: Any, rows: jax.Array, tower: str = tower) -> Any:
             if tower == "image":
-                return two_tower.embed_kept(network, variables, rows, config)
+                return building.embed_kept(network, variables, rows, config)
             return network.apply(variables, rows, method="embed_texts")
 
         program, out = jax.make_jaxpr(embed, return_shape=True)(local, example)

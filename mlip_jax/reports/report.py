@@ -25,7 +25,7 @@ from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
 from mlip_jax.evaluations.tables import sheet
 from mlip_jax.inference import load
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
@@ -168,7 +168,7 @@ def _merging(model: Inspectable, embedded: EmbeddedSet, folder: Path) -> Picture
     source, importance = inside["source"], inside.get("importance")
     if source is None or not is_merged(source):
         return None
-    side = two_tower.grid(model.config)
+    side = building.grid(model.config)
     figure = draw_merging(images, source, importance, (side, side))
     return Picture(
         style.save(figure, folder / "merging.png"),

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from mlip_jax import parallel, processes
 from mlip_jax.config import ATTENTIONS, UserError, first_line, views_of
 from mlip_jax.models.attention import attend
-from mlip_jax.models.two_tower import compute_dtype, training_patches
+from mlip_jax.models.building import compute_dtype, training_patches
 from mlip_jax.storage.workdir import write_atomically
 
 RECORD = "attention.json"

@@ -24,7 +24,7 @@ from mlip_jax.evaluations import Results
 from mlip_jax.evaluations import run as evaluations
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
 from mlip_jax.training import attention, summary
@@ -84,7 +84,7 @@ def _start(
     evaluations.check(config)
     attention.check(config, mesh)
     tokenizer = _tokenizer(config, source, Path(workdir))
-    network = two_tower.build_for(config, tokenizer)
+    network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
     model = Model(config, None, tokenizer, preprocessing, home)
@@ -136,7 +136,7 @@ def _start(
     if start >= run.steps:
         return run, state, None
     chosen = attention.choose(config, mesh, folder)
-    trained = two_tower.with_attention(network, chosen.forms)
+    trained = building.with_attention(network, chosen.forms)
     step = compile_step(
         make_train_step(trained, optimizer, config, preprocessing, mesh), run, abstract
     )

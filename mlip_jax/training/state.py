@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from optax import LookaheadParams
 
 from mlip_jax import parallel
-from mlip_jax.models import two_tower
+from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.storage.checkpoint import served
 
@@ -58,7 +58,7 @@ def initial_state(
     Call it under jit. `pretrained` holds those of the variables to take in place of fresh ones,
     such as {"params": {"text_encoder": ...}}.
     """
-    variables = two_tower.initialise(model, config, jax.random.key(config.seed))
+    variables = building.initialise(model, config, jax.random.key(config.seed))
     if pretrained:
         taken = traverse_util.flatten_dict(dict(pretrained))
         variables = traverse_util.unflatten_dict(traverse_util.flatten_dict(variables) | taken)

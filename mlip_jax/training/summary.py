@@ -17,14 +17,14 @@ from rich.table import Table
 
 from mlip_jax import pages, parallel
 from mlip_jax.data.records import Source
-from mlip_jax.models.two_tower import (
-    TwoTower,
+from mlip_jax.models.building import (
     compute_dtype,
     embed_kept,
     grid,
     merge_counts,
     training_patches,
 )
+from mlip_jax.models.two_tower import TwoTower
 
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
 

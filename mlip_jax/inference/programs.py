@@ -1,0 +1,130 @@
+"""What a trained model computes: compiled functions of its variables and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from mlip_jax.config import UserError
+from mlip_jax.data.images import Preprocessing
+from mlip_jax.models import building
+from mlip_jax.models.grad_cam import grad_cam
+from mlip_jax.models.heads import normalize
+from mlip_jax.models.two_tower import TwoTower, level
+from mlip_jax.models.vit import ImageViews
+
+
+class Programs(NamedTuple):
+    """The functions behind the methods of a `Model`, of its variables and some arrays.
+
+    They hold no variables, so that models of one architecture may share them.
+    """
+
+    embed_array: Callable[..., jax.Array]  # of images that are normalised
+    embed_pixels: Callable[..., jax.Array]
+    embed_texts: Callable[..., jax.Array]
+    score_pairs: Callable[..., jax.Array]
+    inspect: Callable[..., ImageViews]
+    image_features: Callable[..., jax.Array]
+    saliency: Callable[..., jax.Array]
+
+
+def global_view(network: TwoTower) -> str:
+    """The image view that embeddings of whole images are of.
+
+    Raises:
+      UserError: for a model without a global view.
+    """
+    views = [view for view in network.critics if level(view) == "global"]
+    if not views:
+        raise UserError(
+            "token-level perspectives alone give no embedding of a whole image: give "
+            "config.perspectives.spatial_global.weight a value above 0"
+        )
+    # The class token has seen every stage; the frequency view lies before the merging.
+    return "spatial_global" if "spatial_global" in views else views[0]
+
+
+def programs(
+    network: TwoTower, view: str, config: ConfigDict, preprocessing: Preprocessing
+) -> Programs:
+    """The functions of a model.
+
+    Args:
+      network: the model.
+      view: the image view that is embedded; see `global_view`.
+      config: the config it was trained by.
+      preprocessing: what brings pixels to its range.
+    """
+    pairwise = network.critic == "concat"
+    mix = config.evaluation.frequency_mix if "frequency_global" in network.critics else 0.0
+
+    def embed_array(variables: Any, images: jax.Array) -> jax.Array:
+        embeddings = network.apply(variables, images, method="embed_images")
+        if not mix or view == "frequency_global":
+            return embeddings[view]
+        # Both views share the texts' space, so that a sum of scores is the score of a sum.
+        return normalize(embeddings[view] + mix * embeddings["frequency_global"])
+
+    def embed_pixels(variables: Any, images: jax.Array) -> jax.Array:
+        return embed_array(variables, preprocessing.normalize(images))
+
+    def embed_texts(variables: Any, token_ids: jax.Array) -> jax.Array:
+        return network.apply(variables, token_ids, method="embed_texts")["text_global"]
+
+    def score_pairs(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+        pixels = preprocessing.normalize(images)
+        embeddings, scales, _ = network.apply(variables, pixels, token_ids)
+        image, text = embeddings[view], embeddings["text_global"]
+        if pairwise:
+            return network.apply(variables, view, image, text[None], method="score_pairs")[0]
+        return scales[view] * jnp.sum(image * text, axis=-1)
+
+    def inspect(variables: Any, images: jax.Array) -> ImageViews:
+        pixels = preprocessing.normalize(images)
+        return network.apply(variables, pixels, method="inspect_images")
+
+    def image_features(variables: Any, images: jax.Array) -> jax.Array:
+        return inspect(variables, images).spatial_global.astype(jnp.float32)
+
+    layers, side = building.evidence_layers(config), building.grid(config)
+
+    def saliency(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+        texts = None if pairwise else embed_texts(variables, token_ids)
+
+        def score() -> jax.Array:
+            if pairwise:
+                return score_pairs(variables, images, token_ids)
+            return jnp.sum(embed_pixels(variables, images) * texts, axis=-1)
+
+        source = inspect(variables, images).last_source
+        return _on_grid(grad_cam(score, layers), source, side)
+
+    return Programs(
+        embed_array=jax.jit(embed_array),
+        embed_pixels=jax.jit(embed_pixels),
+        embed_texts=jax.jit(embed_texts),
+        score_pairs=jax.jit(score_pairs),
+        inspect=jax.jit(inspect),
+        image_features=jax.jit(image_features),
+        saliency=jax.jit(saliency),
+    )
+
+
+def _on_grid(
+    maps: Mapping[Any, Float[Array, "batch _"]],
+    source: Float[Array, "batch tokens patches"] | None,
+    side: int,
+) -> Float[Array, "batch side side"]:
+    """The sum of maps over tokens, merged by `source` where they are fewer, as one over patches."""
+    total = 0.0
+    for tokens in maps.values():
+        if tokens.shape[1] != side * side:
+            tokens = jnp.einsum("bt,btp->bp", tokens, source)
+        total = total + tokens
+    return jax.nn.relu(total).reshape(-1, side, side)

@@ -1,0 +1,238 @@
+"""From a config to the model it describes, and to what follows from its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from mlip_jax.config import PERSPECTIVES, UserError
+from mlip_jax.models import merging, resnet
+from mlip_jax.models.grad_cam import Path, Tokens
+from mlip_jax.models.two_tower import Embeddings, TwoTower
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What a model must know of its tokenizer."""
+
+    vocab_size: int
+    sot: int  # the start-of-text token
+    eot: int
+
+
+def compute_dtype(config: ConfigDict) -> jnp.dtype:
+    """The config's compute dtype; "auto" is bfloat16 unless the devices are CPUs."""
+    name = config.compute_dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def grid(config: ConfigDict) -> int:
+    """Patches (of a ViT) or cells of the last features (of a ResNet) along a side of the image."""
+    image = config.model.image
+    if image.architecture == "resnet":
+        return -(-image.image_size // resnet.reduction(image.stem))
+    return image.image_size // image.patch_size
+
+
+def evidence_layers(config: ConfigDict) -> dict[Path, Tokens]:
+    """The layers that Grad-CAM takes: the last ones whose tokens have a place in the image.
+
+    Of a ResNet this is its last grid. Of a ViT it is the normalised patch tokens that the last
+    block attends to: its class token reads nothing else, and its own patch tokens reach no global
+    embedding. With attention pooling it is the tokens that are pooled. The frequency view is a mean
+    over the tokens of the Frequency Stage, which come in addition. The layers of a ViT are our
+    choice.
+
+    Returns:
+      By the module's path, how to bring its output to [batch, tokens, width].
+    """
+    image = config.model.image
+    if image.architecture == "resnet":
+        path = ("image_encoder", resnet.last_block(image.depth))
+        return {path: lambda cells: rearrange(cells, "b r c d -> b (r c) d")}
+    last = image.depth - image.frequency.depth - 1
+    layers: dict[Path, Tokens] = {
+        ("image_encoder", f"spatial_{last}", "norm_attention"): lambda tokens: tokens[:, 1:]
+    }
+    if image.pooling == "attention":
+        layers = {("image_encoder", "norm_spatial"): lambda tokens: tokens}
+    if image.frequency.depth:
+        layers["image_encoder", "norm_frequency"] = lambda tokens: tokens
+    return layers
+
+
+def training_patches(config: ConfigDict) -> int:
+    """Patches of an image that patch dropout keeps, rounded; at least one."""
+    return max(1, round((1 - config.model.image.patch_dropout) * grid(config) ** 2))
+
+
+def merge_counts(config: ConfigDict, training: bool = False) -> tuple[int, ...]:
+    """Tokens merged in each block of the Spatial Stage (see `merging.schedule`).
+
+    Args:
+      config: the run's config.
+      training: of the patches that patch dropout keeps; otherwise of all.
+    """
+    image = config.model.image
+    if image.architecture == "resnet":
+        return ()
+    patches = training_patches(config) if training else grid(config) ** 2
+    blocks = image.depth - image.frequency.depth
+    try:
+        return merging.schedule(image.merging.rate, patches, blocks, image.merging.schedule)
+    except UserError as error:
+        if patches == grid(config) ** 2:
+            raise
+        raise UserError(
+            f"{error} (of the {patches} patches that config.model.image.patch_dropout="
+            f"{image.patch_dropout} keeps)"
+        ) from None
+
+
+def build(
+    config: ConfigDict, *, vocab_size: int, start_id: int, end_id: int, training: bool = True
+) -> TwoTower:
+    """The model that a config describes.
+
+    Args:
+      config: the run's config.
+      vocab_size: the tokenizer's size.
+      start_id: its start-of-text token.
+      end_id: its end-of-text token.
+      training: whether config.model.*.remat and patch_dropout count: what takes no gradient of
+        parameters says no.
+
+    Raises:
+      UserError: for a merging rate that its schedule cannot reach.
+    """
+    model = config.model
+    critics = {
+        view: (
+            config.perspectives[view].init_scale,
+            config.perspectives[view].init_bias
+            if config.perspectives[view].loss == "sigmoid"
+            else None,
+        )
+        for view in PERSPECTIVES  # a ConfigDict would give them by the alphabet
+        if config.perspectives[view].weight > 0
+    }
+    return TwoTower(
+        image=_image_fields(config, training) | {"remat": training and model.image.remat},
+        text=_text_fields(config)
+        | {
+            "vocab_size": vocab_size,
+            "start_id": start_id,
+            "end_id": end_id,
+            "remat": training and model.text.remat,
+        },
+        embed_dim=model.embed_dim,
+        token_dim=model.token_dim,
+        head=model.head,
+        critic=model.critic,
+        prior=model.prior_weight > 0,
+        critics=critics,
+        frozen=tuple(tower for tower in ("image", "text") if not config.optimizer.rates[tower]),
+        dtype=compute_dtype(config),
+    )
+
+
+def build_for(config: ConfigDict, tokenizer: Vocabulary, *, training: bool = True) -> TwoTower:
+    """The model that a config describes, for the texts of a tokenizer; see `build`."""
+    return build(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        start_id=tokenizer.sot,
+        end_id=tokenizer.eot,
+        training=training,
+    )
+
+
+def with_attention(network: TwoTower, forms: Mapping[str, str]) -> TwoTower:
+    """The model with other forms of attention; the parameters are the same.
+
+    Args:
+      network: the model.
+      forms: of some towers ("image", "text"); see `models.attention`.
+    """
+    towers = {"image": network.image, "text": network.text}
+    changed = {name: {**towers[name], "attention_form": form} for name, form in forms.items()}
+    return network.clone(**changed)
+
+
+def parameter_shapes(config: ConfigDict, tokenizer: Vocabulary) -> Any:
+    """The shapes and types of the parameters of `build_for`."""
+    network = build_for(config, tokenizer, training=False)
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda: initialise(network, config, key)["params"])
+
+
+def _image_fields(config: ConfigDict, training: bool) -> dict[str, Any]:
+    image = config.model.image.to_dict()
+    if image["architecture"] == "resnet":
+        return {name: image[name] for name in ("architecture", "depth", "width", "stem")}
+    frequency, guided = image.pop("frequency"), image.pop("merging")
+    for name in ("rate", "schedule"):
+        guided.pop(name)
+    for name in ("pretrained", "normalization", "patch_dropout"):
+        image.pop(name)
+    return (
+        image
+        | guided
+        | {
+            "frequency_depth": frequency["depth"],
+            "transform": frequency["transform"],
+            "merge_counts": merge_counts(config),
+            "training_patches": training_patches(config) if training else grid(config) ** 2,
+            "training_merge_counts": merge_counts(config, training),
+        }
+    )
+
+
+def embed_kept(network: TwoTower, variables: Any, images: Array, config: ConfigDict) -> Embeddings:
+    """`embed_images` of what patch dropout keeps, with nothing else left out: to count its work."""
+    if not config.model.image.patch_dropout:
+        return network.apply(variables, images, method="embed_images")
+    image = {**network.image, "dropout": 0.0, "drop_path": 0.0}
+    embeddings, _ = network.clone(image=image).apply(
+        variables,
+        images,
+        deterministic=False,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"],
+        method="embed_images",
+    )
+    return embeddings
+
+
+def _text_fields(config: ConfigDict) -> dict[str, Any]:
+    text = config.model.text.to_dict()
+    for name in ("pretrained", "tokenizer", "vocab_size", "cleaning"):
+        text.pop(name)
+    if text["architecture"] == "bert":
+        for name in ("causal", "drop_path", "attend_padding", "norm_epsilon"):
+            text.pop(name)
+    return text
+
+
+def initialise(network: TwoTower, config: ConfigDict, key: Array) -> dict[str, Any]:
+    """The network's variables at the start: "params" and, with batch norm, "batch_stats"."""
+    size = config.model.image.image_size
+    # Two examples: shapes only, parameters do not depend on the values.
+    images = jnp.zeros((2, size, size, 3), jnp.float32)
+    token_ids = jnp.zeros((2, config.model.text.context_length), jnp.int32)
+    return network.init(
+        key,
+        images,
+        token_ids,
+        images if "augmented_image" in network.critics else None,
+        token_ids if "other_caption" in network.critics else None,
+        method="touch",
+    )
