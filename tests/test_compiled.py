@@ -1,11 +1,11 @@
 """Compiled programs on the disk: found again, harmless when damaged, and giving the same bits."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from devices import with_devices
 
 # A run, and how many of its programs came from the disk.
 RUN = """
@@ -27,9 +27,8 @@ def run(tiny, tmp_path):
     """Trains two steps in a folder of that name; returns how many programs came from the disk."""
 
     def act(name, devices=1):
-        own = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPIL")}
-        own["MLIP_JAX_CACHE"] = str(tmp_path / "cache")
-        own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        own = with_devices(devices) | {"MLIP_JAX_CACHE": str(tmp_path / "cache")}
+        del own["JAX_COMPILATION_CACHE_DIR"]
         words = [f"--config={tiny}", f"--workdir={tmp_path / name}", "--config.samples=16"]
         command = [sys.executable, "-c", RUN, *words, "--config.evaluation.every_samples=0"]
         done = subprocess.run(command, env=own, capture_output=True, text=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import with_devices
 
 from mlip_jax import main as door
 from mlip_jax.storage.checkpoint import restore_fields
@@ -181,9 +182,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(train, tiny, trained, 
     run = tmp_path / "run"
     command = ["-m", "mlip_jax.main", f"--config={tiny}", f"--workdir={run}"]
     with (tmp_path / "told").open("w") as told:
-        one_device = {**os.environ, "XLA_FLAGS": ""}
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=one_device, stderr=told
+            [sys.executable, *command], cwd=ROOT, env=with_devices(1), stderr=told
         )
     while not (run / "checkpoints" / "2").is_dir():
         assert process.poll() is None, (tmp_path / "told").read_text()
@@ -210,9 +210,7 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bits(train, tiny, tmp
     while kills < 20:
         before = steps_of(run)[-1:] if run.exists() else []
         with (tmp_path / "told").open("w") as told:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stderr=told
-            )
+            process = subprocess.Popen(command, cwd=ROOT, env=with_devices(1), stderr=told)
         while not (run / "checkpoints").is_dir() or steps_of(run)[-1:] == before:
             assert process.poll() is None, (tmp_path / "told").read_text()
             time.sleep(0.002)

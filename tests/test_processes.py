@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from devices import with_devices
 from ml_collections import ConfigDict
 
 from mlip_jax import cluster, parallel, processes
@@ -73,10 +74,8 @@ class Run:
         self.processes = []
         for index, (log, record) in enumerate(zip(self.logs, self.records, strict=True)):
             environment = {
-                **os.environ,
+                **with_devices(1),
                 "PYTHONPATH": str(HERE.parent),
-                # The last flag of a name counts.
-                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
                 "RECORD": str(record),
                 "PAUSE": str(pause),
                 cluster.HEARTBEAT_SECONDS: str(BOUND),
