@@ -127,6 +127,13 @@ def test_sgd_equals_plain_steps(images, monkeypatch):
     np.testing.assert_allclose(linear.bias, weights[-1], rtol=1e-3, atol=1e-3)
 
 
+def test_sgd_gives_the_same_bits_each_time(monkeypatch):
+    monkeypatch.setattr(sgd_probe, "_EPOCHS", 9)
+    features, labels = random_case(300)
+    first, *others = (sgd_probe.sgd(features, labels, 4)[0].weights for _ in range(20))
+    assert all(np.array_equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("method", PROBES)
 def test_a_class_without_training_images_is_always_wrong(method):
     names = [f"bird {number}" for number in range(7)]

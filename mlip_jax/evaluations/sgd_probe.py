@@ -72,8 +72,9 @@ def sgd(
     parameters = (jnp.zeros((width, classes)), jnp.zeros(classes))
     carry = parameters, optimizer.init(parameters)
     rng = np.random.default_rng(seed)
-    rows = np.zeros(steps * size, np.int32)
     for _ in track(range(_EPOCHS), "Training", shown=progress):
+        # An array of its own each time: the epochs before may still be reading theirs.
+        rows = np.zeros(steps * size, np.int32)
         rows[:images] = rng.permutation(images)
         carry = epoch(carry, inputs, targets, rows.reshape(steps, size), counted)
     weights, bias = (np.asarray(part, np.float64) for part in carry[0])
