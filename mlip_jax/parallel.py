@@ -141,8 +141,14 @@ def _rule(text: str, shapes: Mapping[str, tuple[int, ...]]) -> Rule:
     return pattern, PartitionSpec(*(None if name == "-" else name for name in names))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch's rows are split in: the data axis times the fsdp axis."""
+def batch_shards(mesh: Mesh, accumulation: int = 1) -> int:
+    """How many parts a batch's rows are embedded in: the data axis times the fsdp axis.
+
+    Under accumulation the tensor axis shares rows too, and each device takes its own in that many
+    parts.
+    """
+    if accumulation > 1:
+        return mesh.size * accumulation
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 

@@ -163,7 +163,7 @@ def _fitting(
     limit: float,
 ) -> int:
     """The largest halving of the batch that fits; 0 when none does."""
-    unit = parallel.batch_shards(mesh) * config.accumulation
+    unit = parallel.batch_shards(mesh, config.accumulation)
     smaller = copy.deepcopy(config)
     while smaller.batch_size // 2 >= max(unit, 2):
         smaller.batch_size = smaller.batch_size // 2 // unit * unit

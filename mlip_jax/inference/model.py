@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,11 @@ from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
 from mlip_jax.data.text import Tokenizer
 from mlip_jax.inference.batches import Batches
-from mlip_jax.inference.programs import global_view, programs
+from mlip_jax.inference.programs import Program, global_view, programs
 from mlip_jax.models import building
 from mlip_jax.progress import track
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-
-
-class Program(NamedTuple):
-    """A pure function of one array."""
-
-    function: Callable[[jax.Array], jax.Array]
-    shape: tuple[int, ...]  # of its input, without the batch
-    dtype: type[np.generic]
 
 
 class Model:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -17,6 +18,14 @@ from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize
 from mlip_jax.models.two_tower import TwoTower, level
 from mlip_jax.models.vit import ImageViews
+
+
+class Program(NamedTuple):
+    """A pure function of one array."""
+
+    function: Callable[[jax.Array], jax.Array]
+    shape: tuple[int, ...]  # of its input, without the batch
+    dtype: type[np.generic]
 
 
 class Programs(NamedTuple):

@@ -171,9 +171,7 @@ def largest_batch(
     """
     first = first or estimate(config, machine)
     tried(first)
-    unit = parallel.batch_shards(first.mesh)
-    if config.accumulation > 1:
-        unit = first.mesh.size * config.accumulation  # the tensor axis shares rows too
+    unit = parallel.batch_shards(first.mesh, config.accumulation)
 
     def attempt(multiple: int) -> Estimate:
         other = copy.deepcopy(config)

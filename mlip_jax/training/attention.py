@@ -69,9 +69,7 @@ class Choice:
 def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
     """The largest attention of each tower ("image", "text") whose attention has several forms."""
     image, text = config.model.image, config.model.text
-    shards = parallel.batch_shards(mesh)
-    if config.accumulation > 1:  # the tensor axis shares rows too
-        shards = mesh.size * config.accumulation
+    shards = parallel.batch_shards(mesh, config.accumulation)
 
     def shape(tower: ConfigDict, view: str, tokens: int, **more: Any) -> Shape:
         heads = max(tower.heads // mesh.shape["tensor"], 1)
