@@ -12,8 +12,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         # Eight devices that share a busy core keep each other waiting; by default 40 s are fatal.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-        # Most of the time goes into compiling programs that run once or twice.
+        # Most of the time goes into compiling programs that run once or twice: by these a third.
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
 ).strip()
 os.environ["MPLBACKEND"] = "Agg"
