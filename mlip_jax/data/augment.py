@@ -13,9 +13,18 @@ from mlip_jax.data import fast
 from mlip_jax.data.images import flatten
 
 _LUMA = np.array((0.299, 0.587, 0.114))
-# Hue turns the plane of I and Q in YIQ space.
-_TO_YIQ = np.array(((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)))
-_FROM_YIQ = np.linalg.inv(_TO_YIQ)
+_GREY = np.tile(_LUMA, (3, 1))  # every channel becomes the luma
+# Hue turns the plane of I and Q in YIQ space: the luma's part, and the cosine's and the sine's.
+_TO_YIQ = np.array((_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)))
+_HUE = [
+    np.linalg.inv(_TO_YIQ) @ np.array(part) @ _TO_YIQ
+    for part in (
+        ((1, 0, 0), (0, 0, 0), (0, 0, 0)),
+        ((0, 0, 0), (0, 1, 0), (0, 0, 1)),
+        ((0, 0, 0), (0, 0, -1), (0, 1, 0)),
+    )
+]
+_COLORS = np.reshape((*_HUE, _GREY), (4, 9))
 # CLIP-Lite's colour jitter at strength 1, and how often it happens.
 _BRIGHTNESS = _CONTRAST = _SATURATION = 0.4
 _HUE_TURNS = 0.1
@@ -45,6 +54,7 @@ def augment(
     rng: np.random.Generator,
     *,
     exact: bool = False,
+    trimmed: bool = False,
 ) -> tuple[UInt8[np.ndarray, "size size 3"], bool]:
     """One random view of an image.
 
@@ -57,6 +67,7 @@ def augment(
       image_size: the side of the result.
       rng: where chance comes from.
       exact: crops are resized by Pillow, not by `fast.resize`.
+      trimmed: the image comes out of `trim`.
 
     Returns:
       uint8 [image_size, image_size, 3], and whether it is mirrored.
@@ -65,8 +76,8 @@ def augment(
         image = flatten(image, "white")
     elif exact or by_pillow(config_augment):
         image = Image.fromarray(image)
-    if config_augment.trim and rng.random() < config_augment.trim:
-        image = _trim(image)
+    if config_augment.trim and rng.random() < config_augment.trim and not trimmed:
+        image = trim(image)
     if config_augment.morphology and rng.random() < config_augment.morphology:
         image = _morphology(image, image_size, rng)
     flipped = bool(config_augment.flip and rng.random() < 0.5)
@@ -101,7 +112,7 @@ def _resized(
     return fast.resize(np.asarray(image), box, size)
 
 
-def _trim(image: Image.Image) -> Image.Image:
+def trim(image: Image.Image) -> Image.Image:
     """The smallest square around what differs from the corners' colour; whole if nothing does."""
     ground = Image.new("RGB", image.size, _corner_color(image))
     noise = Image.new("RGB", image.size, (_CONTENT, _CONTENT, _CONTENT))
@@ -202,24 +213,23 @@ def _color_matrix(
     matrix, offset = np.eye(3), 0.0
     jitter = strength and rng.random() < _COLOR_CHANCE
     if jitter:
-        brightness, contrast, saturation, hue = rng.uniform(-strength, strength, 4)
-        matrix *= 1 + _BRIGHTNESS * brightness
-        grey = matrix[0, 0] * float(_LUMA @ _mean_color(view))
-        matrix *= 1 + _CONTRAST * contrast
-        offset = -_CONTRAST * contrast * grey
-        saturation = 1 + _SATURATION * saturation
-        matrix = (saturation * np.eye(3) + (1 - saturation) * _LUMA) @ matrix
+        brightness, contrast, saturation, hue = rng.uniform(-strength, strength, 4).tolist()
+        scale = 1 + _BRIGHTNESS * brightness
+        offset = -_CONTRAST * contrast * scale * float(_LUMA @ _mean_color(view))
+        scale *= 1 + _CONTRAST * contrast
+        kept = scale * (1 + _SATURATION * saturation)
         angle = 2 * math.pi * _HUE_TURNS * hue
-        cos, sin = math.cos(angle), math.sin(angle)
-        turn = np.array(((1, 0, 0), (0, cos, -sin), (0, sin, cos)))
-        matrix = _FROM_YIQ @ turn @ _TO_YIQ @ matrix
+        # The hue's matrix leaves grey alone: of saturation's two parts it turns the first.
+        shares = (kept, kept * math.cos(angle), kept * math.sin(angle), scale - kept)
+        matrix = (np.array(shares) @ _COLORS).reshape(3, 3)
     gray = grayscale and rng.random() < grayscale
     if gray:
-        matrix = np.ones((3, 1)) * _LUMA @ matrix
+        matrix = _GREY @ matrix
     if not (jitter or gray):
         return None
     # Each of the matrices leaves grey alone, so that the offset needs none of them.
-    return tuple(np.column_stack((matrix, np.full(3, offset))).ravel())
+    red, green, blue = matrix.tolist()
+    return (*red, offset, *green, offset, *blue, offset)
 
 
 def _mean_color(view: UInt8[np.ndarray, "size size 3"]) -> Float64[np.ndarray, " 3"]:

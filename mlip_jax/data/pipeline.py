@@ -23,7 +23,7 @@ from PIL import Image
 
 from mlip_jax.config import UserError, views_of
 from mlip_jax.data import captions
-from mlip_jax.data.augment import augment, by_pillow, short_side
+from mlip_jax.data.augment import augment, by_pillow, short_side, trim
 from mlip_jax.data.fast import decode_pixels
 from mlip_jax.data.images import Preprocessing, decode, flatten
 from mlip_jax.data.mixtures import neighbours
@@ -134,6 +134,7 @@ class _Example:
         self._size = config.model.image.image_size
         self._exact = config.data.decode == "exact"
         self._by_pillow = self._exact or by_pillow(self._augment)
+        self._trimmed = self._augment.trim >= 1  # without exception, and so once for all visits
         self._at_least = 0 if self._exact else short_side(self._augment, self._size)
         self._two_images = config.perspectives.augmented_image.weight > 0
         self._two_captions = config.perspectives.other_caption.weight > 0
@@ -154,7 +155,9 @@ class _Example:
         return example
 
     def _view(self, image: _Decoded, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        return augment(image, self._augment, self._size, rng, exact=self._exact)
+        return augment(
+            image, self._augment, self._size, rng, exact=self._exact, trimmed=self._trimmed
+        )
 
     def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
         """The record, or the next one of its set whose image can be read."""
@@ -178,6 +181,8 @@ class _Example:
         record = self._source[index]
         if self._by_pillow:
             image = flatten(decode(record.image, at_least=self._at_least), "white")
+            if self._trimmed:
+                image = trim(image)
             area = image.width * image.height
         else:
             image = decode_pixels(record.image, self._at_least)
