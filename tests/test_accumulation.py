@@ -60,9 +60,7 @@ def program(accumulation, changes=MLIP, shape=ONE):
     optimizer = optax.scale(-1.0)
     state = abstract_state(model, optimizer, config, mesh)
     step = make_train_step(model, optimizer, config, Preprocessing.of(config), mesh)
-    # Only what is compiled matters here, not how fast it is.
-    options = {"xla_backend_optimization_level": 0}
-    compiled = lower_step(step, state, config, mesh).compile(compiler_options=options)
+    compiled = lower_step(step, state, config, mesh).compile()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def start():

@@ -109,6 +109,25 @@ def test_stream_is_a_function_of_seed_and_position(source):
     assert (other[0]["image"] != whole[0]["image"]).any()
 
 
+def test_margins_that_always_go_are_cut_once_to_the_same_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(8):
+        picture = Image.new("RGB", (48, 40), "white")
+        shown = Image.fromarray(rng.integers(0, 200, (9 + index, 12, 3), np.uint8))
+        picture.paste(shown, (5 + index, 20 - index))
+        picture.save(tmp_path / f"{index}.png")
+        rows.append({"file": f"{index}.png", "captions": [f"number {index}"]})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(f"jsonl:{tmp_path / 'pairs.jsonl'}", "train")
+    never, nearly_always, always = (
+        batches(settings(**{"data.augment.trim": chance}), source, 3)
+        for chance in (0.0, 1 - 1e-12, 1.0)
+    )
+    assert_same(nearly_always, always)
+    assert (never[0]["image"] != always[0]["image"]).any()
+
+
 def test_workers_change_nothing(source):
     config = settings(**{"data.workers": 2})
     found = batches(config, source, 5, start_step=3)
