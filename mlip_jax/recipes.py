@@ -78,6 +78,8 @@ def _clip_lite_quick(config: ConfigDict) -> None:
     config.model.embed_dim = 256
     config.batch_size = 32
     config.samples = 160_000
+    config.optimizer.weight_decay = 0.2
+    config.optimizer.max_scale = 100.0
     config.optimizer.ema = 0.0
     config.perspectives.spatial_global.shifts = 4
 
@@ -108,6 +110,8 @@ def _quick(config: ConfigDict) -> None:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_samples = 10_000
+    config.optimizer.weight_decay = 0.5
+    config.optimizer.max_scale = 12.0
     config.optimizer.ema = 0.99
     config.data.augment.crop = (0.6, 1.0)
     config.data.augment.flip = True

@@ -213,9 +213,11 @@ def test_the_average_follows_early_and_remembers_late():
     assert states[3].replace(ema={}).evaluated["params"] is states[3].params
 
 
-def test_only_matrices_and_filters_decay():
-    config, _, optimizer, _ = parts()
-    params = start().params
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_matrices_and_filters_decay(name):
+    config = small_config()
+    config.optimizer.name = name
+    optimizer, params = optimizers.make(config), start().params
 
     @jax.jit
     def decayed(params):

@@ -35,7 +35,7 @@ def apply(config: ConfigDict, size: str) -> None:
       UserError: for an unknown name.
     """
     if size == QUICK:
-        _set(config.model.image, image_size=32, patch_size=8, width=128, depth=4, heads=2)
+        _set(config.model.image, image_size=32, patch_size=8, width=128, depth=3, heads=2)
         _set(config.model.image, stem="conv")
         _set(config.model.text, tokenizer="clip_8k", context_length=32)
         _set(config.model.text, width=128, depth=1, heads=2, causal=False, pooling="mean")

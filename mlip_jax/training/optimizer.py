@@ -59,9 +59,8 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
 
     Muon (Jordan et al. 2024) moves kernels by about the nearest orthogonal matrix to their
     momentum, scaled to the RMS of AdamW's updates (arXiv 2502.16982), so that both take the same
-    learning rate. All that is no kernel goes by AdamW with Nesterov momentum, and decays, as in
-    optax's: biases, norms and scales too. SGD adds the weight decay to the gradient, as PyTorch
-    does.
+    learning rate. All that is no kernel goes by AdamW with Nesterov momentum. SGD adds the weight
+    decay to the gradient, as PyTorch does.
 
     With Lookahead (arXiv 1907.08610) the transformation takes and moves `optax.LookaheadParams`.
     """
@@ -97,7 +96,7 @@ def _updates(settings: ConfigDict, rate: optax.Schedule) -> optax.GradientTransf
     if settings.name == "muon":
         return muon(
             rate,
-            adamw(nesterov=True),
+            adamw(mask=mask, nesterov=True),
             by_muon,
             eps=settings.eps,
             rms=_ADAMW_RMS,
