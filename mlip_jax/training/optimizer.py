@@ -92,18 +92,19 @@ def _updates(settings: ConfigDict, rate: optax.Schedule) -> optax.GradientTransf
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        mask=mask,
     )
     if settings.name == "muon":
         return muon(
             rate,
-            adamw(mask=mask, nesterov=True),
+            adamw(nesterov=True),
             by_muon,
             eps=settings.eps,
             rms=_ADAMW_RMS,
             weight_decay=settings.weight_decay,
             mask=mask,
         )
-    return adamw(mask=mask)
+    return adamw()
 
 
 def tower(path: tuple[Any, ...]) -> str:
