@@ -351,6 +351,7 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
     assert (image.width, image.depth, image.frequency.depth) == (48, 4, 1)
     assert image.pre_norm and image.merging.proportional_attention
     assert found.optimizer.learning_rate == pytest.approx(3e-4)
+    assert found.optimizer.max_scale == 100 and found.perspectives.spatial_tokens.weight == 1
     tokenizer = load_tokenizer(found.model.text.tokenizer, vocab_size=300)
     network = building.build(
         found, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot

@@ -119,9 +119,9 @@ _TEXT_SIZES = (
 def adopt(config: ConfigDict, path: str) -> None:
     """Makes the config's model the one in a folder, to train on from there.
 
-    Sizes, tokenizer, pixel mean and deviation become the model's, and the learning rate a tenth:
-    what is learned already moves less (a choice of ours). Objectives and data stay the
-    config's.
+    Sizes, tokenizer, pixel mean and deviation become the model's, the learning rate a tenth: what
+    is learned already moves less (a choice of ours). Logit scales may reach CLIP's 100, where such
+    models have theirs. Objectives and data stay the config's.
 
     Args:
       config: a recipe's.
@@ -146,6 +146,7 @@ def adopt(config: ConfigDict, path: str) -> None:
         config.model[key] = found.model[key]
     config.model.pretrained = path
     config.optimizer.learning_rate *= 0.1
+    config.optimizer.max_scale = 100.0
 
 
 def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
