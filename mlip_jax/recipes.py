@@ -106,7 +106,7 @@ def _clip_lite_coco(config: ConfigDict) -> None:
 def _quick(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     config.batch_size = 128
-    config.samples = 320_000
+    config.samples = 256_000
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_samples = 10_000
