@@ -77,7 +77,6 @@ def _clip_lite_quick(config: ConfigDict) -> None:
     text.width, text.depth, text.heads, text.vocab_size = 128, 2, 2, 4096
     config.model.embed_dim = 256
     config.batch_size = 32
-    config.samples = 160_000
     config.optimizer.weight_decay = 0.2
     config.optimizer.max_scale = 100.0
     config.optimizer.ema = 0.0
@@ -106,7 +105,7 @@ def _clip_lite_coco(config: ConfigDict) -> None:
 def _quick(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     config.batch_size = 128
-    config.samples = 256_000
+    config.samples = 160_000
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_samples = 10_000
@@ -117,7 +116,7 @@ def _quick(config: ConfigDict) -> None:
     config.data.augment.flip = True
     config.data.augment.color = 0.25
     config.checkpoint.every_samples = 32_000
-    config.evaluation.every_samples = 64_000
+    config.evaluation.every_samples = 32_000
     config.log_every = 20
 
 
