@@ -30,7 +30,6 @@ def get_config(arg=None):
     config = recipe(args["size"], args["data"])
     config.name = "mlip"
     image = config.model.image
-    fresh_quick = args["size"] == QUICK and not args["pretrained"]
     if args["pretrained"]:
         adopt(config, args["pretrained"])
         if not image.frequency.depth:
@@ -43,10 +42,12 @@ def get_config(arg=None):
         image.frequency.depth = image.depth // 3
     image.merging.rate = 0.3
     config.evaluation.frequency_mix = 1.0
+    quick = args["size"] == QUICK and not args["pretrained"]
+    token_weight = _QUICK_TOKENS if quick else 1.0
     for view in IMAGE_VIEWS:
         perspective = config.perspectives[view]
         tokens = view.endswith("_tokens")
-        perspective.weight = _QUICK_TOKENS if tokens and fresh_quick else 1.0
+        perspective.weight = token_weight if tokens else 1.0
         perspective.shifts = _NEGATIVES
         perspective.loss = "jsd" if tokens else args["objective"]
         if perspective.loss == "sigmoid":
