@@ -4,20 +4,22 @@ import json
 import os
 from pathlib import Path
 
-# Before JAX is imported, here and in the processes that tests start.
+from devices import understood
+
+# Before JAX is imported, here and in the processes that tests start. Those of xdist have it from
+# the one that starts them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    speed = understood(
         # Eight devices that share a busy core keep each other waiting; by default 40 s are fatal.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         # Most of the time goes into compiling programs that run once or twice: by these a third.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
-    ]
-).strip()
+    )
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *speed]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 os.environ["MPLBACKEND"] = "Agg"
 # Programs that several tests, or the processes they start, share are compiled once.
 os.environ.setdefault(

@@ -1,6 +1,25 @@
-"""Processes that tests start, on devices of their own."""
+"""The devices of the tests' processes: what XLA is told before JAX starts."""
 
 import os
+import subprocess
+import sys
+
+
+def understood(*flags: str) -> list[str]:
+    """Those of XLA's flags that the installed version knows; it aborts a process for any other.
+
+    They come and go with versions, and no list of them can be had: a process each tries.
+    """
+    trials = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for flag in flags
+    ]
+    return [flag for flag, trial in zip(flags, trials, strict=True) if trial.wait() == 0]
 
 
 def with_devices(devices: int) -> dict[str, str]:
