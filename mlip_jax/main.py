@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mlip_jax import command_line
+from mlip_jax import command_line, versions
 from mlip_jax.config import RunError, UserError
 from mlip_jax.pages import restart_with_huge_pages
 from mlip_jax.usage import HELP
@@ -36,17 +36,8 @@ def main(argv: Sequence[str]) -> int:
       argv: the program's name and its arguments.
     """
     try:
-        command = command_line.parse(argv[1:], VERBS)
-        if command is None:
-            print(HELP, end="")
-            return 0
-        if command.compare:
-            compare = importlib.import_module("mlip_jax.evaluations.compare")
-            return compare.compare_workdirs(command.compare, command.workdir)
-        os.environ.update(command.environment)
-        module, function = VERBS[command.verb]
-        act = getattr(importlib.import_module(module), function)
-        return act(command.config, command.workdir, **command.options)
+        with versions.named_in_errors():
+            return _act(command_line.parse(argv[1:], VERBS))
     except UserError as error:
         return _fail(2, str(error))
     except RunError as error:
@@ -65,6 +56,19 @@ def run() -> NoReturn:
     """The console script `mlip`."""
     restart_with_huge_pages()
     sys.exit(main(sys.argv))
+
+
+def _act(command: command_line.Command | None) -> int:
+    if command is None:
+        print(HELP, end="")
+        return 0
+    if command.compare:
+        compare = importlib.import_module("mlip_jax.evaluations.compare")
+        return compare.compare_workdirs(command.compare, command.workdir)
+    os.environ.update(command.environment)
+    module, function = VERBS[command.verb]
+    act = getattr(importlib.import_module(module), function)
+    return act(command.config, command.workdir, **command.options)
 
 
 def _fail(code: int, message: str) -> int:

@@ -9,6 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from devices import understood
+
+from mlip_jax.versions import TESTED_JAX
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,18 +35,35 @@ def test_data_loading_owns_no_accelerator():
     assert done.returncode == 0, done.stderr
 
 
+def test_only_flags_that_xla_knows_are_set():
+    good = "--xla_backend_optimization_level=0"
+    assert understood("--xla_no_such_flag=1", good) == [good]
+
+
+def test_the_oldest_jax_that_installs_is_the_oldest_that_is_tested(monkeypatch):
+    told = packaging(monkeypatch)
+    required = next(line for line in told["install_requires"] if line.startswith("jax>"))
+    assert required == f"jax>={TESTED_JAX[0]}"
+
+
 def test_readme_and_ci_give_the_same_commands():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     assert '-e ".[test]"' in readme and '-e ".[test]"' in ci
     assert "\npytest tests/\n" in readme and " pytest tests/\n" in ci
 
 
-def test_every_data_file_is_packaged(monkeypatch):
+def packaging(monkeypatch):
+    """What setup.py tells setuptools."""
     setuptools = pytest.importorskip("setuptools")
     told = {}
     monkeypatch.setattr(setuptools, "setup", lambda **options: told.update(options))
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
+    return told
+
+
+def test_every_data_file_is_packaged(monkeypatch):
+    told = packaging(monkeypatch)
     patterns = told["package_data"]
     for path in (ROOT / "mlip_jax").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):

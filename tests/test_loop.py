@@ -18,6 +18,7 @@ import pytest
 from devices import with_devices
 
 from mlip_jax import main as door
+from mlip_jax import versions
 from mlip_jax.storage.checkpoint import restore_fields
 from mlip_jax.training import evaluation, loop
 from mlip_jax.training.run import score
@@ -247,6 +248,14 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(train, stopped, trained
     assert_same_state(trained, tmp_path / "run")
     # One line more than the uninterrupted run: that of the step it stopped at.
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 3, 4, 4, 6, 8, 8]
+
+
+def test_it_goes_on_under_another_version_and_says_so(train, stopped, monkeypatch, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    now = versions.installed()
+    monkeypatch.setattr(versions, "installed", lambda: now | {"jax": "99.1"})
+    code, told = train()
+    assert code == 0 and f"saved with other versions (jax {now['jax']} -> 99.1)" in told
 
 
 def test_it_goes_on_on_another_mesh(train, stopped, trained, tmp_path):

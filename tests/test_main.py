@@ -13,6 +13,7 @@ import pytest
 
 from mlip_jax import config as schema
 from mlip_jax import main as door
+from mlip_jax import versions
 from mlip_jax.config import RunError
 
 CONFIG = """
@@ -63,6 +64,24 @@ def test_trains_by_default_and_hands_on_the_exit_code(calls):
     assert (name, workdir) == ("train", Path("runs/tried"))
     assert (config.seed, config.batch_size) == (3, 64)
     assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("version", "named"), [("0.8.0", False), ("0.12.9", False), ("99.1", True)]
+)
+def test_an_unexpected_error_names_the_versions_that_were_tested(
+    calls, monkeypatch, version, named
+):
+    def fails(config, workdir):
+        raise AttributeError("module 'jax' has no attribute 'gone'")
+
+    monkeypatch.setattr(sys.modules["mlip_jax.training.loop"], "train", fails)
+    monkeypatch.setattr(versions, "installed", lambda: {"jax": version})
+    with pytest.raises(AttributeError, match="gone") as caught:
+        main("--config=tried.py")
+    first, last = versions.TESTED_JAX
+    note = f"mlip_jax was tested with jax {first} to {last}; installed is jax {version}"
+    assert getattr(caught.value, "__notes__", []) == [note] * named
 
 
 def test_arguments_of_the_config_file_and_overrides_of_every_type(calls):

@@ -42,4 +42,9 @@ def write(folder: Path, model: Model) -> list[str]:
         agreement[name] = programs.check(
             model, name, lambda rows, again=again: np.asarray(again.call(rows))
         )
-    return programs.finish(folder, model, files, agreement)
+    return [
+        *programs.finish(folder, model, files, agreement),
+        f"written by jax {jax.__version__}: run it with this version or one that is up to six "
+        "months newer (JAX's promise); the formats mlip, hf_clip and open_clip are weights, which "
+        "every version reads",
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax import cluster
+from mlip_jax import cluster, versions
 from mlip_jax.data.records import Source
 from mlip_jax.data.sources import open_source, open_validation
 from mlip_jax.evaluations import grounding
@@ -39,7 +38,6 @@ PICTURE_FOLDER = "report"
 IMAGES_AT_MOST = 5000  # candidates of the retrieval sheet; more would not change what it shows
 MERGED_IMAGES = 12
 GROUNDED_QUERIES = 18
-_PACKAGES = ("mlip_jax", "jax", "flax", "optax", "numpy")
 
 
 class Inspectable(Encoder, Protocol):
@@ -281,13 +279,7 @@ def _environment(workdir: Path) -> list[tuple[str, str]]:
     if path.exists():
         recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return [(key.replace("_", " "), _plain(value)) for key, value in recorded.items()]
-    versions = []
-    for package in _PACKAGES:
-        try:
-            versions.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return list(versions.installed().items())
 
 
 def _plain(value: Any) -> str:

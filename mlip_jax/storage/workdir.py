@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,13 +21,12 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
-from mlip_jax import processes
+from mlip_jax import processes, versions
 from mlip_jax.config import UserError
 
 TOKENIZER = "tokenizer.json"
 _LOCK = ".lock"
 _SHARED_SECONDS = 60
-_PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @contextlib.contextmanager
@@ -106,11 +104,7 @@ def environment() -> dict[str, Any]:
 @functools.cache  # what runs is what was there at the start, whatever is edited since
 def origin() -> dict[str, Any]:
     """Versions of this package and what it stands on, and the commit: {"versions", "commit"}."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {"versions": versions, "commit": _commit()}
+    return {"versions": versions.installed(), "commit": _commit()}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import cluster, parallel, processes
+from mlip_jax import cluster, parallel, processes, versions
 from mlip_jax.compiled import keep_compiled
 from mlip_jax.config import UserError
 from mlip_jax.data.images import Preprocessing
@@ -133,6 +133,12 @@ def _start(
     if start:
         left = f"going on from step {start}" if start < run.steps else "it is finished"
         run.console.print(f"{folder} holds this run: {left}")
+        changed = versions.changes(restored[1].get("versions", {}))
+        if changed and start < run.steps:
+            run.console.print(
+                f"  saved with other versions ({', '.join(changed)}): what follows may differ in "
+                "its last bits from a run of one version"
+            )
     if start >= run.steps:
         return run, state, None
     chosen = attention.choose(config, mesh, folder)

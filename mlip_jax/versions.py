@@ -1,0 +1,56 @@
+"""The packages that decide a run's numbers, and the versions of JAX that were tested."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterator, Mapping
+
+# The first and the last minor version that the whole test suite passed on. Another one may work:
+# nothing is said about it unless something fails.
+TESTED_JAX = ("0.8", "0.12")
+_PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def installed() -> dict[str, str]:
+    """Python's version and those of the packages, by name; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def changes(before: Mapping[str, str]) -> list[str]:
+    """What has another version now, such as "jax 0.10.2 -> 0.12.0"."""
+    now = installed()
+    return [
+        f"{package} {version} -> {now[package]}"
+        for package, version in before.items()
+        if package in now and now[package] != version
+    ]
+
+
+@contextlib.contextmanager
+def named_in_errors() -> Iterator[None]:
+    """Adds to an unexpected error, below its traceback, that this JAX was not tested."""
+    try:
+        yield
+    except Exception as error:
+        if note := _untested():
+            error.add_note(note)
+        raise
+
+
+def _untested() -> str:
+    found = installed().get("jax", "")
+    first, last = TESTED_JAX
+    if not found or _minor(first) <= _minor(found) <= _minor(last):
+        return ""
+    return f"mlip_jax was tested with jax {first} to {last}; installed is jax {found}"
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
