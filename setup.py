@@ -27,9 +27,9 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         # The lower bounds of this file are tested, and the newest versions that each Python brings:
-        # jax 0.8 to 0.12 (mlip_jax/versions.py). There is no upper bound where none is known.
+        # jax 0.8.2 to 0.12 (mlip_jax/versions.py). There is no upper bound where none is known.
         # Compute.
-        "jax>=0.8",
+        "jax>=0.8.2",
         "flax>=0.12",
         "optax>=0.2.7",
         "orbax-checkpoint>=0.11.28",
@@ -37,7 +37,7 @@ setup(
         "jaxtyping>=0.3.3",
         "numpy>=2.0",
         # Data.
-        "grain>=0.2.14",
+        "grain>=0.2.15",
         "array_record>=0.8",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
@@ -68,8 +68,8 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "gpu": ["jax[cuda12]>=0.8"],  # runs on older drivers too, which CUDA 13 does not
-        "tpu": ["jax[tpu]>=0.8"],
+        "gpu": ["jax[cuda12]>=0.8.2"],  # runs on older drivers too, which CUDA 13 does not
+        "tpu": ["jax[tpu]>=0.8.2"],
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "ann": ["usearch>=2.21.0"],
