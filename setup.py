@@ -19,10 +19,11 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["mlip_jax", "mlip_jax.*"]),
     package_data={
-        "mlip_jax.data": ["*.gz", "*.txt", "*.json"],
+        "mlip_jax.data.text": ["*.gz", "*.txt"],
         "mlip_jax.evaluations": ["*.json", "*.html"],
+        "mlip_jax.evaluations.concepts": ["*.json"],
+        "mlip_jax.reports": ["*.html"],
         "mlip_jax.search": ["*.html"],
-        "mlip_jax.reports": ["*.html", "*.css", "*.j2"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -13,7 +13,7 @@ The baseline of the other configs: the same encoders without Frequency Stage and
 
 from mlip_jax.config import arguments
 from mlip_jax.interop.pretrained import adopt
-from mlip_jax.recipes import recipe
+from mlip_jax.recipes.recipes import recipe
 
 
 def get_config(arg=None):

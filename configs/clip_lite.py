@@ -14,7 +14,7 @@ folder, with its vocabulary.
 
 from mlip_jax.config import arguments, whole_number
 from mlip_jax.interop.pretrained import adopt_bert
-from mlip_jax.recipes import clip_lite
+from mlip_jax.recipes.recipes import clip_lite
 
 
 def get_config(arg=None):

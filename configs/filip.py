@@ -7,7 +7,7 @@ The global perspective stays beside the token level: it is what retrieval is mea
 """
 
 from mlip_jax.config import arguments
-from mlip_jax.recipes import recipe
+from mlip_jax.recipes.recipes import recipe
 
 
 def get_config(arg=None):

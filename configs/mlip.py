@@ -15,8 +15,8 @@ written: its blocks are the Spatial Stage, and a Frequency Stage of a third as m
 
 from mlip_jax.config import IMAGE_VIEWS, LOSSES, arguments, choose
 from mlip_jax.interop.pretrained import adopt
-from mlip_jax.models.presets import QUICK
-from mlip_jax.recipes import recipe
+from mlip_jax.recipes.recipes import recipe
+from mlip_jax.recipes.sizes import QUICK
 
 _NEGATIVES = 4
 # With a weight of 1 the token level costs a point of R@1 on drawings and names.

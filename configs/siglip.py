@@ -10,7 +10,7 @@ Scale and bias start at the paper's values, 10 and -10.
 
 from mlip_jax.config import arguments
 from mlip_jax.interop.pretrained import adopt
-from mlip_jax.recipes import recipe
+from mlip_jax.recipes.recipes import recipe
 
 
 def get_config(arg=None):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from ml_collections import ConfigDict
 
-    from mlip_jax.data.images import Preprocessing
-    from mlip_jax.data.text import Tokenizer
+    from mlip_jax.data.images.preprocessing import Preprocessing
+    from mlip_jax.data.text.tokenizer import Tokenizer
     from mlip_jax.inference import Model
 
 __version__ = "0.1.0"

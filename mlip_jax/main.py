@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mlip_jax import command_line, versions
+from mlip_jax import versions
+from mlip_jax.cli import command_line
+from mlip_jax.cli.usage import HELP
 from mlip_jax.config import RunError, UserError
-from mlip_jax.pages import restart_with_huge_pages
-from mlip_jax.usage import HELP
+from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
 VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
     "train": ("mlip_jax.training.loop", "train"),

@@ -39,7 +39,7 @@ from PIL import Image  # noqa: E402
 
 from mlip_jax import config as schema  # noqa: E402
 from mlip_jax import main as door  # noqa: E402
-from mlip_jax import parallel  # noqa: E402
+from mlip_jax.devices import parallel  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mlip_jax import main as door
-from mlip_jax.data.sources import open_source
+from mlip_jax.data.sets.opening import open_source
 
 
 def picture(seed=0, size=(40, 30), form="JPEG", mode="RGB"):

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from test_step import END, START, VOCABULARY, assert_same, batch, small_config
 
-from mlip_jax import parallel
 from mlip_jax.config import UserError, default
-from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.models.dropout import NUMBER, ROWS, Dropout, DropPath
 from mlip_jax.planning import hlo

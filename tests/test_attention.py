@@ -11,12 +11,12 @@ from einops import rearrange
 
 from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax import parallel
 from mlip_jax.config import ATTENTIONS, UserError
+from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.models.layers import Attention, Dense
 from mlip_jax.planning import estimates, machines
-from mlip_jax.training import attention, loop
+from mlip_jax.training import attention_choice, loop
 from mlip_jax.validation import validate
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 9, 4, 32
@@ -185,79 +185,81 @@ def mesh_of(config):
 
 def test_the_probe_takes_the_largest_attention_of_each_tower(config):
     mesh = mesh_of(config)
-    assert attention.shapes(config, mesh) == {
-        "image": attention.Shape(8, 37, 4, 8, sized=True, first=True),
-        "text": attention.Shape(8, 9, 4, 8, mask="causal"),
+    assert attention_choice.shapes(config, mesh) == {
+        "image": attention_choice.Shape(8, 37, 4, 8, sized=True, first=True),
+        "text": attention_choice.Shape(8, 9, 4, 8, mask="causal"),
     }
     config.perspectives.other_caption.weight = 1.0
     config.model.image.patch_dropout = 0.5
     config.accumulation = 2
-    found = attention.shapes(config, mesh)
+    found = attention_choice.shapes(config, mesh)
     assert (found["image"].rows, found["image"].tokens, found["text"].rows) == (4, 19, 8)
     config.model.image.architecture, config.model.text.architecture = "resnet", "bert"
-    assert attention.shapes(config, mesh) == {}
-    assert attention.choose(config, mesh) == attention.Choice({}, [])
+    assert attention_choice.shapes(config, mesh) == {}
+    assert attention_choice.choose(config, mesh) == attention_choice.Choice({}, [])
 
 
 def test_auto_is_plain_without_a_probe_where_there_is_no_gpu(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(attention, "_Contest", None)
-    chosen = attention.choose(config, mesh_of(config), tmp_path)
+    monkeypatch.setattr(attention_choice, "_Contest", None)
+    chosen = attention_choice.choose(config, mesh_of(config), tmp_path)
     assert chosen.forms == {"image": "plain", "text": "plain"}
     assert chosen.lines == ["attention: plain"] and not list(tmp_path.iterdir())
 
 
 def test_the_fastest_that_works_is_taken_and_kept(config, monkeypatch, tmp_path):
     mesh = mesh_of(config)
-    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
-    chosen = attention.choose(config, mesh, tmp_path)
+    monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
+    chosen = attention_choice.choose(config, mesh, tmp_path)
     assert set(chosen.forms.values()) <= {"plain", "xla"}
     assert chosen.lines[0].startswith("attention: image ") and len(chosen.lines) == 3
     for line in chosen.lines[1:]:
         assert "plain" in line and "xla" in line and "not cudnn: cuDNN is not detected" in line
-    record = json.loads((tmp_path / attention.RECORD).read_text())
+    record = json.loads((tmp_path / attention_choice.RECORD).read_text())
     assert record["forms"] == chosen.forms
 
     slowest = {"plain": 2.0, "xla": 1.0}
-    monkeypatch.setattr(attention._Contest, "seconds", lambda _: slowest)
+    monkeypatch.setattr(attention_choice._Contest, "seconds", lambda _: slowest)
     for form in ("plain", "xla"):  # what is kept counts
         record["forms"] = dict.fromkeys(chosen.forms, form)
-        (tmp_path / attention.RECORD).write_text(json.dumps(record))
-        assert attention.choose(config, mesh, tmp_path).forms == record["forms"]
+        (tmp_path / attention_choice.RECORD).write_text(json.dumps(record))
+        assert attention_choice.choose(config, mesh, tmp_path).forms == record["forms"]
     record["device"] = "another"
     record["forms"] = dict.fromkeys(chosen.forms, "plain")
-    (tmp_path / attention.RECORD).write_text(json.dumps(record))
-    assert attention.choose(config, mesh, tmp_path).forms == dict.fromkeys(chosen.forms, "xla")
-    (tmp_path / attention.RECORD).write_text("{")
+    (tmp_path / attention_choice.RECORD).write_text(json.dumps(record))
+    again = attention_choice.choose(config, mesh, tmp_path)
+    assert again.forms == dict.fromkeys(chosen.forms, "xla")
+    (tmp_path / attention_choice.RECORD).write_text("{")
     with pytest.raises(UserError, match="attention.json is damaged"):
-        attention.choose(config, mesh, tmp_path)
+        attention_choice.choose(config, mesh, tmp_path)
 
 
 def test_a_form_whose_bits_vary_is_left_out(config, monkeypatch):
-    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
-    program, calls = attention._Contest._program, iter(range(100))
+    monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
+    program, calls = attention_choice._Contest._program, iter(range(100))
 
     def vary(contest, form):
         if form != "xla":
             return program(contest, form)
         return lambda: jnp.float32(next(calls))
 
-    monkeypatch.setattr(attention._Contest, "_program", vary)
-    chosen = attention.choose(config, mesh_of(config))
+    monkeypatch.setattr(attention_choice._Contest, "_program", vary)
+    chosen = attention_choice.choose(config, mesh_of(config))
     assert chosen.forms == {"image": "plain", "text": "plain"}
     assert "not xla: its bits differ" in chosen.lines[1]
 
 
 def test_with_nothing_that_works_it_is_plain(config, monkeypatch):
-    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
-    monkeypatch.setattr(attention, "attend", None)
-    assert attention.choose(config, mesh_of(config)).forms == {"image": "plain", "text": "plain"}
+    monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
+    monkeypatch.setattr(attention_choice, "attend", None)
+    chosen = attention_choice.choose(config, mesh_of(config))
+    assert chosen.forms == {"image": "plain", "text": "plain"}
 
 
 @pytest.mark.parametrize("form", ["plain", "xla"])
 def test_a_form_that_is_named_is_taken(config, form):
     config.attention = form
-    attention.check(config, mesh_of(config))
-    chosen = attention.choose(config, mesh_of(config))
+    attention_choice.check(config, mesh_of(config))
+    chosen = attention_choice.choose(config, mesh_of(config))
     assert chosen.forms == {"image": form, "text": form}
     assert chosen.lines == [f"attention: {form}"]
 
@@ -265,15 +267,15 @@ def test_a_form_that_is_named_is_taken(config, form):
 def test_what_cannot_be_had_is_one_line(config, monkeypatch):
     config.attention = "cudnn"
     with pytest.raises(UserError, match="attention='cudnn' is for GPUs, not for CPUs: set"):
-        attention.check(config, mesh_of(config))
+        attention_choice.check(config, mesh_of(config))
     with pytest.raises(UserError, match="is for GPUs, not for CPUs"):
         estimates.estimate(config, machines.find("cpu:1"))
-    monkeypatch.setattr(attention, "named", lambda *_: "cudnn")
+    monkeypatch.setattr(attention_choice, "named", lambda *_: "cudnn")
     with pytest.raises(UserError, match="image attention of 8 x 4 .*cuDNN is not detected; set"):
-        attention.check(config, mesh_of(config))
+        attention_choice.check(config, mesh_of(config))
     config.mesh.tensor, config.mesh.data = 2, 4
     with pytest.raises(UserError, match="config.mesh.tensor=2, which may split a head"):
-        attention.check(config, parallel.make_mesh(config.mesh, config.batch_size))
+        attention_choice.check(config, parallel.make_mesh(config.mesh, config.batch_size))
     config.compute_dtype = "float32"
     with pytest.raises(UserError, match="'cudnn' computes in bfloat16 only"):
         validate(config)
@@ -283,7 +285,7 @@ def test_what_cannot_be_had_is_one_line(config, monkeypatch):
 
 
 def test_a_run_goes_on_with_the_form_it_began_with(tiny, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(attention, "_PROBED", ("cpu",))
+    monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
     trained = []
 
     def no_step(network, *_):
@@ -294,7 +296,7 @@ def test_a_run_goes_on_with_the_form_it_began_with(tiny, tmp_path, monkeypatch, 
 
     def train(fastest, *flags):
         seconds = {form: float(form != fastest) for form in ATTENTIONS}
-        monkeypatch.setattr(attention._Contest, "seconds", lambda _: seconds)
+        monkeypatch.setattr(attention_choice._Contest, "seconds", lambda _: seconds)
         assert door.main(["mlip", f"--config={tiny}", f"--workdir={tmp_path}", *flags]) == 2
         assert "error: enough" in capfd.readouterr().err
         return trained[-1]
@@ -303,5 +305,5 @@ def test_a_run_goes_on_with_the_form_it_began_with(tiny, tmp_path, monkeypatch, 
     assert train("plain") == ("xla", "xla")
     assert train("xla", "--config.attention=plain") == ("plain", "plain")
     assert train("plain") == ("xla", "xla")
-    (tmp_path / attention.RECORD).unlink()
+    (tmp_path / attention_choice.RECORD).unlink()
     assert train("plain") == ("plain", "plain")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_jax import command_line
 from mlip_jax import main as door
-from mlip_jax.benchmark import contender, data, peak, peers, verb
+from mlip_jax.benchmark import contender, input_speed, peak, peers, verb
 from mlip_jax.benchmark.results import Timing, summarize
+from mlip_jax.cli import command_line
 from mlip_jax.config import RunError, UserError
 from mlip_jax.planning.machines import GIB
 
@@ -77,7 +77,7 @@ def test_real_input_is_that_of_a_run(config, tiny):
         result = side.result(timings, 1e9)
     assert len(timings) == 2 and result.input == "data" and 0 < result.data_wait < 1
     source, _ = contender.open_input(config)
-    found = data.measure_input(config, *contender.open_input(config), 1, 2)
+    found = input_speed.measure_input(config, *contender.open_input(config), 1, 2)
     assert len(source) and found.images_per_second > 0
 
 

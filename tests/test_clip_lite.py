@@ -14,9 +14,9 @@ from test_step import batch as one_view
 import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax import parallel
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.devices import parallel
 from mlip_jax.models import building, resnet
 from mlip_jax.objectives import contrastive, perspectives
 from mlip_jax.storage.checkpoint import restore_fields

@@ -8,9 +8,9 @@ from PIL import Image
 from test_evaluations import FakeSource
 
 from mlip_jax.config import RunError, UserError, default
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.evaluations import concept_measures, concepts
-from mlip_jax.evaluations.concept_definitions import figure_name, read_concept
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.evaluations.concepts import editing, measures
+from mlip_jax.evaluations.concepts.definitions import figure_name, read_concept
 from mlip_jax.evaluations.sets import Sets
 
 WIDTH = 12
@@ -78,9 +78,9 @@ def sets(texts, labels=None, class_names=("even", "odd"), **model):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Fewer fits: what is measured stays the same."""
-    monkeypatch.setattr(concept_measures, "_FOLDS", 3)
-    monkeypatch.setattr(concepts, "_DRAWS", 1)
-    monkeypatch.setattr(concept_measures, "_STRENGTHS", {"logisticregression__C": [1e-2, 1.0]})
+    monkeypatch.setattr(measures, "_FOLDS", 3)
+    monkeypatch.setattr(editing, "_DRAWS", 1)
+    monkeypatch.setattr(measures, "_STRENGTHS", {"logisticregression__C": [1e-2, 1.0]})
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def definition(tmp_path):
 def test_the_subspace_is_that_of_pairs_less_their_midpoints():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 9, 6))
-    found = concepts.concept_subspace(first, second, 3)
+    found = editing.concept_subspace(first, second, 3)
     np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-12)
     middle = (first + second) / 2
     offsets = np.concatenate([first - middle, second - middle])
@@ -111,24 +111,24 @@ def test_edited_embeddings_are_normalised_and_orthogonal_to_the_subspace():
     rng = np.random.default_rng(1)
     span = np.linalg.qr(rng.normal(size=(5, 2)))[0].T
     rows = np.concatenate([rng.normal(size=(4, 5)), np.zeros((1, 5))])
-    edited = concepts.edit(rows, span)
+    edited = editing.edit(rows, span)
     np.testing.assert_allclose(edited @ span.T, 0, atol=1e-12)
     np.testing.assert_allclose(np.linalg.norm(edited, axis=1), [1, 1, 1, 1, 0])
-    np.testing.assert_allclose(concepts.edit(edited, span), edited, atol=1e-12)
+    np.testing.assert_allclose(editing.edit(edited, span), edited, atol=1e-12)
     unchanged = rows[:4] / np.linalg.norm(rows[:4], axis=1, keepdims=True)
-    np.testing.assert_allclose(concepts.edit(rows[:4], span[:0]), unchanged)
+    np.testing.assert_allclose(editing.edit(rows[:4], span[:0]), unchanged)
 
 
 @pytest.mark.parametrize("components", [0, 4])
 def test_components_that_the_pairs_cannot_give_are_refused(components):
     with pytest.raises(UserError, match=f"of {components} components: 3 pairs .* give 1 to 3"):
-        concepts.concept_subspace(np.ones((3, 5)), np.zeros((3, 5)), components)
+        editing.concept_subspace(np.ones((3, 5)), np.zeros((3, 5)), components)
 
 
 def test_a_concept_that_texts_hold_leaves_the_images_and_the_task_stays(definition):
     texts = captions()
     labels = [int(text.split()[-1][3:]) % 2 if "man" in text else -1 for text in texts]
-    found = concepts.score(sets(texts, labels), definition())
+    found = editing.score(sets(texts, labels), definition())
     figures = found.figures
     assert found.name == "gender-fake"
     assert figures["probe_before"] == figures["zero_shot_probe_before"] == 1
@@ -146,7 +146,7 @@ def test_a_concept_that_texts_hold_leaves_the_images_and_the_task_stays(definiti
 
 
 def test_pairs_of_images_take_out_what_texts_do_not_hold(definition):
-    figures = concepts.score(sets(captions(), tilt=1.2), definition()).figures
+    figures = editing.score(sets(captions(), tilt=1.2), definition()).figures
     assert figures["probe_after"] > 0.95
     assert abs(figures["image_pairs_probe_after"] - 0.5) < 0.15
     # Without classes: the images on neither side carry one caption, which finds them.
@@ -158,33 +158,33 @@ def test_the_figures_do_not_depend_on_the_batch(definition):
     for batch_size in (7, 64):
         case = sets(captions(NAMES[:32]))
         case.config.evaluation.batch_size = batch_size
-        outcomes.append(concepts.score(case, spec).figures)
+        outcomes.append(editing.score(case, spec).figures)
     assert outcomes[0] == outcomes[1]
 
 
 def test_too_few_pairs_of_images_leave_that_method_out(definition):
-    found = concepts.score(sets(captions(NAMES[:22])), definition(queries=None))
+    found = editing.score(sets(captions(NAMES[:22])), definition(queries=None))
     assert not [key for key in found.figures if "image_pairs" in key or "cosine" in key]
     assert "22" in found.note
 
 
 def test_too_few_images_of_a_side_are_refused_in_a_named_set_alone(definition, pairs):
-    assert concepts.score(sets(captions(NAMES[:19])), definition()) is None
+    assert editing.score(sets(captions(NAMES[:19])), definition()) is None
     case = sets(captions())
     case.model.captions = ["job1"] * 256
     with pytest.raises(UserError, match="'pairs' has 0 and 0 different .*'man' and 'woman'.*20"):
-        concepts.score(case, f"{definition()}@jsonl:{pairs}")
+        editing.score(case, f"{definition()}@jsonl:{pairs}")
 
 
 def test_a_run_without_a_validation_set_gives_nothing(definition):
     config = default()
     config.data.validation = ""
-    assert concepts.score(Sets(Model([]), config, progress=False), definition()) is None
+    assert editing.score(Sets(Model([]), config, progress=False), definition()) is None
 
 
 def test_damaged_embeddings_end_it(definition):
     with pytest.raises(RunError, match="image embeddings hold NaN"):
-        concepts.score(sets(captions(), broken=True), definition())
+        editing.score(sets(captions(), broken=True), definition())
 
 
 def test_the_training_images_of_the_run_count_too(definition, tmp_path):
@@ -198,11 +198,11 @@ def test_the_training_images_of_the_run_count_too(definition, tmp_path):
     config = default()
     config.data.train = f"jsonl:{path}"
     case = Sets(Model(texts), config, progress=False)
-    found = concepts.score(case, definition(queries=None))
+    found = editing.score(case, definition(queries=None))
     assert found.examples["probe_before"] == 44
     assert "of the training split too" in found.note
     with pytest.raises(UserError, match="has 7 and 7 different captions"):
-        concepts.score(case, f"{definition()}@jsonl:{path}")
+        editing.score(case, f"{definition()}@jsonl:{path}")
 
 
 def test_sides_are_told_by_whole_words_of_one_side(definition):
@@ -234,7 +234,7 @@ def test_the_built_in_concept_is_sound():
 def test_a_file_and_its_set_are_told_apart(definition):
     path = definition()
     assert read_concept(f"{path}@emoji")[1] == "emoji"
-    concepts.check(sets(captions()), path)
+    editing.check(sets(captions()), path)
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,12 @@ def test_a_classifier_is_trained_on_the_training_images_alone():
     training = np.arange(60) < 40
     labels = (embeddings[:, 0] > 0).astype(int)
     labels[training] = 1 - labels[training]  # what it learns there is wrong elsewhere
-    task = concept_measures.classification(labels, training)
+    task = measures.classification(labels, training)
     thirds = np.arange(60) % 3
     assert task.examples == 20
     assert task.score([embeddings] * 3, thirds) < 0.2
     labels = (embeddings[:, 0] > 0).astype(int)
-    crossed = concept_measures.classification(labels, np.zeros(60, bool))
+    crossed = measures.classification(labels, np.zeros(60, bool))
     assert crossed.examples == 60
     assert crossed.score([embeddings] * 3, thirds) > 0.8
-    assert concept_measures.classification(np.full(60, -1), training) is None
+    assert measures.classification(np.full(60, -1), training) is None

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mlip_jax import command_line
 from mlip_jax import config as schema
+from mlip_jax.cli import command_line
 from mlip_jax.config import UserError
-from mlip_jax.data.text import load_tokenizer
-from mlip_jax.models import building, presets
+from mlip_jax.data.text.tokenizer import load_tokenizer
+from mlip_jax.models import building
+from mlip_jax.recipes import sizes
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
@@ -59,7 +60,7 @@ def test_the_default_is_quick_and_ready(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("size", presets.SIZES)
+@pytest.mark.parametrize("size", sizes.SIZES)
 def test_every_size_is_valid_and_merges_as_asked(file, size):
     if file == "mlip.py" and size.startswith("RN"):
         with pytest.raises(UserError, match="does not go with a ResNet: it has no tokens to merge"):
@@ -73,7 +74,7 @@ def test_every_size_is_valid_and_merges_as_asked(file, size):
     if size.startswith("RN"):
         assert (image.architecture, f"RN{image.depth}") == ("resnet", size)
         assert patches == 7 * 7
-    elif size != presets.QUICK:
+    elif size != sizes.QUICK:
         assert image.patch_size == int(size.split("/")[1])
 
 

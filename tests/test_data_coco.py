@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mlip_jax.config import UserError
-from mlip_jax.data.records import MissingSplit
-from mlip_jax.data.sources import open_evaluation, open_source
+from mlip_jax.data.sets.opening import open_evaluation, open_source
+from mlip_jax.data.sets.records import MissingSplit
 
 
 def write(folder, split="train2017", *, images=None, annotations=None, text=None):

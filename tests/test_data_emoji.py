@@ -14,12 +14,12 @@ import pytest
 
 from mlip_jax import config as config_lib
 from mlip_jax.config import UserError
-from mlip_jax.data import emoji
-from mlip_jax.data.captions import clean_caption
-from mlip_jax.data.images import decode
-from mlip_jax.data.sources import open_source, open_validation
+from mlip_jax.data.images.preprocessing import decode
+from mlip_jax.data.sets import emoji
+from mlip_jax.data.sets.opening import open_source, open_validation
+from mlip_jax.data.text.captions import clean_caption
 
-BUILD = "import sys; from mlip_jax.data import emoji; print(emoji.directory(sys.argv[1]))"
+BUILD = "import sys; from mlip_jax.data.sets import emoji; print(emoji.directory(sys.argv[1]))"
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mlip_jax import config as config_lib
-from mlip_jax.data.augment import augment, short_side
-from mlip_jax.data.images import Preprocessing, UnreadableImage, decode, flatten
+from mlip_jax.data.images.augment import augment, short_side
+from mlip_jax.data.images.preprocessing import Preprocessing, UnreadableImage, decode, flatten
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = ("0_RGB", "1_RGB", "2_RGBA", "3_L")

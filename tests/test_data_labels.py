@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlip_jax.config import UserError
-from mlip_jax.data.sources import open_evaluation, open_source
+from mlip_jax.data.sets.opening import open_evaluation, open_source
 
 
 def write(folder, rows):

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from mlip_jax.config import UserError
-from mlip_jax.data import compositions, region_sets
-from mlip_jax.data.records import MissingSplit, Record
-from mlip_jax.data.region_sets import open_region_set
+from mlip_jax.data.regions import compositions, opening
+from mlip_jax.data.regions.opening import open_region_set
+from mlip_jax.data.sets.records import MissingSplit, Record
 
 
 def write_image(path, size=(40, 20)):
@@ -306,6 +306,6 @@ def test_compositions_are_made_of_the_embedded_set(monkeypatch):
 
     monkeypatch.setattr(compositions, "open_source", open_source)
     for spec in ("compositions", "compositions#train"):
-        assert len(region_sets.open_region_set(spec, cache_dir="c", cleaning="clip_lite")) == 900
+        assert len(opening.open_region_set(spec, cache_dir="c", cleaning="clip_lite")) == 900
     how = {"cache_dir": "c", "cleaning": "clip_lite"}
     assert opened == [("emoji", "validation", how), ("emoji", "train", how)]

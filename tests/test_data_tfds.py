@@ -8,8 +8,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mlip_jax.data.records import MissingSplit
-from mlip_jax.data.sources import open_evaluation, open_source
+from mlip_jax.data.sets.opening import open_evaluation, open_source
+from mlip_jax.data.sets.records import MissingSplit
 
 
 class CaptionedShapes(tfds.core.GeneratorBasedBuilder):

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mlip_jax.config import UserError
-from mlip_jax.data.records import MissingSplit
-from mlip_jax.data.sources import open_evaluation, open_source, split_spec
+from mlip_jax.data.sets.opening import open_evaluation, open_source, split_spec
+from mlip_jax.data.sets.records import MissingSplit
 
 LISTS = {
     "cat_train.txt": "000005 -1\n",

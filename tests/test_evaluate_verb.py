@@ -10,12 +10,12 @@ from mlip_jax import config as schema
 from mlip_jax import main as door
 from mlip_jax.config import UserError
 from mlip_jax.evaluations import Results, compare, read_results, write_results
-from mlip_jax.evaluations import run as evaluations
-from mlip_jax.evaluations import workdir as verb
+from mlip_jax.evaluations import suites as evaluations
+from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
-from mlip_jax.evaluations.tables import html, markdown, sheet
-from mlip_jax.evaluations.workdir import file_results
+from mlip_jax.evaluations.sheets import html, markdown, sheet
+from mlip_jax.evaluations.verb import file_results
 
 
 def outcome(name, **figures):

@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from mlip_jax.config import UserError, default
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.records import Record
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.sets.records import Record
 from mlip_jax.evaluations import evaluate, read_results, table, write_results, zero_shot
 from mlip_jax.evaluations.prompts import find_templates
 from mlip_jax.evaluations.sets import short_name

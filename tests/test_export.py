@@ -27,9 +27,9 @@ from test_foreign import (
 import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax.command_line import parse
-from mlip_jax.data.images import CLIP_MEAN, CLIP_STD, Preprocessing
-from mlip_jax.data.text import load_tokenizer
+from mlip_jax.cli.command_line import parse
+from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.export import own, programs
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
@@ -320,7 +320,7 @@ def test_foreign_folders_are_evaluated_and_merged(clip, pairs, tmp_path, monkeyp
     command = ["evaluate", f"--workdir={clip}", f"--config.data.validation=jsonl:{pairs}"]
     assert run(*command, "--suite=retrieval") == 0
     assert "retrieval" in capsys.readouterr().out
-    monkeypatch.setattr("mlip_jax.evaluations.merging._SECONDS", 0.0)
+    monkeypatch.setattr("mlip_jax.evaluations.merging_rates._SECONDS", 0.0)
     assert run(*command, "--suite=retrieval", "--rates=0.25,0.5") == 0
     out = capsys.readouterr().out
     assert "x1.00" in out and "Images/s" in out

@@ -28,7 +28,7 @@ def test_dependencies_point_down():
 def test_data_loading_owns_no_accelerator():
     # Grain imports JAX for itself; what matters is that no device is taken.
     code = (
-        "import mlip_jax.data.pipeline, jax._src.xla_bridge as bridge\n"
+        "import mlip_jax.data.batches.training, jax._src.xla_bridge as bridge\n"
         "assert not bridge.backends_are_initialized()"
     )
     done = bash(sys.executable, "-W", "ignore", "-c", code)

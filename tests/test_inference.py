@@ -16,9 +16,9 @@ from mlip_jax import config as schema
 from mlip_jax import inference
 from mlip_jax import main as door
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.text import load_tokenizer
-from mlip_jax.evaluations.workdir import changes, results_name
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.text.tokenizer import load_tokenizer
+from mlip_jax.evaluations.verb import changes, results_name
 from mlip_jax.models import building, resnet, two_tower
 from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.storage.checkpoint import restore_fields

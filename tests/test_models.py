@@ -10,10 +10,11 @@ import pytest
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
-from mlip_jax.models import building, presets, vit
+from mlip_jax.models import building, vit
 from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
+from mlip_jax.recipes import sizes
 from mlip_jax.validation import validate
 
 BATCH, PATCHES, WIDTH, CONTEXT = 2, 16, 16, 8
@@ -379,17 +380,17 @@ def test_a_causal_word_sees_nothing_after_it(causal):
     assert np.abs(one[3:5] - two[3:5]).max() > 1e-4
 
 
-@pytest.mark.parametrize("size", presets.SIZES)
+@pytest.mark.parametrize("size", sizes.SIZES)
 def test_every_named_size_is_a_valid_model(size):
     config = schema.default()
-    presets.apply(config, size)
+    sizes.apply(config, size)
     validate(config)
     assert build(config).embed_dim == config.model.embed_dim
 
 
 def test_an_unknown_size_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'B/16'"):
-        presets.apply(schema.default(), "B16")
+        sizes.apply(schema.default(), "B16")
 
 
 @pytest.mark.parametrize("loss", schema.LOSSES)

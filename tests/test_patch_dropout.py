@@ -23,8 +23,8 @@ from test_models import (
     token_ids,
 )
 
-from mlip_jax import parallel
 from mlip_jax.config import IMAGE_VIEWS, UserError
+from mlip_jax.devices import parallel
 from mlip_jax.models import building, vit
 from mlip_jax.models.dropout import NUMBER, ROWS, random_patches
 from mlip_jax.planning.flops import step_flops

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from mlip_jax import command_line, planning
+from mlip_jax import planning
+from mlip_jax.cli import command_line
 from mlip_jax.config import UserError
 from mlip_jax.models import building
-from mlip_jax.planning import Memory, estimates, flops, hlo, machines, tables, verb
+from mlip_jax.planning import Memory, estimates, flops, hlo, machines, printing, verb
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 
@@ -185,7 +186,7 @@ def test_time_and_utilisation_follow_from_the_cycles(on_cpus, capsys):
     assert found.compute_seconds == pytest.approx(1e-3, rel=1e-3)
     assert found.collective_seconds == pytest.approx(10**8 / 2 / 200e9)
     assert found.utilisation(1e-3) == pytest.approx(0.5)
-    tables.print_estimate(tables.Console(soft_wrap=True), found)
+    printing.print_estimate(printing.Console(soft_wrap=True), found)
     told = " ".join(capsys.readouterr().out.split())
     assert "estimated step: 1.00 ms if the arithmetic hides the collectives, 1.25 ms" in told
     assert "40.0 to 50.0 % of 197 TFLOP/s a chip" in told

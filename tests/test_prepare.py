@@ -19,9 +19,9 @@ from PIL import Image
 from preparing import broken, contents, index, picture, pictures, prepare, run
 
 from mlip_jax import main as door
-from mlip_jax.data.prepared import open_prepared
-from mlip_jax.data.sources import open_evaluation, open_source
-from mlip_jax.data.splits import Wanted
+from mlip_jax.data.sets.opening import open_evaluation, open_source
+from mlip_jax.data.sets.prepared import open_prepared
+from mlip_jax.data.sets.splits import Wanted
 
 ROOT = Path(__file__).parents[1]
 

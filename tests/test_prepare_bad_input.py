@@ -25,7 +25,7 @@ from preparing import (
     tar,
 )
 
-from mlip_jax.data.sources import open_source
+from mlip_jax.data.sets.opening import open_source
 
 LENIENT = "--max-skipped-share=0.99"
 

@@ -16,9 +16,9 @@ import pytest
 from devices import with_devices
 from ml_collections import ConfigDict
 
-from mlip_jax import cluster, parallel, processes
 from mlip_jax import main as door
 from mlip_jax.config import RunError, UserError
+from mlip_jax.devices import cluster, parallel, processes
 
 HERE = Path(__file__).parent
 STEPS = 8

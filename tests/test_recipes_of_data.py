@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from preparing import pictures, prepare
 
-from mlip_jax import command_line
 from mlip_jax import main as door
+from mlip_jax.cli import command_line
 from mlip_jax.config import UserError
-from mlip_jax.data import named
-from mlip_jax.data.sources import open_evaluation, open_source
+from mlip_jax.data.sets import public
+from mlip_jax.data.sets.opening import open_evaluation, open_source
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", named.PLACES)
+@pytest.mark.parametrize("name", public.PLACES)
 def test_a_set_that_is_not_there_says_what_to_put_where(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLIP_JAX_CACHE", str(tmp_path))
@@ -24,12 +24,12 @@ def test_a_set_that_is_not_there_says_what_to_put_where(name, tmp_path, capsys, 
     assert told.startswith(
         f"error: the set {name!r} is looked for in {tmp_path / name}, which lacks"
     )
-    assert named.instructions(name, tmp_path / name) in told and told.count("\n") == 1
+    assert public.instructions(name, tmp_path / name) in told and told.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", ["quick", "S/32"])
-@pytest.mark.parametrize("name", named.PLACES)
+@pytest.mark.parametrize("name", public.PLACES)
 def test_every_set_is_a_valid_config(name, size):
     argument = f"--config={ROOT}/configs/mlip.py:size={size},data={name}"
     config = command_line.parse([argument], ["train"]).config
@@ -39,8 +39,8 @@ def test_every_set_is_a_valid_config(name, size):
 
 def test_the_documentation_gives_the_same_instructions():
     text = " ".join((ROOT / "docs/data.md").read_text().replace("<", "").replace(">", "").split())
-    for name in named.PLACES:
-        assert named.instructions(name, f"CACHE/{name}") in text.replace("`", ""), name
+    for name in public.PLACES:
+        assert public.instructions(name, f"CACHE/{name}") in text.replace("`", ""), name
 
 
 def class_folders(folder):

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from mlip_jax.config import default
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.records import Record
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.sets.records import Record
 from mlip_jax.evaluations import Results, write_results
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.reports import write_report
 from mlip_jax.reports.filters import gain, radial_profile
 from mlip_jax.reports.history import read_history, series
-from mlip_jax.reports.merging import is_merged
+from mlip_jax.reports.merged_tokens import is_merged
 from mlip_jax.reports.retrieval_sheet import evenly_by_rank
 
 SIZE, PATCH = 24, 6

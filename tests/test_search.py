@@ -14,7 +14,7 @@ from PIL import Image
 import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax.command_line import parse
+from mlip_jax.cli.command_line import parse
 from mlip_jax.config import UserError
 from mlip_jax.search import neighbours, pieces, query, verb
 from mlip_jax.search.collection import open_collection

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_jax import parallel
+from mlip_jax.devices import parallel
 from mlip_jax.objectives import contrastive, perspectives, ring, sharded, tokenwise
 
 BATCH = 16

@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
-from mlip_jax import parallel
-from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state

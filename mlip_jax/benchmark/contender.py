@@ -13,19 +13,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlip_jax import parallel
 from mlip_jax.benchmark.results import Result, Timing, summarize
 from mlip_jax.config import RunError, UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.pipeline import train_batches
-from mlip_jax.data.records import Source
-from mlip_jax.data.sources import open_training
-from mlip_jax.data.text import Tokenizer, load_tokenizer
+from mlip_jax.data.batches.training import train_batches
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.sets.opening import open_training
+from mlip_jax.data.sets.records import Source
+from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.planning.estimates import Memory, network_of
 from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import GIB
-from mlip_jax.training import attention
+from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import abstract_batch, lower_step, make_train_step
@@ -53,8 +53,9 @@ class Contender:
         abstract = abstract_state(network, optimizer, config, self._mesh)
         self.model_flops = step_flops(network, abstract.evaluated, config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-        attention.check(config, self._mesh)
-        network = building.with_attention(network, attention.choose(config, self._mesh).forms)
+        attention_choice.check(config, self._mesh)
+        chosen = attention_choice.choose(config, self._mesh)
+        network = building.with_attention(network, chosen.forms)
         start = time.perf_counter()
         self._step, self.memory = _compile(network, optimizer, config, self._mesh, abstract)
         self.compile_seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.benchmark import data, peers
+from mlip_jax.benchmark import input_speed, peers
 from mlip_jax.benchmark.contender import Contender, open_input
 from mlip_jax.benchmark.peak import matrix_peak
 from mlip_jax.benchmark.results import Timing, print_results, write_json
@@ -76,8 +76,8 @@ def benchmark(
     measured = None
     if only == "data":
         # Before the step is compiled, which may take minutes and need more memory than there is.
-        measured = data.measure_input(config, *open_input(config), warmup, steps)
-        data.print_input(console, measured)
+        measured = input_speed.measure_input(config, *open_input(config), warmup, steps)
+        input_speed.print_input(console, measured)
         steps = min(steps, _STEPS_BESIDE_INPUT)
     before = _peak(config)
     with contextlib.ExitStack() as stack:
@@ -100,7 +100,7 @@ def benchmark(
     print_results(console, results)
     if measured:
         measured = dataclasses.replace(measured, step=results[0].images_per_second)
-        data.print_step(console, measured)
+        input_speed.print_step(console, measured)
         found["input"] = dataclasses.asdict(measured)
     path = Path(workdir) / f"benchmark-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     write_json(path, results, **found)

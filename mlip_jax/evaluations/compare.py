@@ -15,7 +15,7 @@ from rich.console import Console
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
 from mlip_jax.evaluations.results import Results, read_results
-from mlip_jax.evaluations.tables import Sheet, formatted, html, markdown, names, terminal
+from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names, terminal
 from mlip_jax.storage.workdir import write_atomically
 
 FILE_STEM = "comparison"

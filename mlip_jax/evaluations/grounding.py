@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mlip_jax.config import RunError, UserError
-from mlip_jax.data.images import Preprocessing, decode, flatten
-from mlip_jax.data.region_sets import open_region_set
-from mlip_jax.data.regions import Box, Regions
+from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
+from mlip_jax.data.regions.base import Box, Regions
+from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import Sets, short_name

@@ -11,15 +11,15 @@ from jaxtyping import Float, Int, Int8
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError
-from mlip_jax.data.pipeline import evaluation_batches
-from mlip_jax.data.records import MissingSplit, Source
-from mlip_jax.data.sources import (
+from mlip_jax.data.batches.training import evaluation_batches
+from mlip_jax.data.sets.opening import (
     open_evaluation,
     open_source,
     open_validation,
     own_set,
     split_spec,
 )
+from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.progress import track
 

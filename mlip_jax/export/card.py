@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mlip_jax import __version__
 from mlip_jax.evaluations.results import read_results
-from mlip_jax.evaluations.tables import markdown, sheet
+from mlip_jax.evaluations.sheets import markdown, sheet
 from mlip_jax.inference import Model
-from mlip_jax.interop import folders
+from mlip_jax.interop import model_folders
 from mlip_jax.storage.workdir import origin
 
 FILE_NAME = "README.md"
@@ -126,7 +126,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _data(model: Model, source: Path) -> list[str]:
-    if folders.kind(source) not in ("workdir", "exported"):
+    if model_folders.kind(source) not in ("workdir", "exported"):
         return ["Unknown here: the model is another library's. See where it comes from."]
     data, config = model.config.data, model.config
     lines = [

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlip_jax.config import RunError
-from mlip_jax.data.text import OWN_FILE
+from mlip_jax.data.text.tokenizer import OWN_FILE
 from mlip_jax.inference import Model
 from mlip_jax.interop.foreign import MissingTokenizer
 

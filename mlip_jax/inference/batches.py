@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mlip_jax import parallel
+from mlip_jax.devices import parallel
 
 
 class Batches:

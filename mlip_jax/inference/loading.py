@@ -12,14 +12,14 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
-from mlip_jax import parallel
-from mlip_jax.compiled import keep_compiled
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.text import Tokenizer
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.devices import parallel
 from mlip_jax.inference.model import Model
-from mlip_jax.interop import folders, positions
+from mlip_jax.interop import model_folders, positions
 from mlip_jax.models import building
+from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.validation import validate
 
 
@@ -61,8 +61,8 @@ def load(
     """
     keep_compiled()
     folder = Path(path).expanduser()
-    kind = folders.kind(folder)
-    found = folders.read(folder, step)
+    kind = model_folders.kind(folder)
+    found = model_folders.read(folder, step)
     asked = schema.from_json(schema.to_json(found.config if config is None else config))
     overrides = dict(overrides or {})
     if image_size is not None:

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.text import OWN_FILE, Tokenizer
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.text.tokenizer import OWN_FILE, Tokenizer
 from mlip_jax.interop import foreign, tensors
 
 CONFIG = "mlip_config.json"

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.text import Tokenizer
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.interop import layouts
 from mlip_jax.interop.layouts import Layout
 from mlip_jax.models import building

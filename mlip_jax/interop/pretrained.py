@@ -13,8 +13,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError
-from mlip_jax.data.images import NORMALIZATIONS, Preprocessing
-from mlip_jax.interop import bert, folders, positions, resnet
+from mlip_jax.data.images.preprocessing import NORMALIZATIONS, Preprocessing
+from mlip_jax.interop import bert, model_folders, positions, resnet
 from mlip_jax.models import building
 
 
@@ -131,7 +131,7 @@ def adopt(config: ConfigDict, path: str) -> None:
       UserError: for a folder that holds no model, or whose normalisation has no name here.
     """
     folder = Path(path).expanduser()
-    found, preprocessing = folders.settings(folder)
+    found, preprocessing = model_folders.settings(folder)
     image, text = config.model.image, config.model.text
     for key in ("image_size", *_IMAGE_SIZES):
         image[key] = found.model.image[key]
@@ -164,7 +164,7 @@ def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
 
 def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     folder = Path(config.model.pretrained).expanduser()
-    found = folders.read(folder)
+    found = model_folders.read(folder)
     for tower, keys in (("image", _IMAGE_SIZES), ("text", _TEXT_SIZES)):
         for key in set(keys) - {"depth", "vocab_size", "cleaning"}:
             here, there = config.model[tower][key], found.config.model[tower][key]

@@ -1,6 +1,6 @@
 """Multi-head attention as a function, in several forms: equal up to rounding, not in speed.
 
-`mlip_jax.training.attention` says which form a run trains with.
+`mlip_jax.training.attention_choice` says which form a run trains with.
 """
 
 from __future__ import annotations

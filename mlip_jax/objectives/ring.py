@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
+from mlip_jax.devices.parallel import BATCH
 from mlip_jax.objectives.contrastive import Scalar
-from mlip_jax.parallel import BATCH
 
 AXES = BATCH[0]  # the mesh axes that a batch's rows lie on
 # The most scores of a tile, 2 MiB. A larger block of a device's images and visiting texts is scored

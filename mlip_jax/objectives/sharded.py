@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from mlip_jax.devices.parallel import BATCH
 from mlip_jax.objectives import blocks, contrastive, tokenwise
 from mlip_jax.objectives.contrastive import Scalar, check_shifts, jsd_of_scores, shifted_scores
 from mlip_jax.objectives.ring import AXES, shards
 from mlip_jax.objectives.tokenwise import ImageTokens, Mask, TextTokens, Weights
-from mlip_jax.parallel import BATCH
 
 _EVERYWHERE = PartitionSpec()
 

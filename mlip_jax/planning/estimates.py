@@ -14,15 +14,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mlip_jax import parallel
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.text import load_tokenizer
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.text.tokenizer import load_tokenizer
+from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.planning import hlo
 from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import Machine
-from mlip_jax.training import attention
+from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import lower_step, make_train_step
@@ -124,8 +124,9 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     network = network_of(config)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
-    form = attention.named(config, "tpu" if machine.chip else "cpu")
-    trained = building.with_attention(network, dict.fromkeys(attention.shapes(config, mesh), form))
+    form = attention_choice.named(config, "tpu" if machine.chip else "cpu")
+    forms = dict.fromkeys(attention_choice.shapes(config, mesh), form)
+    trained = building.with_attention(network, forms)
     step = make_train_step(trained, optimizer, config, Preprocessing.of(config), mesh)
     known = {
         "machine": machine,

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.parallel import AXES
-from mlip_jax.planning import estimates, machines, tables
+from mlip_jax.devices.parallel import AXES
+from mlip_jax.planning import estimates, machines, printing
 
 
 def plan(
@@ -51,10 +51,10 @@ def plan(
     console = Console(highlight=False, markup=False, soft_wrap=True)
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     found = estimates.estimate(config, machine)
-    tables.print_estimate(console, found)
+    printing.print_estimate(console, found)
     if largest_batch:
-        told = functools.partial(tables.print_try, progress)
-        tables.print_largest(console, estimates.largest_batch(config, machine, found, told))
+        told = functools.partial(printing.print_try, progress)
+        printing.print_largest(console, estimates.largest_batch(config, machine, found, told))
     return 0 if found.fits else 1
 
 

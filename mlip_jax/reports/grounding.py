@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mlip_jax.data.images import decode, flatten
-from mlip_jax.data.regions import Box
+from mlip_jax.data.images.preprocessing import decode, flatten
+from mlip_jax.data.regions.base import Box
 from mlip_jax.evaluations.boxes import strongest
 from mlip_jax.evaluations.grounding import Example
 from mlip_jax.reports.style import INK, QUIET, SERIES, picture

@@ -15,14 +15,15 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax import cluster, versions
-from mlip_jax.data.records import Source
-from mlip_jax.data.sources import open_source, open_validation
+from mlip_jax import versions
+from mlip_jax.data.sets.opening import open_source, open_validation
+from mlip_jax.data.sets.records import Source
+from mlip_jax.devices import cluster
 from mlip_jax.evaluations import grounding
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
-from mlip_jax.evaluations.tables import sheet
+from mlip_jax.evaluations.sheets import sheet
 from mlip_jax.inference import load
 from mlip_jax.models import building
 from mlip_jax.reports import style
@@ -30,7 +31,7 @@ from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
 from mlip_jax.reports.grounding import draw_grounding
 from mlip_jax.reports.history import History, read_history
-from mlip_jax.reports.merging import draw_merging, is_merged
+from mlip_jax.reports.merged_tokens import draw_merging, is_merged
 from mlip_jax.reports.retrieval_sheet import make_sheet
 
 FILE_NAME = "report.html"

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mlip_jax.data.images import decode, flatten
+from mlip_jax.data.images.preprocessing import decode, flatten
 
 INK = "#1f2937"
 QUIET = "#6b7280"

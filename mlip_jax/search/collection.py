@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data.file_sources import IMAGE_SUFFIXES, read_file
-from mlip_jax.data.records import Source
-from mlip_jax.data.sources import FILE_KINDS, KINDS, NAMED, open_source, split_spec
-from mlip_jax.data.splits import ALL
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, read_file
+from mlip_jax.data.sets.opening import FILE_KINDS, KINDS, NAMED, open_source, split_spec
+from mlip_jax.data.sets.records import Source
+from mlip_jax.data.sets.splits import ALL
 from mlip_jax.progress import track
 
 

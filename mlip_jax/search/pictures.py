@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from mlip_jax.data.images import Preprocessing, decode, flatten
+from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
 
 THUMBNAIL = 224  # pixels of the longer side
 SQUARE = 512

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlip_jax import cluster
 from mlip_jax.config import UserError
-from mlip_jax.data.file_sources import read_file
+from mlip_jax.data.sets.files import read_file
+from mlip_jax.devices import cluster
 from mlip_jax.inference import Model, load
-from mlip_jax.interop import folders
+from mlip_jax.interop import model_folders
 from mlip_jax.search.build import Outcome, build
 from mlip_jax.search.collection import Collection, open_collection, reason
 from mlip_jax.search.files import printable
@@ -152,7 +152,7 @@ def find_index(workdir: str | Path) -> Index:
 
 def _home(workdir: Path) -> Path:
     """Where indices lie that are not told another place."""
-    if folders.kind(workdir) in ("workdir", "exported"):
+    if model_folders.kind(workdir) in ("workdir", "exported"):
         return workdir
     return Path("runs") / "foreign" / workdir.resolve().name  # not ours to write in
 

@@ -21,8 +21,9 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax import config as schema
-from mlip_jax import processes, versions
+from mlip_jax import versions
 from mlip_jax.config import UserError
+from mlip_jax.devices import processes
 
 TOKENIZER = "tokenizer.json"
 _LOCK = ".lock"

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from mlip_jax import parallel
+from mlip_jax.devices import parallel
 from mlip_jax.training.state import TrainState
 from mlip_jax.training.step import Metrics
 

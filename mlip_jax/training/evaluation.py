@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlip_jax import processes
 from mlip_jax.config import EVALUATIONS
+from mlip_jax.devices import processes
 from mlip_jax.evaluations import Results, evaluate, table
-from mlip_jax.evaluations import run as evaluations
-from mlip_jax.evaluations.workdir import file_results
+from mlip_jax.evaluations import suites as evaluations
+from mlip_jax.evaluations.verb import file_results
 from mlip_jax.reports import write_report
 from mlip_jax.training.run import Run
 from mlip_jax.training.signals import STOPPED, Stopped

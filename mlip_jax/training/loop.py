@@ -11,23 +11,24 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import cluster, parallel, processes, versions
-from mlip_jax.compiled import keep_compiled
+from mlip_jax import versions
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.mixtures import samples_by_set
-from mlip_jax.data.pipeline import SkipCounter, train_batches
-from mlip_jax.data.records import Source
-from mlip_jax.data.sources import open_training, open_validation
-from mlip_jax.data.text import Tokenizer, load_tokenizer
+from mlip_jax.data.batches.training import SkipCounter, train_batches
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.sets.mixtures import samples_by_set
+from mlip_jax.data.sets.opening import open_training, open_validation
+from mlip_jax.data.sets.records import Source
+from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mlip_jax.devices import cluster, parallel, processes
 from mlip_jax.evaluations import Results
-from mlip_jax.evaluations import run as evaluations
+from mlip_jax.evaluations import suites as evaluations
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
+from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
-from mlip_jax.training import attention, summary
+from mlip_jax.training import attention_choice, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.channel import Channel, Step
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
@@ -82,7 +83,7 @@ def _start(
     source = open_training(config.data, cleaning)
     validation = open_validation(config.data, cleaning)
     evaluations.check(config)
-    attention.check(config, mesh)
+    attention_choice.check(config, mesh)
     tokenizer = _tokenizer(config, source, Path(workdir))
     network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
@@ -141,7 +142,7 @@ def _start(
             )
     if start >= run.steps:
         return run, state, None
-    chosen = attention.choose(config, mesh, folder)
+    chosen = attention_choice.choose(config, mesh, folder)
     trained = building.with_attention(network, chosen.forms)
     step = compile_step(
         make_train_step(trained, optimizer, config, preprocessing, mesh), run, abstract

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mlip_jax.parallel import path_name
+from mlip_jax.devices.parallel import path_name
 from mlip_jax.training.muon import muon
 
 _ADAMW_RMS = 0.2  # of an element of AdamW's updates, before the learning rate

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError
-from mlip_jax.data.images import Preprocessing
-from mlip_jax.data.records import Source
-from mlip_jax.data.text import Tokenizer
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.sets.records import Source
+from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.inference import Model
 from mlip_jax.storage.checkpoint import Checkpoints
 from mlip_jax.training.channel import Channel

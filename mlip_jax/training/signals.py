@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mlip_jax import processes
+from mlip_jax.devices import processes
 
 STOPPED = 75  # the exit code that asks a scheduler to start the job again
 _WORD = "stop"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from optax import LookaheadParams
 
-from mlip_jax import parallel
+from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.storage.checkpoint import served

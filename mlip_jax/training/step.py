@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from mlip_jax import parallel
-from mlip_jax.data.images import Preprocessing
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.devices import parallel
 from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives

@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlip_jax import pages, parallel
-from mlip_jax.data.records import Source
+from mlip_jax.data.sets.records import Source
+from mlip_jax.devices import huge_pages, parallel
 from mlip_jax.models.building import (
     compute_dtype,
     embed_kept,
@@ -118,8 +118,9 @@ def print_compiled(
     console.print(sharding)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"devices: {mesh.size} x {jax.devices()[0].device_kind} as {sizes}")
-    if pages.asked_for():
-        console.print(f"host memory in huge pages: {pages.VARIABLE}={os.environ[pages.VARIABLE]}")
+    if huge_pages.asked_for():
+        variable = huge_pages.VARIABLE
+        console.print(f"host memory in huge pages: {variable}={os.environ[variable]}")
     memory = step.memory_analysis()
     if memory is not None:
         mib = 2**20

@@ -23,7 +23,7 @@ from mlip_jax.data.prepare.readers import (
     split_of_file,
 )
 from mlip_jax.data.prepare.webdataset import find_files
-from mlip_jax.data.splits import canonical
+from mlip_jax.data.sets.splits import canonical
 
 _BATCH = 64  # rows that are in memory at a time, where the file allows it
 _BUFFER = 2**20  # bytes; without one, or with pre_buffer, a whole row group is in memory

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from mlip_jax.data.file_sources import MOST_BYTES
-from mlip_jax.data.images import UnreadableImage, eight_bits, open_image
+from mlip_jax.data.images.preprocessing import UnreadableImage, eight_bits, open_image
+from mlip_jax.data.sets.files import MOST_BYTES
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, past which training would refuse the image too
 JPEG_QUALITY = 92

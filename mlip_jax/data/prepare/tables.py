@@ -24,7 +24,7 @@ from mlip_jax.data.prepare.readers import (
     kind_of,
     parse_object,
 )
-from mlip_jax.data.splits import canonical
+from mlip_jax.data.sets.splits import canonical
 
 _MOST_LINE = 16 * 2**20  # bytes
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")

@@ -14,20 +14,20 @@ from typing import Any
 from rich.console import Console
 
 from mlip_jax.config import RunError, UserError, suggestion
-from mlip_jax.data import shards
-from mlip_jax.data.prepare import card, folders
+from mlip_jax.data.batches.workers import cores
+from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.containers import SUFFIXES
 from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum, write_whole
+from mlip_jax.data.prepare.opened_sets import CocoCaptions, OpenedSet
+from mlip_jax.data.prepare.pool import make_all
 from mlip_jax.data.prepare.readers import Broken, Reader
-from mlip_jax.data.prepare.run import make_all
-from mlip_jax.data.prepare.sets import CocoCaptions, OpenedSet
 from mlip_jax.data.prepare.tables import JsonLines, Table
 from mlip_jax.data.prepare.webdataset import WebDataset
-from mlip_jax.data.shards import BROKEN, Index
-from mlip_jax.data.sources import FILE_KINDS, NAMED
-from mlip_jax.data.splits import canonical
-from mlip_jax.data.workers import cores
+from mlip_jax.data.sets import shards
+from mlip_jax.data.sets.opening import FILE_KINDS, NAMED
+from mlip_jax.data.sets.shards import BROKEN, Index
+from mlip_jax.data.sets.splits import canonical
 
 _OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
 _OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
@@ -102,8 +102,8 @@ def prepare(
     named = card.read_named(classes) if classes else ()
     reader = open_reader(source, chosen, canonical(split) if split else "")
     job, inputs = _job(reader, source, chosen, split, smaller, records)
-    with folders.taken(folder, job), _writing(folder):
-        done = folders.done_before(folder, console)
+    with output.taken(folder, job), _writing(folder):
+        done = output.done_before(folder, console)
         made = make_all(
             reader,
             Maker(reader, folder, smaller),
@@ -112,7 +112,7 @@ def prepare(
             done=done,
             console=Console(stderr=True, highlight=False, markup=False),
         )
-        folders.remove_others(folder, done.values(), made)
+        output.remove_others(folder, done.values(), made)
         keys, names = card.classes(
             (key for each in made for key in each.shard.facts["class_keys"]),
             reader.class_names,
@@ -199,7 +199,7 @@ def _job(
 
 def _check(folder: Path, console: Console) -> int:
     index = shards.read_index(folder)
-    damaged = folders.damaged_files(folder, index.shards, console)
+    damaged = output.damaged_files(folder, index.shards, console)
     for name in damaged:
         console.print(f"{folder / name} is damaged")
     number = sum(len(shard.files()) for shard in index.shards)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlip_jax.config import UserError
-from mlip_jax.data.file_sources import IMAGE_SUFFIXES, MOST_BYTES
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare import tar
 from mlip_jax.data.prepare.containers import SUFFIXES, Container, is_packed, opened
@@ -26,7 +25,8 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
     split_of_file,
 )
-from mlip_jax.data.shards import Example
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES
+from mlip_jax.data.sets.shards import Example
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")

@@ -1,0 +1,106 @@
+"""How fast the input is, beside Pillow's plain decoding and what the step takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import time
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+from rich.console import Console
+
+from mlip_jax.data.batches.training import batch_bytes, train_batches
+from mlip_jax.data.batches.workers import worker_count
+from mlip_jax.data.sets.records import Source
+
+_PILLOW_IMAGES = 256
+_PILLOW_TURNS = 3
+
+
+@dataclass(frozen=True)
+class InputResult:
+    """Images a second.
+
+    Attributes:
+      images_per_second: of the whole input: reading, decoding, augmenting, tokenising, stacking.
+      cores: worker processes, or 1 for the thread that stands in for none.
+      per_core: the former over the latter.
+      pillow_per_core: Pillow alone on one core, the same images: decode, convert to RGB, resize and
+        cut the centre to the model's size, bicubic.
+      step: what the training step takes with a batch at hand; None when it was not timed.
+    """
+
+    images_per_second: float
+    cores: int
+    per_core: float
+    pillow_per_core: float
+    step: float | None
+
+
+def measure_input(
+    config: ConfigDict, source: Source, tokenizer: object, warmup: int, batches: int
+) -> InputResult:
+    """Times the input of a run.
+
+    Args:
+      config: the run's.
+      source: opened config.data.train.
+      tokenizer: the run's.
+      warmup: batches before the clock starts.
+      batches: batches to time.
+    """
+    feed = train_batches(config, source, tokenizer, start_step=0)
+    with contextlib.closing(feed):
+        for _ in range(warmup):
+            next(feed)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(feed)
+        seconds = time.perf_counter() - start
+    speed = batches * config.batch_size / seconds
+    workers = worker_count(config.data.workers, batch_bytes(config, config.batch_size))
+    cores = max(workers, 1)
+    return InputResult(
+        images_per_second=speed,
+        cores=cores,
+        per_core=speed / cores,
+        pillow_per_core=_pillow(source, config.model.image.image_size),
+        step=None,
+    )
+
+
+def _pillow(source: Source, size: int) -> float:
+    """Images a second of Pillow on one core, the median of some turns; reading is not timed."""
+    files = [source[index].image for index in range(min(len(source), _PILLOW_IMAGES))]
+    seconds = []
+    for _ in range(_PILLOW_TURNS):
+        start = time.perf_counter()
+        for data in files:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        seconds.append(time.perf_counter() - start)
+    return len(files) / statistics.median(seconds)
+
+
+def print_input(console: Console, found: InputResult) -> None:
+    """Two lines."""
+    ratio = found.per_core / found.pillow_per_core
+    cores = f"{found.cores} cores" if found.cores > 1 else "1 core"
+    console.print(
+        f"input: {found.images_per_second:,.0f} images/s on {cores}, {found.per_core:,.0f} a core"
+    )
+    console.print(
+        f"Pillow, decode and resize alone: {found.pillow_per_core:,.0f} images/s a core; the input "
+        f"is {ratio:.2f}x"
+    )
+
+
+def print_step(console: Console, found: InputResult) -> None:
+    """A line: what the step takes of the input."""
+    console.print(
+        f"the step takes {found.step:,.0f} images/s: {found.step / found.per_core:,.1f} cores "
+        "of input"
+    )

@@ -1,0 +1,1 @@
+"""The command line: flags, their help, and the command that they make."""

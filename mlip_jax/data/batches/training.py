@@ -1,0 +1,350 @@
+"""Batches for training and evaluation.
+
+What stands at a position of the training stream is a function of (seed, position) alone: of the
+number of processes, hosts and workers, and of the step that a run starts at, nothing depends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mlip_jax.config import UserError, views_of
+from mlip_jax.data.batches.order import order
+from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
+from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, cores, end_with_parent, worker_count
+from mlip_jax.data.images.augment import augment, by_pillow, short_side, trim
+from mlip_jax.data.images.fast_decoding import decode_pixels
+from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
+from mlip_jax.data.sets.mixtures import neighbours
+from mlip_jax.data.sets.records import Record, Source
+from mlip_jax.data.text import captions
+from mlip_jax.data.text.tokenizer import Tokenizer
+
+_MAX_THREADS = 8  # of an evaluation
+_MAX_REPLACEMENTS = 100  # unreadable images in a row
+_KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole set fits
+_LAST_WISHES_SECONDS = 30.0
+_NAMES_SHOWN = 3
+# Token ids of thousands of captions are sent sooner than shared memory is opened and closed.
+_SMALL_ARRAYS_ARE_COPIED = grain.experimental.DatasetOptions(min_shm_size=2**20)
+
+
+def train_batches(
+    config: ConfigDict,
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    start_step: int,
+    rows: Sequence[int] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The training batches of one process, from a step on, without end.
+
+    The source is shuffled anew in each epoch, and so is each set of a mixture. Close the iterator,
+    or use it up to the end of the program, to stop its workers.
+
+    Args:
+      config: the run's config: batch_size, seed, data, model.image.image_size,
+        model.text.context_length and the weights of the perspectives of one modality are used.
+      source: what to train on.
+      tokenizer: turns captions into ids.
+      start_step: the step of the first batch: 0, or where a resumed run goes on.
+      rows: b rows of the global batch, those that this process feeds; None: all.
+
+    Yields:
+      "image": uint8 [b, image_size, image_size, 3];
+      "token_ids": int32 [b, context_length];
+      "skipped": int32 [b], the index of the record whose image could not be read and for which the
+      next readable record stands; -1 where all is well;
+      "image_2", where config.perspectives.augmented_image has a weight: as "image", another view of
+      the same images, mirrored or not on its own;
+      "token_ids_2", where config.perspectives.other_caption has a weight: as "token_ids", another
+      caption of the same images where they have one, with left and right as in "image".
+
+    Raises:
+      UserError: when the source is empty, or too many images in a row cannot be read.
+    """
+    if not len(source):
+        raise UserError(f"the training set {source.name!r} is empty")
+    fed = tuple(range(config.batch_size) if rows is None else map(int, rows))
+    examples = order(source, config.seed).random_map(_Example(config, source))
+    workers = worker_count(config.data.workers, batch_bytes(config, len(fed)))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
+    lent = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
+    made = _Batches(
+        examples, config.batch_size, fed, tokenizer, config.model.text.context_length, Lender(lent)
+    )
+    batches = (
+        grain.MapDataset.source(made)
+        .slice(slice(start_step, None))
+        # An element is a whole batch: a deep buffer of them would be large, and late. A worker has
+        # one ready and one in the making, in one thread.
+        .to_iter_dataset(grain.ReadOptions(0, 0) if workers else grain.ReadOptions(1, 2))
+    )
+    batches = grain.experimental.WithOptionsIterDataset(batches, _SMALL_ARRAYS_ARE_COPIED)
+    return _until_closed(
+        batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+            worker_init_fn=_outlive_nobody,
+        )
+    )
+
+
+def batch_bytes(config: ConfigDict, rows: int) -> int:
+    """The bytes of the images of a batch of this many rows, all views."""
+    return views_of(config, "augmented_image") * rows * 3 * config.model.image.image_size**2
+
+
+def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+    iterator, receiver = iter(batches), Receiver()
+    try:
+        for batch in iterator:
+            yield {
+                key: receiver.images(value) if isinstance(value, Lent) else value
+                for key, value in batch.items()
+            }
+            del batch  # held while the next is waited for, it would not be given back
+    finally:
+        iterator.close()
+
+
+_Decoded = Image.Image | np.ndarray  # RGB, uint8 [height, width, 3]
+
+
+class _Example:
+    """From the index of a record to a view of its image and a caption."""
+
+    def __init__(self, config: ConfigDict, source: Source) -> None:
+        self._source = source
+        self._augment = config.data.augment.copy_and_resolve_references()
+        self._caption = config.data.caption.to_dict()
+        self._size = config.model.image.image_size
+        self._exact = config.data.decode == "exact"
+        self._by_pillow = self._exact or by_pillow(self._augment)
+        self._trimmed = self._augment.trim >= 1  # without exception, and so once for all visits
+        self._at_least = 0 if self._exact else short_side(self._augment, self._size)
+        self._two_images = config.perspectives.augmented_image.weight > 0
+        self._two_captions = config.perspectives.other_caption.weight > 0
+        self._kept: dict[int, tuple[Record, _Decoded]] = {}
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        record, image, skipped = self._readable(int(index))
+        # The same draws in the same order, whether second views follow or not.
+        pixels, flipped = self._view(image, rng)
+        said = record.captions, record.tags, self._caption, rng
+        texts = captions.compose_two(*said) if self._two_captions else (captions.compose(*said),)
+        if flipped:
+            texts = [captions.swap_sides(text) for text in texts]
+        example = {"image": pixels, "skipped": skipped}
+        example |= zip(("caption", "caption_2"), texts, strict=False)
+        if self._two_images:
+            example["image_2"], _ = self._view(image, rng)
+        return example
+
+    def _view(self, image: _Decoded, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+        return augment(
+            image, self._augment, self._size, rng, exact=self._exact, trimmed=self._trimmed
+        )
+
+    def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
+        """The record, or the next one of its set whose image can be read."""
+        first_error = None
+        own = neighbours(self._source, index)
+        for step in range(min(_MAX_REPLACEMENTS, len(own))):
+            try:
+                record, image = self._decoded(own[(index - own.start + step) % len(own)])
+            except OSError as error:
+                first_error = first_error or error
+                continue
+            return record, image, index if step else -1
+        raise UserError(
+            f"none of {step + 1} images in a row of {self._source.name!r} can be read; the first: "
+            f"{self._source.name_of(index)} ({first_error})"
+        )
+
+    def _decoded(self, index: int) -> tuple[Record, _Decoded]:
+        if index in self._kept:
+            return self._kept[index]
+        record = self._source[index]
+        if self._by_pillow:
+            image = flatten(decode(record.image, at_least=self._at_least), "white")
+            if self._trimmed:
+                image = trim(image)
+            area = image.width * image.height
+        else:
+            image = decode_pixels(record.image, self._at_least)
+            area = image.shape[0] * image.shape[1]
+        record = replace(record, image=b"")
+        # A small set is decoded once, which about halves the work of its later epochs.
+        if 3 * area * len(self._source) <= _KEPT_BYTES:
+            self._kept[index] = record, image.copy()
+        return record, image
+
+
+class _Batches:
+    """The rows that one process feeds of each global batch, as arrays."""
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        batch_size: int,
+        fed: tuple[int, ...],
+        tokenizer: Tokenizer,
+        context_length: int,
+        lender: Lender,
+    ) -> None:
+        self._examples = examples
+        self._batch_size = batch_size
+        self._fed = fed
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._lender = lender
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray | Lent]:
+        images: dict[str, np.ndarray] = {}
+        batch: dict[str, np.ndarray | Lent] = {}
+        rest: dict[str, list[Any]] = {}
+        for row, place in enumerate(self._fed):
+            example = self._examples[step * self._batch_size + place]
+            for key, value in example.items():
+                if not key.startswith("image"):
+                    rest.setdefault(key, []).append(value)
+                    continue
+                if key not in images:
+                    shape = (len(self._fed), *value.shape)
+                    images[key], batch[key] = self._lender.empty(shape)
+                images[key][row] = value  # at once, while it is in the processor's caches
+        batch["skipped"] = np.array(rest["skipped"], np.int32)
+        for view in ("", "_2"):
+            if f"caption{view}" in rest:  # tokenised together
+                ids = self._tokenizer.encode(rest[f"caption{view}"], self._context_length)
+                batch[f"token_ids{view}"] = ids
+        return batch
+
+
+def _outlive_nobody(worker_index: int, worker_count: int) -> None:
+    """In a worker: leave signals to the parent, and end when it does, however it ends."""
+    del worker_index, worker_count
+    # Schedulers and Ctrl-C signal the whole group, while the parent still wants its last batch.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+    end_with_parent()
+
+
+def _end_soon(signal_number: int, frame: Any) -> None:
+    del signal_number, frame
+    timer = threading.Timer(_LAST_WISHES_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+class SkipCounter:
+    """Counts the images that could not be read, each once, against the share that is allowed."""
+
+    def __init__(self, source: Source, max_share: float) -> None:
+        self._source = source
+        self._max_share = max_share
+        self._indices: set[int] = set()
+
+    def update(self, skipped: np.ndarray) -> None:
+        """Takes a batch's "skipped".
+
+        Raises:
+          UserError: when more than the share of the set is unreadable; it names some of them.
+        """
+        self._indices.update(int(index) for index in skipped[skipped >= 0])
+        if len(self._indices) > self._max_share * len(self._source):
+            raise UserError(
+                f"{self.summary()}; more than config.data.max_skipped_share={self._max_share:g} "
+                "allows"
+            )
+
+    @property
+    def count(self) -> int:
+        """Different unreadable images so far."""
+        return len(self._indices)
+
+    def summary(self) -> str:
+        """One line: how many of how many, and the names of the first few; "" for none."""
+        if not self._indices:
+            return ""
+        first = sorted(self._indices)[:_NAMES_SHOWN]
+        names = ", ".join(self._source.name_of(index) for index in first)
+        more = ", ..." if len(self._indices) > len(first) else ""
+        total = len(self._source)
+        share = len(self._indices) / total
+        return f"{len(self._indices)} of {total} images ({share:.2%}) cannot be read: {names}{more}"
+
+
+class EvaluationBatch(NamedTuple):
+    """Images of a fixed number, with what is known of them; the last batch is filled up."""
+
+    images: np.ndarray  # uint8 [batch, image_size, image_size, 3]; zeros where not readable
+    indices: np.ndarray  # int64 [batch], into the source; -1 where the batch is filled up
+    readable: np.ndarray  # bool [batch]; rows to count
+    captions: list[tuple[str, ...]]  # () where not readable
+    labels: np.ndarray  # int32 [batch]; -1 where there is none
+    unreadable: list[str]  # names of the images that could not be read
+
+
+def evaluation_batches(
+    source: Source, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[EvaluationBatch]:
+    """All of a source once, in order, decoded by threads one batch ahead."""
+
+    def load(index: int) -> tuple[np.ndarray, Record] | str:
+        try:
+            record = source[index]
+            return preprocessing(record.image), record
+        except OSError as error:
+            return f"{source.name_of(index)} ({error})"
+
+    starts = range(0, len(source), batch_size)
+    with ThreadPoolExecutor(min(_MAX_THREADS, cores())) as pool:
+        ahead = None
+        for start in starts:
+            loading = pool.map(load, range(start, min(start + batch_size, len(source))))
+            if ahead is not None:
+                yield _evaluation_batch(*ahead, preprocessing.image_size, batch_size)
+            ahead = start, loading
+        if ahead is not None:
+            yield _evaluation_batch(*ahead, preprocessing.image_size, batch_size)
+
+
+def _evaluation_batch(
+    start: int, loading: Iterator[tuple[np.ndarray, Record] | str], size: int, batch_size: int
+) -> EvaluationBatch:
+    batch = EvaluationBatch(
+        images=np.zeros((batch_size, size, size, 3), np.uint8),
+        indices=np.full(batch_size, -1, np.int64),
+        readable=np.zeros(batch_size, bool),
+        captions=[()] * batch_size,
+        labels=np.full(batch_size, -1, np.int32),
+        unreadable=[],
+    )
+    for row, loaded in enumerate(loading):
+        batch.indices[row] = start + row
+        if isinstance(loaded, str):
+            batch.unreadable.append(loaded)
+            continue
+        batch.images[row], record = loaded
+        batch.readable[row] = True
+        batch.captions[row] = record.captions
+        batch.labels[row] = record.label
+    return batch

@@ -1,0 +1,146 @@
+"""The folder that a set is prepared in: whose it is, and what of the set is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from mlip_jax.config import UserError
+from mlip_jax.data.prepare import card
+from mlip_jax.data.prepare.make import (
+    DRAFTS,
+    LOCK,
+    MAIN_BYTE,
+    WORKERS_BYTE,
+    Made,
+    checksum,
+    write_whole,
+)
+from mlip_jax.data.sets import shards
+from mlip_jax.data.sets.shards import INDEX, SHARD_SUFFIX
+
+_JOB = "job.json"
+
+
+@contextlib.contextmanager
+def taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
+    """Holds the folder for this job; there may be nothing else in it.
+
+    Where the job fails before any shard is made, nothing is left of it.
+
+    Raises:
+      UserError: when there is, or another process prepares a set there.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in folder.iterdir()} - {LOCK}
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
+        except OSError:
+            raise UserError(f"another process prepares a set in {folder} already") from None
+        # Waits for the workers of one that was killed: what they write is not this one's.
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, WORKERS_BYTE)
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, WORKERS_BYTE)
+        noted = folder / DRAFTS / _JOB
+        if noted.is_file() or (folder / INDEX).is_file():
+            _same(folder, job, noted)
+        elif there - {DRAFTS}:
+            raise UserError(f"{folder} is not empty and holds no prepared set: give another --out")
+        (folder / DRAFTS).mkdir(exist_ok=True)
+        write_whole(noted, json.dumps(job))
+        try:
+            yield
+        except BaseException:
+            if not any(folder.glob(f"*{SHARD_SUFFIX}")):
+                _take_away(folder, new)
+            raise
+
+
+def _take_away(folder: Path, new: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder / DRAFTS)
+        (folder / LOCK).unlink()
+        for path in new:
+            path.rmdir()
+
+
+def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
+    try:
+        former = json.loads(noted.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        former = dict(shards.read_index(folder).job)
+    words = {"files": "the source's files have changed"}
+    changed = [
+        words.get(key, f"{key}: {former.get(key)} -> {value}")
+        for key, value in job.items()
+        if former.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a set that is prepared otherwise ({'; '.join(changed)}): give another "
+            "--out, or the former options to go on"
+        )
+
+
+def done_before(folder: Path, console: Console) -> dict[str, Made]:
+    """The shards that are there, whole; drafts of a killed run are removed."""
+    for draft in (*folder.glob(".*.*"), *(folder / DRAFTS).glob(".*")):
+        if draft.is_file():
+            draft.unlink()
+    done: dict[str, Made] = {}
+    if (folder / INDEX).is_file():
+        index = shards.read_index(folder)
+        damaged = set(damaged_files(folder, index.shards, console))
+        for name in sorted(damaged):
+            console.print(f"{folder / name} is damaged: it is made again")
+        broken = card.read_broken(folder)
+        for shard in index.shards:
+            if not damaged & {name for name, *_ in shard.files()}:
+                done[shard.name] = Made(shard, tuple(broken.get(shard.name, ())))
+    for path in sorted((folder / DRAFTS).glob("*.json")):
+        if path.name == _JOB:
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            made = Made.from_json(path.read_text(encoding="utf-8"))
+            whole = all(
+                (folder / name).stat().st_size == size for name, size, _ in made.shard.files()
+            )
+            if whole:
+                done[made.shard.name] = made
+    return done
+
+
+def remove_others(folder: Path, done: Iterable[Made], made: Iterable[Made]) -> None:
+    """Removes shards of an earlier run that are none now, because files of the source are gone."""
+    kept = {name for each in made for name, *_ in each.shard.files()}
+    for name in {name for each in done for name, *_ in each.shard.files()} - kept:
+        (folder / name).unlink(missing_ok=True)
+
+
+def damaged_files(folder: Path, parts: Sequence[shards.Shard], console: Console) -> list[str]:
+    """The files that are missing or whose checksum is another one."""
+    files = [each for shard in parts for each in shard.files()]
+    hidden = not console.is_terminal
+    found = []
+    for name, _, expected in track(
+        files, "comparing checksums", console=console, transient=True, disable=hidden
+    ):
+        try:
+            if checksum(folder / name) != expected:
+                found.append(name)
+        except OSError:
+            found.append(name)
+    return found

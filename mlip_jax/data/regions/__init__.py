@@ -1,0 +1,1 @@
+"""Images with named regions: what grounding is evaluated on."""

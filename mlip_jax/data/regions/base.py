@@ -1,0 +1,212 @@
+"""Sets of image regions with an expression each: what grounding is measured on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from PIL import Image
+
+from mlip_jax.config import UserError
+from mlip_jax.data.images.preprocessing import UnreadableImage
+from mlip_jax.data.sets.records import Skipped
+from mlip_jax.data.sets.splits import STANDARD, Wanted, split_of
+from mlip_jax.data.text.captions import usable
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+_IMAGE_KEYS = ("file", "image", "path")
+# Boxes are rounded outwards as often as not.
+_TOLERANCE = 1.0  # pixels
+
+
+@dataclass(frozen=True)
+class Region:
+    """One query: an image, what is asked for in it, and where that lies."""
+
+    image: bytes  # an encoded file
+    expression: str
+    box: Box  # as shares of the image's width and height, in [0, 1]
+    name: str  # of the image: what errors and reports print
+
+
+class Regions(Protocol):
+    """What every kind of set offers. The queries of an image follow one another."""
+
+    about: str  # a sentence: where images, expressions and boxes come from
+    notes: tuple[str, ...]  # what was left out on opening, a line each
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Region:
+        """The query.
+
+        Raises:
+          OSError: when its image cannot be read.
+          UserError: for a box that reaches out of the image.
+        """
+
+    def name_of(self, index: int) -> str:
+        """The name of the query's image, without reading it."""
+
+
+class Query(NamedTuple):
+    """A region before its image is read."""
+
+    file: Path
+    expression: str
+    box: tuple[float, float, float, float]  # left, top, width, height in pixels
+    place: str  # where it is said: what errors print
+
+
+class FileRegions:
+    """Queries on image files."""
+
+    def __init__(self, about: str, queries: Iterable[Query], notes: tuple[str, ...] = ()) -> None:
+        """Takes queries in any order.
+
+        Raises:
+          UserError: "PLACE: what is wrong" for an image file that does not exist.
+        """
+        by_image: dict[Path, list[Query]] = {}
+        for query in queries:
+            by_image.setdefault(query.file, []).append(query)
+        for file, (first, *_) in by_image.items():
+            if not file.is_file():
+                raise UserError(f"{first.place}: there is no image {file}")
+        self.about = about
+        self.notes = notes
+        self._queries = [query for own in by_image.values() for query in own]
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __getitem__(self, index: int) -> Region:
+        query = self._queries[index]
+        image = query.file.read_bytes()
+        return Region(image, query.expression, _shares(query, _size(image)), str(query.file))
+
+    def name_of(self, index: int) -> str:
+        """The image's path."""
+        return str(self._queries[index].file)
+
+
+def open_regions(
+    path: Path, split: str = "", *, cleaning: str = "none", max_skipped_share: float = 0.01
+) -> FileRegions:
+    """Opens a JSONL file of regions, checking every row of it.
+
+    Rows are {"file" (or "image", "path"): ..., "caption": ..., "box": [left, top, width, height]},
+    the box in pixels of the image as it is stored; files are relative to the JSONL file's folder.
+    "split" is optional; without `split` that for validation is taken, else for test, else all.
+
+    Args:
+      path: the file.
+      split: a split's name, or "all".
+      cleaning: how captions are cleaned, `config.model.text.cleaning`.
+      max_skipped_share: more rows than this whose caption is empty are an error.
+
+    Raises:
+      MissingSplit: when no row is of this split.
+      UserError: for a missing file, or "PATH:LINE: what is wrong" for a malformed row.
+    """
+    splits: dict[str, list[Query]] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            row = _row(place, line)
+            file = path.parent / next(row[key] for key in _IMAGE_KEYS if key in row)
+            query = Query(file, row["caption"], check_box(place, row.get("box")), place)
+            splits.setdefault(split_of(place, row.get("split")), []).append(query)
+    choice = STANDARD.choose(path, Wanted("evaluation", split), splits)
+    rows = [query for part in choice.parts for query in splits[part]]
+    return clean_regions(f"Regions of {path.name}.", rows, cleaning, max_skipped_share)
+
+
+def clean_regions(
+    about: str, queries: Iterable[Query], cleaning: str, max_skipped_share: float
+) -> FileRegions:
+    """The queries with their expressions cleaned, without those of which nothing is left.
+
+    Raises:
+      UserError: when too many are left out, or all; for an image file that does not exist.
+    """
+    kept, skipped = [], Skipped("queries", cleaning)
+    for query in queries:
+        cleaned = usable([query.expression], cleaning)
+        if cleaned:
+            kept.append(query._replace(expression=cleaned[0]))
+        else:
+            skipped.add(query.place, [query.expression])
+    return FileRegions(about, kept, skipped.notes(len(kept), max_skipped_share))
+
+
+def check_box(place: str, box: Any) -> tuple[float, float, float, float]:
+    """A box as it stands in a file: [left, top, width, height].
+
+    Raises:
+      UserError: "PLACE: what is wrong" when it is no such thing or has no area.
+    """
+    if not (
+        isinstance(box, (list, tuple))
+        and len(box) == 4
+        and all(isinstance(edge, (int, float)) and math.isfinite(edge) for edge in box)
+    ):
+        raise UserError(f"{place}: a box must be [left, top, width, height] in pixels, not {box!r}")
+    if not min(box[2:]) > 0:
+        raise UserError(f"{place}: the box {list(box)} has no area")
+    return tuple(map(float, box))
+
+
+def _shares(query: Query, size: tuple[int, int]) -> Box:
+    """The box by shares of the image's size, width first."""
+    left, top, width, height = query.box
+    edges = (left, top, left + width, top + height)
+    ends = (*size, *size)
+    if min(edges) < -_TOLERANCE or any(
+        edge > end + _TOLERANCE for edge, end in zip(edges, ends, strict=True)
+    ):
+        raise UserError(
+            f"{query.place}: the box {list(query.box)} reaches out of {query.file}, which is "
+            f"{size[0]} x {size[1]} pixels"
+        )
+    return tuple(min(max(edge / end, 0.0), 1.0) for edge, end in zip(edges, ends, strict=True))
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image, by its header."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    # As in `images.decode`: Pillow's plugins raise whatever they stumble over.
+    except Exception as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _lines(path: Path) -> Iterable[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+
+
+def _row(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg}, column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected a JSON object")
+    file = next((row[key] for key in _IMAGE_KEYS if key in row), None)
+    if not isinstance(file, str) or not file:
+        raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')
+    if not isinstance(row.get("caption"), str):
+        raise UserError(f'{place}: needs "caption", a text')
+    return row

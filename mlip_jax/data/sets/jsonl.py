@@ -1,0 +1,276 @@
+"""JSON Lines beside images: captions, classes or both."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Int, Int8
+
+from mlip_jax.config import UserError
+from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
+from mlip_jax.data.sets.files import read_file
+from mlip_jax.data.sets.records import Record, Skipped
+from mlip_jax.data.sets.splits import STANDARD, Choice, Wanted, split_of
+from mlip_jax.data.text.captions import usable
+
+
+class JsonlSource:
+    """A JSON object a line: {"file": ..., "caption": ... or "captions": [...]}.
+
+    The image is named by "file", "image" or "path", relative to the folder of the JSONL file;
+    "split", "tags" ([str]) and "label" are optional, and a label does for a caption. Of each row
+    only where its line begins and its label are kept in memory.
+    """
+
+    attribution = ""
+
+    def __init__(
+        self,
+        path: Path,
+        choice: Choice,
+        starts: Int[np.ndarray, "rows 2"],
+        *,
+        labels: Int[np.ndarray, " rows"] | None = None,
+        class_names: tuple[str, ...] = (),
+        cleaning: str = "none",
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Takes `starts`, byte offset and length of each row's line, and `labels`, -1 for none."""
+        self.name = path.stem
+        self.split, self.parts = choice
+        self.class_names = class_names
+        self.notes = notes
+        self._path = path
+        self._starts = starts
+        self._labels = labels
+        self._cleaning = cleaning
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._row(index)
+        path = self._path.parent / _image_key(row)
+        label = -1 if self._labels is None else int(self._labels[index])
+        return Record(read_file(path), *_texts(row, self._cleaning), label, str(path))
+
+    def name_of(self, index: int) -> str:
+        """The image's path."""
+        return str(self._path.parent / _image_key(self._row(index)))
+
+    def captions(self) -> Iterator[str]:
+        """Every caption and tag of the split, by one pass over the file."""
+        with self._path.open("rb") as file:
+            for span in self._starts:
+                for texts in _texts(_row(file, span), self._cleaning):
+                    yield from filter(None, texts)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        with self._path.open("rb") as file:
+            return _row(file, self._starts[index])
+
+
+class MultiLabelJsonlSource(JsonlSource):
+    """Rows with "labels", the classes that an image shows, which do for captions."""
+
+    def __init__(
+        self,
+        *args: Any,
+        present: Int[np.ndarray, " all_labels"],
+        counts: Int[np.ndarray, " rows"],
+        **kwargs: Any,
+    ) -> None:
+        """Takes the classes of all rows, one row after the other, and how many each row has."""
+        super().__init__(*args, **kwargs)
+        self._present = present
+        self._counts = counts
+
+    def targets(self) -> Int8[np.ndarray, "rows classes"]:
+        """1 where an image shows a class, else -1."""
+        targets = np.full((len(self), len(self.class_names)), -1, np.int8)
+        targets[np.repeat(np.arange(len(self)), self._counts), self._present] = 1
+        return targets
+
+
+def open_jsonl(
+    path: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
+) -> JsonlSource:
+    """Opens a JSONL file, checking every row of it. Captions and tags are cleaned.
+
+    Classes are those of all its splits, sorted.
+
+    Raises:
+      MissingSplit: when no row is of this split.
+      UserError: for a missing file, or "PATH:LINE: what is wrong" for a malformed row.
+    """
+    splits: dict[str, _Rows] = {}
+    classes = _Classes()
+    offset = 0
+    for number, line in enumerate(_lines(path), start=1):
+        begin, offset = offset, offset + len(line)
+        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            begin, line = begin + 3, line[3:]
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        row = _parse(place, line)
+        rows = splits.setdefault(
+            split_of(place, row.get("split")), _Rows(Skipped("rows", cleaning))
+        )
+        own = classes.of(row, place, number)
+        captions = _captions(row)
+        # A row of several labels counts against every class, whatever the cleaning leaves of it.
+        if classes.multi_label or usable(captions, cleaning) or usable(_labels(row), cleaning):
+            rows.starts.extend((begin, len(line)))
+            rows.labels.extend(own)
+            rows.counts.append(len(own))
+        else:
+            rows.skipped.add(place, [*captions, *_labels(row)])
+    choice = STANDARD.choose(path, wanted, splits)
+    chosen = [splits[part] for part in choice.parts]
+    skipped = Skipped("rows", cleaning)
+    for rows in chosen:
+        skipped.merge(rows.skipped)
+    starts = np.concatenate([np.array(rows.starts, np.int64) for rows in chosen]).reshape(-1, 2)
+    names, places = classes.sorted()
+    numbers = np.concatenate([np.array(rows.labels, np.int32) for rows in chosen])
+    about = {
+        "class_names": names,
+        "cleaning": cleaning,
+        "notes": skipped.notes(len(starts), max_skipped_share),
+    }
+    if classes.multi_label:
+        counts = np.concatenate([np.array(rows.counts, np.int32) for rows in chosen])
+        present = places[numbers]
+        return MultiLabelJsonlSource(path, choice, starts, present=present, counts=counts, **about)
+    labels = np.append(places, -1)[numbers] if names else None  # the number -1 is the last
+    return JsonlSource(path, choice, starts, labels=labels, **about)
+
+
+@dataclass
+class _Rows:
+    """The rows of one split."""
+
+    skipped: Skipped
+    starts: array[int] = field(default_factory=lambda: array("q"))  # offset, length, offset, ...
+    labels: array[int] = field(default_factory=lambda: array("i"))  # of all rows
+    counts: array[int] = field(default_factory=lambda: array("i"))  # labels a row
+
+
+class _Classes:
+    """The classes of a file's rows, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._first: dict[str, int] = {}  # how rows name classes, and the first line that does so
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether rows have "labels"."""
+        return "labels" in self._first
+
+    def of(self, row: dict[str, Any], place: str, number: int) -> list[int]:
+        """The numbers of a row's classes; of a set with one class a row, one, -1 for none.
+
+        Raises:
+          UserError: when some rows have "labels" and others do not.
+        """
+        how = next((key for key in ("labels", "label") if row.get(key) is not None), "")
+        self._first.setdefault(how, number)
+        other = next((key for key in self._first if key != how), how)
+        if "labels" in (how, other) and how != other:
+            tell = {"labels": '"labels"', "label": '"label"', "": "no label"}
+            raise UserError(
+                f"{place}: has {tell[how]}, but line {self._first[other]} has {tell[other]}: where "
+                'some rows have "labels", all need them ([] for none)'
+            )
+        numbers = [
+            self._numbers.setdefault(name, len(self._numbers))
+            for name in dict.fromkeys(usable(_labels(row)))
+        ]
+        return numbers if self.multi_label else numbers or [-1]
+
+    def sorted(self) -> tuple[tuple[str, ...], Int[np.ndarray, " classes"]]:
+        """The names, sorted, and the place of each number among them."""
+        names = tuple(sorted(self._numbers))
+        places = np.empty(len(names), np.int32)
+        places[[self._numbers[name] for name in names]] = np.arange(len(names))
+        return names, places
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _parse(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg}, column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected a JSON object, found {_kind(row)}")
+    file = _image_key(row)
+    if not isinstance(file, str) or not file:
+        raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')
+    if not any(key in row for key in ("caption", "captions", "label", "labels")):
+        raise UserError(
+            f'{place}: needs "caption" (a text) or "captions" (a list of them), or "label" or '
+            '"labels"'
+        )
+    for key in ("captions", "tags", "labels"):
+        values = row.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+            raise UserError(f'{place}: "{key}" must be a list of texts')
+    for key in ("caption", "label"):
+        if not isinstance(row.get(key) or "", str):
+            raise UserError(f'{place}: "{key}" must be a text, found {_kind(row[key])}')
+    if row.get("label") is not None and row.get("labels") is not None:
+        raise UserError(f'{place}: has both "label" and "labels"')
+    if not all(text.strip() for text in _labels(row)):
+        raise UserError(f"{place}: a label must not be empty")
+    return row
+
+
+def _row(file: BinaryIO, span: np.ndarray) -> dict[str, Any]:
+    start, length = (int(number) for number in span)
+    file.seek(start)
+    return json.loads(file.read(length))
+
+
+def _texts(row: dict[str, Any], cleaning: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Captions, or the labels where there are none, and tags."""
+    captions = usable(_captions(row), cleaning)
+    captions = captions or usable(_labels(row), cleaning) or ("",)
+    return captions, usable(row.get("tags"), cleaning)
+
+
+def _labels(row: dict[str, Any]) -> list[str]:
+    single = row.get("label")
+    return [single] if single is not None else row.get("labels") or []
+
+
+def _captions(row: dict[str, Any]) -> list[str]:
+    single = row.get("caption")
+    return [*([single] if single else []), *(row.get("captions") or [])]
+
+
+def _image_key(row: dict[str, Any]) -> Any:
+    return next((row[key] for key in IMAGE_KEYS if key in row), None)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(
+        type(value), "a number"
+    )

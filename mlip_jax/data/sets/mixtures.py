@@ -1,0 +1,180 @@
+"""Several sets that are trained on together, each with its share of the samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from mlip_jax.config import UserError
+from mlip_jax.data.sets.records import Record, Source
+
+PREFIX = "mix:"
+_PART = re.compile(r"(?P<spec>.+?)\*(?P<weight>[0-9.]+)(?:\+|$)")
+_LONGEST_PERIOD = 10_000
+
+
+class Part(NamedTuple):
+    """A set of a mixture."""
+
+    spec: str
+    weight: Fraction
+
+
+def is_mixture(spec: str) -> bool:
+    """Whether a spec names several sets."""
+    return spec.startswith(PREFIX)
+
+
+def parse(spec: str) -> tuple[Part, ...]:
+    """The parts of "mix:SPEC*WEIGHT+SPEC*WEIGHT", such as "mix:coco*0.7+jsonl:pairs.jsonl*0.3".
+
+    Raises:
+      UserError: for anything else, or a weight that is not above 0.
+    """
+    text, parts = spec.removeprefix(PREFIX), []
+    position = 0
+    while position < len(text) or not parts:
+        match = _PART.match(text, position)
+        try:
+            weight = Fraction(match["weight"]) if match else Fraction(0)
+        except ValueError:
+            weight = Fraction(0)
+        if weight <= 0 or match["spec"].startswith(PREFIX):
+            raise UserError(
+                f"data set {spec!r}: expected mix:SET*WEIGHT+SET*WEIGHT with weights above 0, such "
+                f"as mix:coco*0.7+jsonl:pairs.jsonl*0.3; {text[position:]!r} is not that"
+            )
+        parts.append(Part(match["spec"], weight))
+        position = match.end()
+    return tuple(parts)
+
+
+class Mixture:
+    """Sets one after the other, as one source; and which of them stands where in the samples.
+
+    The sets take turns in a period that repeats, as evenly as their weights allow: the largest lag
+    behind its share goes first. With weights whose smallest whole multiples add up to more than
+    10,000, shares are rounded to a ten-thousandth.
+    """
+
+    split = "train"
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
+        """Takes opened sets and their weights."""
+        self._sources = tuple(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+        self._turns = _turns(weights)
+        drawn = self._turns[:, None] == np.arange(len(sources))
+        self._drawn = np.concatenate([np.zeros((1, len(sources)), int), np.cumsum(drawn, 0)])
+        names: list[str] = []
+        for source in sources:
+            number = sum(name.partition("#")[0] == source.name for name in names) + 1
+            names.append(source.name if number == 1 else f"{source.name}#{number}")
+        self._names = tuple(names)
+        self.name = "+".join(self._names)
+        self.parts = tuple(
+            f"{name}/{part}"
+            for name, source in zip(names, sources, strict=True)
+            for part in source.parts
+        )
+        first = sources[0].class_names  # of other sets, labels mean something else
+        same = all(source.class_names == first for source in sources)
+        self.class_names = first if same else ()
+        credits = dict.fromkeys(source.attribution for source in sources if source.attribution)
+        self.attribution = "\n".join(credits)
+        shares = self._drawn[-1] / len(self._turns)
+        notes: list[str] = []
+        for name, source, share in zip(names, sources, shares, strict=True):
+            notes.append(f"{name}: {len(source):,} images, {share:.2%} of the samples")
+            notes += source.notes
+        self.notes = tuple(notes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        source, place = self._find(index)
+        record = source[place]
+        return record if self.class_names else replace(record, label=-1)
+
+    def name_of(self, index: int) -> str:
+        """The record's name in its set."""
+        source, place = self._find(index)
+        return source.name_of(place)
+
+    def captions(self) -> Iterator[str]:
+        """Every caption and tag of all sets, one set after the other, whatever their weights."""
+        for source in self._sources:
+            yield from source.captions()
+
+    def neighbours(self, index: int) -> range:
+        """The indices of the set that an index is of."""
+        return self.sets()[self._number(index)]
+
+    def sets(self) -> list[range]:
+        """The indices of each set."""
+        ends = self._ends.tolist()
+        return [range(first, end) for first, end in itertools.pairwise([0, *ends])]
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """Whose sample stands at a position, and how many samples of that set are before it."""
+        periods, turn = divmod(position, len(self._turns))
+        number = int(self._turns[turn])
+        return number, periods * int(self._drawn[-1, number]) + int(self._drawn[turn, number])
+
+    def samples(self, position: int) -> dict[str, int]:
+        """How many of the first `position` samples are of each set."""
+        periods, rest = divmod(position, len(self._turns))
+        counts = periods * self._drawn[-1] + self._drawn[rest]
+        return dict(zip(self._names, counts.tolist(), strict=True))
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = self._number(index)
+        return self._sources[number], int(index) - self.sets()[number].start
+
+    def _number(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+
+def samples_by_set(source: Source, position: int) -> dict[str, float]:
+    """{"samples/SET": how many of the first samples are of it}; {} for a source that is one set."""
+    if not isinstance(source, Mixture):
+        return {}
+    return {f"samples/{name}": count for name, count in source.samples(position).items()}
+
+
+def neighbours(source: Source, index: int) -> range:
+    """The indices of what is one set with an index."""
+    return source.neighbours(index) if isinstance(source, Mixture) else range(len(source))
+
+
+def _turns(weights: Sequence[Fraction]) -> Int[np.ndarray, " period"]:
+    """The set at each turn of a period."""
+    counts = _whole(weights)
+    credit = np.zeros(len(counts), np.int64)
+    turns = np.empty(sum(counts), np.int64)
+    for turn in range(len(turns)):
+        credit += counts
+        turns[turn] = np.argmax(credit)
+        credit[turns[turn]] -= len(turns)
+    return turns
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    """Turns of each set in a period, at least one."""
+    common = math.lcm(*(weight.denominator for weight in weights))
+    counts = [int(weight * common) for weight in weights]
+    divisor = math.gcd(*counts)
+    counts = [count // divisor for count in counts]
+    total = sum(counts)
+    if total <= _LONGEST_PERIOD:
+        return counts
+    return [max(1, round(count * _LONGEST_PERIOD / total)) for count in counts]

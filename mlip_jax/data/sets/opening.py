@@ -1,0 +1,223 @@
+"""Sets of images with captions: what a spec such as "emoji" or "jsonl:pairs.jsonl" opens.
+
+A source gives encoded images and texts by index. It holds places, not pixels: it is cheap to pickle
+into the processes that decode, and images are read when asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.data.sets import (
+    class_folders,
+    coco,
+    coco_objects,
+    csv_tables,
+    jsonl,
+    karpathy,
+    mixtures,
+    mnist,
+    prepared,
+    public,
+    voc,
+    zip_archives,
+)
+from mlip_jax.data.sets.records import MissingSplit, Source
+from mlip_jax.data.sets.splits import Wanted, canonical
+from mlip_jax.data.text.captions import check_cleaning
+
+SPLITS = ("train", "validation")
+NAMED = ("emoji", *public.PLACES)
+FILE_KINDS = {
+    "jsonl": jsonl.open_jsonl,
+    "csv": csv_tables.open_csv,
+    "folder": class_folders.open_folder,
+    "zip": zip_archives.open_zip,
+    "idx": mnist.open_idx,
+    "coco": coco.open_coco,
+    "karpathy": karpathy.open_karpathy,
+    "voc": voc.open_voc,
+    "objects": coco_objects.open_objects,
+    "prepared": prepared.open_prepared,
+}
+KINDS = (*FILE_KINDS, "tfds")
+_MAX_SKIPPED_SHARE = 0.01
+
+
+def open_source(
+    spec: str,
+    split: str,
+    *,
+    cache_dir: str = "",
+    max_skipped_share: float = _MAX_SKIPPED_SHARE,
+    cleaning: str = "none",
+) -> Source:
+    """Opens a split of a set.
+
+    Args:
+      spec: one of NAMED, or KIND:PATH with KIND one of KINDS (docs/data.md). With #SPLIT after
+        it, that split is opened, whatever `split` says; #all is every split together. For training
+        also mix:SPEC*WEIGHT+SPEC*WEIGHT.
+      split: "train" or "validation". Sets that name no splits are all "train".
+      cache_dir: where sets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
+      max_skipped_share: more rows without a usable caption than this are an error.
+      cleaning: how captions and tags are cleaned, `config.model.text.cleaning`.
+
+    Raises:
+      MissingSplit: when the set has no such split.
+      UserError: for an unknown spec or cleaning, a missing file or package, a malformed row, or a
+        split without a single image.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: train or validation{suggestion(split, SPLITS)}")
+    return _open(spec, split, cache_dir, max_skipped_share, cleaning)
+
+
+def open_evaluation(spec: str, *, cache_dir: str = "", cleaning: str = "none") -> Source:
+    """A set to evaluate on.
+
+    That is its validation split, or its test split where it has none, or all of it where it names
+    no splits. Of sets whose literature has a standard it is that: `test` of Karpathy's splits and
+    of PASCAL VOC. #SPLIT after the spec names another.
+
+    Captions are cleaned as by `open_source`.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    return _open(spec, "evaluation", cache_dir, _MAX_SKIPPED_SHARE, cleaning)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """A spec without the split that is pinned, and that split, "" for none.
+
+    "coco#val" -> ("coco", "val"). A path that exists is taken as it is, whatever it holds.
+    """
+    base, mark, split = spec.rpartition("#")
+    if (
+        not mark
+        or mixtures.is_mixture(spec)
+        or Path(spec.partition(":")[2] or spec).expanduser().exists()
+    ):
+        return spec, ""
+    return base, split
+
+
+def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str) -> Source:
+    check_cleaning(cleaning)
+    if mixtures.is_mixture(spec):
+        return _open_mixture(spec, role, cache_dir, max_skipped_share, cleaning)
+    base, name = split_spec(spec)
+    wanted = Wanted(role, name)
+    kind, colon, where = base.partition(":")
+    if base != spec and not name:
+        raise UserError(f"data set {spec!r}: expected a split after #, such as {base}#test")
+    if base == "emoji" or (kind == "tfds" and where):
+        from mlip_jax.data.sets import tfds  # here: its library takes a second to import
+
+        if base == "emoji":
+            source = tfds.open_emoji(wanted, cache_dir, cleaning)
+        else:
+            source = tfds.open_tfds(where, wanted, cleaning)
+    else:
+        if base in public.PLACES:
+            kind, path = public.find(base, cache_dir)
+        elif colon and kind in FILE_KINDS and where:
+            path = Path(where).expanduser()
+        else:
+            raise _unknown(spec, kind, colon)
+        source = FILE_KINDS[kind](path, wanted, max_skipped_share, cleaning)
+    if not len(source):
+        raise UserError(f"the {source.split} split of the set {spec!r} is empty")
+    return source
+
+
+def _open_mixture(
+    spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str
+) -> Source:
+    if role != "train":
+        raise UserError(f"the mixture {spec!r} is for training: name one set to evaluate on")
+    parts = mixtures.parse(spec)
+    opened = [_open(part.spec, role, cache_dir, max_skipped_share, cleaning) for part in parts]
+    if len(opened) == 1:
+        return opened[0]
+    return mixtures.Mixture(opened, [part.weight for part in parts])
+
+
+def _unknown(spec: str, kind: str, colon: str) -> UserError:
+    prefixes = [f"{kind}:" for kind in KINDS]
+    near = suggestion(f"{kind}:" if colon else spec, (*NAMED, *prefixes))
+    return UserError(
+        f"unknown data set {spec!r}: expected emoji, {'PATH, '.join(prefixes[:-1])}PATH, "
+        f"{', '.join(public.PLACES)} or tfds:NAME{near}"
+    )
+
+
+def open_training(config_data: ConfigDict, cleaning: str = "none") -> Source:
+    """The training split of what `config.data.train` names; its captions are cleaned.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    return open_source(
+        config_data.train,
+        "train",
+        cache_dir=config_data.cache_dir,
+        max_skipped_share=config_data.max_skipped_share,
+        cleaning=cleaning,
+    )
+
+
+def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source | None:
+    """The set that `config.data.validation` names, or None.
+
+    "auto" is the training set's own validation split, None when it has none or when training is
+    pinned to another split than its training split; of a mixture, that of its first set that has
+    one; "" is None; of any other set it is the
+    validation split, or what `open_evaluation` opens where it has none. Captions are cleaned as by
+    `open_source`.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    how = {"cache_dir": config_data.cache_dir, "cleaning": cleaning}
+    if not config_data.validation:
+        return None
+    if config_data.validation != "auto":
+        # Where there are both, the split for validation: the test is not for choosing a checkpoint.
+        try:
+            return open_source(config_data.validation, "validation", **how)
+        except MissingSplit:
+            return open_evaluation(config_data.validation, **how)
+    for spec in _own_sets(config_data.train):
+        with contextlib.suppress(MissingSplit):
+            return open_source(spec, "validation", **how)
+    return None
+
+
+def own_set(config_data: ConfigDict) -> str:
+    """The training set; of a mixture, the set whose validation split is the run's own.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    if mixtures.is_mixture(config_data.train):
+        for spec in _own_sets(config_data.train):
+            with contextlib.suppress(MissingSplit):
+                open_source(spec, "validation", cache_dir=config_data.cache_dir)
+                return spec
+    return config_data.train
+
+
+def _own_sets(train: str) -> Iterator[str]:
+    """Sets whose validation split may be the run's own: those that are trained on as a whole."""
+    parts = mixtures.parse(train) if mixtures.is_mixture(train) else ()
+    for spec in [part.spec for part in parts] or [train]:
+        base, pinned = split_spec(spec)
+        if not pinned or canonical(pinned) == "train":
+            yield base

@@ -1,0 +1,196 @@
+"""Sets that the verb prepare has written: ArrayRecord shards with an index (`shards`)."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int8
+
+from mlip_jax.config import UserError
+from mlip_jax.data.sets import shards
+from mlip_jax.data.sets.files import present_names
+from mlip_jax.data.sets.records import Record
+from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Index, Shard
+from mlip_jax.data.sets.splits import STANDARD, Choice, Wanted
+from mlip_jax.data.text.captions import usable
+
+_MOST_OPEN = 256  # shards; a process may often have 1,024 files open
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class PreparedSource:
+    """The records of a prepared set. In memory is the number of records of each shard."""
+
+    def __init__(
+        self, folder: Path, choice: Choice, parts: Sequence[Shard], index: Index, cleaning: str
+    ) -> None:
+        """Takes the shards of the split that have records."""
+        self.name = folder.resolve().name
+        self.split, self.parts = choice
+        self.class_names = index.class_names
+        self.attribution = index.attribution
+        self.notes: tuple[str, ...] = ()
+        self._folder = folder
+        self._names = [shard.name for shard in parts]
+        self._ends = np.cumsum([shard.records for shard in parts])
+        self._labels = {key: label for label, key in enumerate(index.class_keys)}
+        self._cleaning = cleaning
+        self._readers = _Readers()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._example(index)
+        labels = [self._labels[key] for key in example.labels if key in self._labels]
+        return Record(
+            image=example.image,
+            captions=self._captions(example),
+            tags=usable(example.tags, self._cleaning),
+            label=labels[0] if labels else -1,
+            name=example.name,
+        )
+
+    def name_of(self, index: int) -> str:
+        """The record's name; of one that is damaged, its shard and its place there."""
+        try:
+            return self._example(index).name
+        except OSError:
+            shard, place = self._find(index)
+            return f"{self._path(shard)}[{place}]"
+
+    def captions(self) -> Iterator[str]:
+        """Every caption and tag of the split; no image is read."""
+        for example in self._texts():
+            yield from filter(None, self._captions(example))
+            yield from usable(example.tags, self._cleaning)
+
+    def _captions(self, example: Example) -> tuple[str, ...]:
+        names = (self.class_names[self._labels[key]] for key in example.labels)
+        return usable(example.captions, self._cleaning) or usable(names, self._cleaning) or ("",)
+
+    def _texts(self) -> Iterator[Example]:
+        for name in self._names:
+            path = self._folder / f"{name}{TEXTS_SUFFIX}"
+            try:
+                with path.open("rb") as file:
+                    yield from map(shards.said, file)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from None
+            except ValueError as error:
+                raise UserError(f"{path} is damaged ({error}): prepare the set again") from None
+
+    def _example(self, index: int) -> Example:
+        shard, place = self._find(index)
+        path = self._path(shard)
+        try:
+            return shards.unpack(self._readers.read(path, place))
+        # The library raises RuntimeError for a block whose checksum is wrong.
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise OSError(f"{path} is damaged at record {place}: {error}") from None
+
+    def _path(self, shard: int) -> str:
+        return str(self._folder / f"{self._names[shard]}{SHARD_SUFFIX}")
+
+    def _find(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, int(index - (self._ends[shard - 1] if shard else 0))
+
+
+class MultiLabelPreparedSource(PreparedSource):
+    """Records of any number of classes each."""
+
+    def targets(self) -> Int8[np.ndarray, "images classes"]:
+        """1 where an image shows a class, -1 where not, 0 where too difficult to count."""
+        return np.stack([self._row(example) for example in self._texts()])
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._example(index)
+        captions = usable(example.captions, self._cleaning) or present_names(
+            self._row(example), self.class_names, self._cleaning
+        )
+        tags = usable(example.tags, self._cleaning)
+        return Record(example.image, captions, tags, -1, example.name)
+
+    def _row(self, example: Example) -> Int8[np.ndarray, " classes"]:
+        row = np.full(len(self.class_names), -1, np.int8)
+        row[[self._labels[key] for key in example.difficult]] = 0
+        row[[self._labels[key] for key in example.labels]] = 1
+        return row
+
+
+class _Readers:
+    """Open shards of this process, those that were used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, ArrayRecordReader] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # open files stay in their process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+
+    def read(self, path: str, place: int) -> bytes:
+        """A record. Raises RuntimeError or IndexError when it cannot be read."""
+        with self._lock:
+            reader = self._open.get(path)
+            if reader is None:
+                reader = self._open[path] = ArrayRecordReader(path, _RANDOM_ACCESS)
+                # One that another thread still reads from closes when that is done.
+                if len(self._open) > _MOST_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
+        return reader.read([place])[0]
+
+
+def open_prepared(
+    folder: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
+) -> PreparedSource:
+    """Opens what `prepare --out=FOLDER` has written. Captions and tags are cleaned.
+
+    That no shard is missing or cut short is checked by their sizes. `prepare --check=FOLDER`
+    compares the checksums.
+
+    Args:
+      folder: of the set.
+      wanted: the split.
+      max_skipped_share: not used: what could not be used was left out at the preparation.
+      cleaning: one of captions.CLEANINGS.
+
+    Raises:
+      MissingSplit: when it has no such split.
+      UserError: when it is no prepared set, or a shard is missing or of another size.
+    """
+    del max_skipped_share
+    index = shards.read_index(folder)
+    check_sizes(folder, index)
+    splits = dict.fromkeys(shard.split for shard in index.shards if shard.records)
+    choice = STANDARD.choose(folder, wanted, splits)
+    parts = [s for part in choice.parts for s in index.shards if s.split == part and s.records]
+    kind = MultiLabelPreparedSource if index.multi_label else PreparedSource
+    return kind(folder, choice, parts, index, cleaning)
+
+
+def check_sizes(folder: Path, index: Index) -> None:
+    """Raises UserError, naming the shard, unless all files are there with their whole length."""
+    for shard in index.shards:
+        for name, size, _ in shard.files():
+            try:
+                found = (folder / name).stat().st_size
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
+            else:
+                reason = f"has {found:,} bytes, not {size:,}" if found != size else ""
+            if reason:
+                raise UserError(
+                    f"the prepared set {folder} is damaged: {name} {reason}; copy it again, or run "
+                    "the prepare command that made the set again"
+                )

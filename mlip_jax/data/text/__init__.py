@@ -1,0 +1,1 @@
+"""From captions to token ids: cleaning, tokenizers, vocabularies."""

@@ -1,0 +1,263 @@
+"""From captions to token ids."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.resources
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as _Encoder
+
+from mlip_jax.config import UserError, suggestion
+from mlip_jax.data.text import hugging_face, wordpiece
+from mlip_jax.data.text.captions import check_cleaning, clean, clean_caption, unescape
+
+# The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
+# fork and warn about it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# "clip_8k" is CLIP's with its most frequent merges alone: an embedding table of 49,408 rows
+# outweighs a small model, and slows its training by a quarter.
+_CLIP_SIZES = {"clip": 49_408, "clip_8k": 8_192}
+TOKENIZERS = (*_CLIP_SIZES, "wordpiece")
+
+OWN_FILE = "mlip_tokenizer.json"  # of a folder that this package writes
+_SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
+_END_OF_WORD = "</w>"
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class Affixes(NamedTuple):
+    """What a tokenizer puts around the words of a text, where that is not CLIP's or BERT's."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]  # at least one
+    pad: int
+    vocab_size: int  # of the model: its table may have rows that no word has
+
+
+class Tokenizer:
+    """Texts to token ids and back.
+
+    Ids are those of CLIP's tokenizer (Radford et al. 2021) as open_clip gives them, or of BERT's
+    (Devlin et al. 2019) as Hugging Face gives them, but that a special token written in a text,
+    such as "<|endoftext|>" or "[SEP]", is spelled like any other word. With `Affixes` they are
+    those of another library's tokenizer, as it gives them.
+
+    Attributes:
+      vocab_size: how many ids there are.
+      sot: the id that begins a text.
+      eot: the id that ends it.
+      pad: the id of what comes after.
+      unescapes: whether it undoes HTML escapes.
+      start: all ids before the words; what has no start has none.
+      end: all ids after them.
+      cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
+    """
+
+    def __init__(
+        self, encoder: _Encoder, cleaning: str = "none", affixes: Affixes | None = None
+    ) -> None:
+        """Takes a `tokenizers.Tokenizer` whose vocabulary has CLIP's or BERT's special tokens.
+
+        Args:
+          encoder: from texts to ids.
+          cleaning: of texts, see `captions.clean`.
+          affixes: of an encoder with other special tokens.
+
+        Raises:
+          UserError: for an unknown cleaning.
+        """
+        check_cleaning(cleaning)
+        self._encoder = encoder
+        self.cleaning = cleaning
+        self._affixes = affixes
+        if affixes:
+            self.start, self.end, self.pad, self.vocab_size = affixes
+            self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
+            self.eot = affixes.end[0]
+            self.unescapes = cleaning in ("whitespace", "canonicalize")
+            return
+        self.vocab_size: int = encoder.get_vocab_size()
+        is_clip = encoder.token_to_id(_SOT) is not None
+        self.unescapes = is_clip
+        start, end = (_SOT, _EOT) if is_clip else (wordpiece.START, wordpiece.END)
+        sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
+        if sot is None or eot is None:
+            raise ValueError(f"a tokenizer without {start} and {end}")
+        self.sot: int = sot
+        self.eot: int = eot
+        self.start, self.end = (sot,), (eot,)
+        self.pad: int = 0 if is_clip else encoder.token_to_id(wordpiece.PAD) or 0
+
+    def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
+        """Token ids, int32 [texts, context_length]: start, words, end, padding.
+
+        A text that is too long loses its last words and keeps its end.
+        """
+        ids = np.full((len(texts), context_length), self.pad, np.int32)
+        prepared = [self._prepared(text) for text in texts]
+        encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
+        for row, encoding in zip(ids, encodings, strict=True):
+            words = encoding.ids[: context_length - len(self.start) - len(self.end)]
+            whole = (*self.start, *words, *self.end)
+            row[: len(whole)] = whole
+        return ids
+
+    def _prepared(self, text: str) -> str:
+        text = clean(text, self.cleaning)
+        return unescape(text) if self._affixes is None and self.unescapes else text
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of one row of ids, up to its end of text; lower case, single spaces."""
+        words = [int(token) for token in ids]
+        if self.eot in words:
+            words = words[: words.index(self.eot)]
+        words = [token for token in words if token != self.sot]
+        text = self._encoder.decode(words, skip_special_tokens=False)
+        return text.replace(_END_OF_WORD, " ").strip()
+
+    def encoder_json(self) -> str:
+        """The part that makes ids of words, as the `tokenizers` library's JSON."""
+        return self._encoder.to_str()
+
+    def to_json(self) -> str:
+        """All of the tokenizer as text: the `tokenizers` library's JSON, wrapped if it cleans."""
+        encoder = self._encoder.to_str()
+        if self.cleaning == "none" and not self._affixes:
+            return encoder
+        values = {"cleaning": self.cleaning, "encoder": encoder}
+        return json.dumps(values | ({"affixes": self._affixes} if self._affixes else {}))
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        if "encoder" not in values:
+            return cls(_Encoder.from_str(text))
+        affixes = values.get("affixes")
+        if affixes:
+            start, end, pad, vocab_size = affixes
+            affixes = Affixes(tuple(start), tuple(end), pad, vocab_size)
+        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"], affixes)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Tokenizer.from_json, (self.to_json(),)
+
+
+def load_tokenizer(
+    name: str,
+    *,
+    cleaning: str = "none",
+    vocab_size: int = 8192,
+    captions: Callable[[], Iterable[str]] | None = None,
+) -> Tokenizer:
+    """The tokenizer that `config.model.text.tokenizer` names.
+
+    Args:
+      name: "clip"; "clip_8k"; "wordpiece", trained on `captions`; "wordpiece:PATH" of a
+        vocab.txt or a folder that holds one; or "folder:PATH" of a model's folder.
+      cleaning: `config.model.text.cleaning`; the tokenizer cleans whatever it encodes, and what it
+        is trained on.
+      vocab_size: the most entries of a trained vocabulary; of a "folder:PATH" the rows of the
+        model's table.
+      captions: gives the texts to train on, such as the method `captions` of the training set; it
+        is called twice.
+
+    Raises:
+      UserError: for an unknown name or cleaning, a vocabulary that cannot be read, or no captions
+        to train on.
+    """
+    check_cleaning(cleaning)
+    if name in _CLIP_SIZES:
+        return Tokenizer(_clip(_CLIP_SIZES[name]), cleaning)
+    kind, _, path = name.partition(":")
+    if kind == "wordpiece" and path:
+        return Tokenizer(wordpiece.read(Path(path).expanduser()), cleaning)
+    if kind == "folder" and path:
+        return folder_tokenizer(Path(path).expanduser(), cleaning, vocab_size)
+    if name != "wordpiece":
+        raise UserError(
+            f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}, wordpiece:PATH, "
+            f"folder:PATH{suggestion(kind, TOKENIZERS)}"
+        )
+    if captions is None:
+        raise UserError(
+            "the tokenizer 'wordpiece' is trained on captions, and none were given: pass "
+            "captions=source.captions, or name a vocabulary by wordpiece:PATH"
+        )
+    clean = clean_caption if cleaning == "clip_lite" else str
+    return Tokenizer(wordpiece.train(lambda: map(clean, captions()), vocab_size), cleaning)
+
+
+def folder_tokenizer(
+    folder: Path, cleaning: str | None = None, vocab_size: int | None = None
+) -> Tokenizer:
+    """The tokenizer that a model's folder holds: this package's, or Hugging Face's files.
+
+    Args:
+      folder: with this package's `OWN_FILE`, Hugging Face's tokenizer.json, or CLIP's vocab.json
+        and merges.txt.
+      cleaning: of texts; None: as the folder's files say.
+      vocab_size: rows of the model's table; None: as many as there are tokens.
+
+    Raises:
+      UserError: for a folder without a tokenizer, or with one that is damaged or too large.
+    """
+    own = folder / OWN_FILE
+    if not own.is_file():
+        encoder, cleaning, start, end, pad = hugging_face.read(folder, cleaning)
+        size = encoder.get_vocab_size()
+        if vocab_size is not None and vocab_size < size:
+            raise UserError(
+                f"{folder}: its tokenizer has {size} tokens, its model only {vocab_size}: get "
+                "both from one place"
+            )
+        return Tokenizer(encoder, cleaning, Affixes(start, end, pad, vocab_size or size))
+    try:
+        return Tokenizer.from_json(own.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"{own}: damaged: {error}; export the model again") from None
+
+
+@functools.cache
+def _clip(vocab_size: int) -> _Encoder:
+    packed = importlib.resources.files(__package__) / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
+    # The order of the ids: bytes, bytes that end a word, merges, the two special tokens.
+    letters = _byte_letters()
+    words = [*letters, *(letter + _END_OF_WORD for letter in letters)]
+    merges = [tuple(line.split()) for line in lines[1 : vocab_size - len(words) - 1]]
+    words += [left + right for left, right in merges] + [_SOT, _EOT]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    encoder = _Encoder(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            end_of_word_suffix=_END_OF_WORD,
+            unk_token=_EOT,
+        )
+    )
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte, in the order of CLIP's vocabulary (as in GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = range(256 - len(printable))
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in others]

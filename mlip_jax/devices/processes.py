@@ -1,0 +1,216 @@
+"""Several processes of one run: how they agree, and end together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+# JAX's key-value store has no public name yet; Orbax reaches for it in the same place.
+from jax._src import distributed
+from jax.sharding import Mesh
+
+from mlip_jax.config import RunError, UserError
+from mlip_jax.devices import parallel
+
+_PATIENCE = 0.5  # seconds in JAX's C++ at a time, so that Python hears signals between them
+
+# What the runtimes say when the other end of a connection is gone.
+_GONE = re.compile(
+    r"Gloo|NCCL|Connection (closed|reset)|Socket closed|UNAVAILABLE|heartbeat|Failed to connect"
+)
+LOST = (
+    "another process of this run has ended or cannot be reached, or JAX has failed here (see "
+    "above): start all of them again, and they go on from the last checkpoint"
+)
+_last_words = LOST  # what this process says when JAX aborts it
+_WORDS, _FAILED = "mlip_jax/word/", "failed"
+_ON_SIGNAL = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_T = TypeVar("_T")
+
+
+@_ON_SIGNAL
+def _on_abort(_: int) -> None:
+    os.write(2, f"error: {_last_words}\n".encode())
+    os._exit(1)
+
+
+def end_aborts_with(line: str) -> None:
+    """Gives JAX's end of a process a line and the exit code 1.
+
+    When a process dies, JAX's coordination service ends the others by abort(), after pages of its
+    own. It takes no handler of ours: its callback cannot be called from Python (jaxlib 0.10 throws
+    std::bad_cast). Python's own handlers of SIGABRT would run too late, after abort() returns.
+    """
+    global _last_words
+    _last_words = line
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around the work of several processes: an error that ends one ends all, with its exit code.
+
+    The others print the error as of the process that it came from. Where a process is gone without
+    a word, they end when its connection breaks or its heartbeat stops.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    with hearing(_FAILED, _follow):
+        try:
+            yield
+        except BaseException as error:
+            if _is_lost(error):
+                _on_abort(signal.SIGABRT)
+            code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+            announce(_FAILED, json.dumps([distributed.global_state.process_id, code, str(error)]))
+            atexit.register(leave, code)
+            raise
+
+
+def _follow(told: str) -> None:
+    """Ends this process as another one said that it ends."""
+    process, code, line = json.loads(told)
+    if process != distributed.global_state.process_id:
+        line = " ".join(f"error: process {process}: {line}".split())
+        os.write(2, f"{line}\n".encode())
+        os._exit(code)
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, without JAX's farewell, to which others may not come any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized() and not distributed.global_state.process_id:
+        time.sleep(2 * _PATIENCE)  # the others still have to hear why, and from this process
+    os._exit(code)
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_calls = itertools.count()
+
+
+def by_first(function: Callable[[], _T]) -> _T:
+    """What `function` gives in process 0, which alone calls it; every process has to ask.
+
+    The others wait without a device, however long it takes, and still hear signals.
+
+    Args:
+      function: its value can be pickled.
+
+    Raises:
+      UserError, RunError: in every process, if the function raises it.
+    """
+    if jax.process_count() == 1:
+        return function()
+    key, client = f"mlip_jax/by_first/{next(_calls)}", distributed.global_state.client
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except (UserError, RunError) as error:
+            client.key_value_set_bytes(key, pickle.dumps((None, error)))
+            raise
+        client.key_value_set_bytes(key, pickle.dumps((value, None)))
+        return value
+    while (told := _look_up(key)) is None:
+        pass
+    value, error = pickle.loads(told)
+    if error is not None:
+        raise error
+    return value
+
+
+def _look_up(key: str) -> bytes | None:
+    """What is stored by a key; None if nothing is, after some patience."""
+    try:
+        return distributed.global_state.client.blocking_key_value_get_bytes(
+            key, int(1000 * _PATIENCE)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+
+
+def announce(word: str, text: str = "") -> None:
+    """Says a word, and a text with it, to all processes that listen for it, this one included."""
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            distributed.global_state.client.key_value_set(_WORDS + word, text, allow_overwrite=True)
+
+
+@contextlib.contextmanager
+def hearing(word: str, act: Callable[[str], None]) -> Iterator[None]:
+    """While inside, gives `act` what any process says with a word; in a thread, and once."""
+    left = threading.Event()
+
+    def listen() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while not left.is_set():
+                told = _look_up(_WORDS + word)
+                if told is not None:
+                    act(told.decode())
+                    return
+
+    thread = threading.Thread(target=listen, daemon=True)
+    if jax.distributed.is_initialized():
+        thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        if thread.ident:
+            thread.join()
+
+
+def to_first(tree: Any, home: Mesh) -> Any:
+    """Arrays on the devices of all processes, brought to those of process 0; all call it.
+
+    Args:
+      tree: of arrays that all processes hold parts of.
+      home: `parallel.home_mesh`.
+
+    Returns:
+      In process 0 the tree on `home`, in the others one of None. With one process the tree itself.
+    """
+    if jax.process_count() == 1:
+        return tree
+
+    def bring(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array | None:
+        # One by one: whole copies of all would need the memory of a whole model on each device.
+        if not leaf.is_fully_replicated:
+            leaf = jax.jit(_same, out_shardings=parallel.replicated(leaf.sharding.mesh))(leaf)
+            # Two programs at a time might send their messages in another order elsewhere.
+            leaf.block_until_ready()
+        if jax.process_index():
+            return None
+        sharding = parallel.sharding_of(parallel.path_name(path), leaf.shape, home)
+        return jax.device_put(np.asarray(leaf.addressable_data(0)), sharding)
+
+    return jax.tree_util.tree_map_with_path(bring, tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree

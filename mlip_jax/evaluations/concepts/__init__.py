@@ -1,0 +1,1 @@
+"""Concept editing: what is removed from a model, and what remains."""

@@ -1,0 +1,161 @@
+"""The evaluate verb: a finished or running workdir, scored again, perhaps by another config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from mlip_jax import config as schema
+from mlip_jax.config import EVALUATIONS, UserError
+from mlip_jax.devices import cluster
+from mlip_jax.evaluations import merging_rates
+from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
+from mlip_jax.evaluations.sheets import html, markdown, sheet, table
+from mlip_jax.evaluations.suites import apply_suite, check, evaluate
+from mlip_jax.inference import Model, load
+from mlip_jax.interop import model_folders
+from mlip_jax.storage.workdir import write_atomically
+
+_MOVE_A_FIGURE = (
+    "compute_dtype",
+    "data.train",  # whose validation split may be what is evaluated on
+    "data.validation",
+    "evaluation.",
+    "model.",
+    "perspectives.",  # the first global one in use gives the embeddings
+)
+# They name sets, and figures carry the sets' names.
+_MOVE_NONE = ("evaluation.batch_size", *(f"evaluation.{family}" for family in EVALUATIONS))
+_LONGEST_NAME = 160  # bytes; file systems take 255 of a whole name
+
+
+def evaluate_workdir(
+    config: ConfigDict, workdir: str | Path, suite: str = "", rates: str = ""
+) -> int:
+    """Evaluates a workdir's newest checkpoint, prints the table and writes the results.
+
+    What the config changes about the model or the evaluation goes into the file's name, so that
+    results.json stays that of the run as trained; figures of other sets or families join those
+    that the file has of the same checkpoint. Beside it lies the table in Markdown and HTML. What is
+    found is kept set by set: an evaluation that was cut short goes on at the set that it was at.
+
+    An exported model is evaluated likewise. The results of another library's are kept in
+    runs/foreign/<its folder's name>: its folder is not ours to write in.
+
+    Args:
+      config: the workdir's config with the overrides of the command line.
+      workdir: of a run; or any other folder that `load` takes.
+      suite: see `apply_suite`; "" for what the config names.
+      rates: token merging rates, such as "0,0.25,0.5": the model is scored and timed at each.
+
+    Returns:
+      0.
+
+    Raises:
+      UserError: for a folder without a checkpoint, or a config that does not fit it.
+    """
+    return cluster.by_first(lambda: _evaluate(config, Path(workdir), suite, rates))
+
+
+def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: str) -> int:
+    if suite:
+        apply_suite(config, suite)
+    wanted = merging_rates.read_rates(rates) if rates else None
+    check(config)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    trained, _ = model_folders.settings(workdir)
+    home = workdir
+    if model_folders.kind(workdir) not in ("workdir", "exported"):
+        home = Path("runs") / "foreign" / trained.name
+        home.mkdir(parents=True, exist_ok=True)
+    if wanted is None:
+        model = load(workdir, config=config)
+        found, path = _score(model, config, trained, home, console)
+        console.print(table(found))
+        console.print(f"results: {path} (also .md, .html)")
+        return 0
+
+    def loaded(changed: ConfigDict) -> Model:
+        return load(workdir, config=changed)
+
+    def scored(model: Model, changed: ConfigDict) -> Results:
+        console.print(f"merging rate {changed.model.image.merging.rate:g}")
+        return _score(model, changed, trained, home, console)[0]
+
+    path = merging_rates.report(console, home, merging_rates.sweep(config, wanted, loaded, scored))
+    console.print(f"table: {path} (also .md)")
+    return 0
+
+
+def _score(
+    model: Model, config: ConfigDict, trained: ConfigDict, home: Path, console: Console
+) -> tuple[Results, Path]:
+    """Evaluates and files a model; returns what was found, and where it is filed."""
+    name = results_name(changes(trained, config))
+    draft = home / f".{name}.partial"
+    found = _kept(draft, model.step)
+    if found.done:
+        console.print(f"going on after {', '.join(found.done)}, kept from an evaluation cut short")
+    found = evaluate(model, config, done=found, keep=lambda results: _keep(draft, results))
+    if not found.figures:
+        raise UserError(
+            f"{home} names no set to evaluate on: add --config.data.validation=jsonl:PATH or "
+            "--config.evaluation.retrieval"
+        )
+    path = file_results(home, found, name)
+    draft.unlink(missing_ok=True)
+    return found, path
+
+
+def file_results(workdir: str | Path, found: Results, file_name: str = FILE_NAME) -> Path:
+    """Puts results among those that the file has of the same checkpoint; tables lie beside it."""
+    whole = read_results(workdir, file_name)
+    # Files of older versions do not say which checkpoint they are of: the last one.
+    if whole.step not in (None, found.step):
+        whole = Results()
+    whole.step = found.step
+    whole.update(found)
+    path = write_results(workdir, whole, file_name)
+    found = sheet(whole, f"Results of {path.parent.resolve().name}")
+    write_atomically(path.with_suffix(".md"), markdown(found))
+    write_atomically(path.with_suffix(".html"), html(found))
+    return path
+
+
+def _keep(draft: Path, results: Results) -> None:
+    write_atomically(draft, json.dumps(vars(results)))
+
+
+def _kept(draft: Path, step: int | None) -> Results:
+    """What an evaluation of the same checkpoint has kept; nothing where there is none."""
+    try:
+        found = Results(**json.loads(draft.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return Results(step=step)
+    return found if found.step == step else Results(step=step)
+
+
+def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
+    """Every key that moves a figure and differs from how the run was trained: "key=value"."""
+    before, now = schema.flatten(trained.to_dict()), schema.flatten(config.to_dict())
+    return [
+        f"{key}={now[key]}"
+        for key in sorted(now)
+        if key.startswith(_MOVE_A_FIGURE) and key not in _MOVE_NONE and now[key] != before[key]
+    ]
+
+
+def results_name(changed: list[str]) -> str:
+    """The file for the results under these changes; results.json when there are none."""
+    if not changed:
+        return FILE_NAME
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed))
+    if len(name.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(",".join(changed).encode()).hexdigest()[:8]
+        name = f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')},{digest}"
+    return f"results,{name}.json"

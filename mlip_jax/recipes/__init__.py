@@ -1,0 +1,1 @@
+"""The training recipes that the files in `configs/` start from."""

@@ -1,0 +1,271 @@
+"""Which form of attention a run trains with: what its config names, or what a probe finds fastest.
+
+On GPUs "auto" times every form on the largest attention of each tower, forth and back, before the
+step is compiled. Elsewhere it is the plain form, which measured fastest on CPUs. What a probe has
+found is kept in the workdir: a run that goes on has to compute the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from mlip_jax.config import ATTENTIONS, UserError, first_line, views_of
+from mlip_jax.devices import parallel, processes
+from mlip_jax.models.attention import attend
+from mlip_jax.models.building import compute_dtype, training_patches
+from mlip_jax.storage.workdir import write_atomically
+
+RECORD = "attention.json"
+_PROBED = ("gpu",)  # platforms
+_ROUNDS, _CALLS = 7, 10  # the median of rounds, each of some calls
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest attention of a tower on one device.
+
+    Attributes:
+      rows: examples.
+      tokens: of an example.
+      heads: of a device.
+      head: their width.
+      mask: "" for none, "keys", or "causal".
+      sized: whether the logits get the log of the tokens' sizes.
+      first: whether the attention of the first token is asked for.
+    """
+
+    rows: int
+    tokens: int
+    heads: int
+    head: int
+    mask: str = ""
+    sized: bool = False
+    first: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.heads} heads x {self.tokens} tokens x {self.head}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form of each tower whose attention has several, and what to print about it."""
+
+    forms: dict[str, str]
+    lines: list[str]
+
+
+def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
+    """The largest attention of each tower ("image", "text") whose attention has several forms."""
+    image, text = config.model.image, config.model.text
+    shards = parallel.batch_shards(mesh, config.accumulation)
+
+    def shape(tower: ConfigDict, view: str, tokens: int, **more: Any) -> Shape:
+        heads = max(tower.heads // mesh.shape["tensor"], 1)
+        rows = max(config.batch_size * views_of(config, view) // shards, 1)
+        return Shape(rows, tokens, heads, tower.width // tower.heads, **more)
+
+    found = {}
+    if image.architecture == "vit":
+        merging = image.merging
+        found["image"] = shape(
+            image,
+            "augmented_image",
+            training_patches(config) + (image.pooling == "class"),
+            sized=merging.proportional_attention,
+            first=merging.rate > 0 and merging.guidance in ("spatial", "both"),
+        )
+    if text.architecture == "clip":
+        mask = "causal" if text.causal else "keys"
+        found["text"] = shape(text, "other_caption", text.context_length, mask=mask)
+    return found
+
+
+def named(config: ConfigDict, platform: str) -> str:
+    """The form that a config names for a platform; "auto" is "plain" where nothing is probed.
+
+    Raises:
+      UserError: when there is no such form on the platform.
+    """
+    if config.attention == "cudnn" and platform != "gpu":
+        raise UserError(
+            f"config.attention='cudnn' is for GPUs, not for {platform.upper()}s: set "
+            "config.attention='auto'"
+        )
+    return "plain" if config.attention == "auto" else config.attention
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses a form that config.attention names and that cannot be had here; all processes call.
+
+    Raises:
+      UserError: one line with the reason.
+    """
+    form = named(config, _device(mesh).platform)
+    if form not in _candidates(mesh):
+        raise UserError(
+            f"config.attention={form!r} does not go with config.mesh.tensor={config.mesh.tensor}, "
+            "which may split a head: set config.attention='auto'"
+        )
+    if form != "cudnn":
+        return
+
+    def attempt() -> None:
+        for tower, shape in shapes(config, mesh).items():
+            try:
+                _Contest(shape, compute_dtype(config)).enter(form, repeatable=False)
+            except Exception as error:  # of JAX, XLA or cuDNN, of many types
+                raise UserError(
+                    f"config.attention='cudnn' cannot compute the {tower} attention of {shape} "
+                    f"in {compute_dtype(config).name}: {_line(error)}; set config.attention='auto'"
+                ) from error
+
+    processes.by_first(attempt)
+
+
+def choose(config: ConfigDict, mesh: Mesh, folder: Path | None = None) -> Choice:
+    """The forms to train with; every process calls it and gets the same.
+
+    Args:
+      config: checked by `check`.
+      mesh: the devices.
+      folder: the workdir, where the finding of a probe is looked for and kept; None: nowhere.
+
+    Raises:
+      UserError: when the workdir's record is damaged.
+    """
+    device = _device(mesh)
+    towers = shapes(config, mesh)
+    if not towers:
+        return Choice({}, [])
+    if config.attention != "auto" or device.platform not in _PROBED:
+        form = named(config, device.platform)
+        return Choice(dict.fromkeys(towers, form), [f"attention: {form}"])
+
+    def decide() -> Choice:
+        # Other devices may have another fastest; on those of before the bits must be the same.
+        kept = _kept(folder) if folder else {}
+        forms = kept.get("forms", {})
+        if kept.get("device") == device.device_kind and {*forms.values()} <= {*_candidates(mesh)}:
+            return Choice(forms, [f"attention: {_words(forms)}, as this run began"])
+        choice = _probe(towers, compute_dtype(config), _candidates(mesh))
+        if folder:
+            record = {"device": device.device_kind, "forms": choice.forms, "probe": choice.lines}
+            write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        return choice
+
+    return processes.by_first(decide)
+
+
+def _device(mesh: Mesh) -> jax.Device:
+    return mesh.devices.flat[0]
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
+
+
+def _words(forms: dict[str, str]) -> str:
+    return ", ".join(f"{tower} {form}" for tower, form in forms.items())
+
+
+def _line(error: Exception) -> str:
+    return first_line(error)[:200].rstrip(".")
+
+
+def _candidates(mesh: Mesh) -> list[str]:
+    """The forms that can be sharded: the tensor axis may split a head, which cuDNN's refuses."""
+    return [form for form in ATTENTIONS if form != "cudnn" or mesh.shape["tensor"] == 1]
+
+
+def _probe(towers: dict[str, Shape], dtype: jnp.dtype, candidates: list[str]) -> Choice:
+    forms, lines = {}, []
+    for tower, shape in towers.items():
+        contest = _Contest(shape, dtype)
+        left_out = []
+        for form in candidates:
+            try:
+                contest.enter(form)
+            except Exception as error:  # of JAX, XLA or cuDNN, of many types
+                left_out.append(f"; not {form}: {_line(error)}")
+        seconds = contest.seconds()
+        forms[tower] = min(seconds, key=seconds.get, default="plain")
+        figures = ", ".join(f"{form} {1e3 * found:.3g} ms" for form, found in seconds.items())
+        lines.append(f"  {tower}, {shape}, forth and back: {figures}{''.join(left_out)}")
+    return Choice(forms, [f"attention: {_words(forms)}, by a probe", *lines])
+
+
+class _Contest:
+    """Forms of one attention, on random arrays on one device of this process."""
+
+    def __init__(self, shape: Shape, dtype: jnp.dtype) -> None:
+        self._shape = shape
+        rows, tokens, width = shape.rows, shape.tokens, shape.heads * shape.head
+        keys = jax.random.split(jax.random.key(0), 3)
+        with jax.default_device(jax.local_devices()[0]):
+            self._qkv = jax.random.normal(keys[0], (rows, tokens, 3 * width), dtype)
+            self._gradient = jax.random.normal(keys[1], (rows, tokens, width), dtype)
+            self._size = jax.random.uniform(keys[2], (rows, tokens), minval=1.0, maxval=4.0)
+            self._valid = jnp.ones((rows, 1, 1, tokens), bool)
+        self._entered: dict[str, Callable[[], Any]] = {}
+
+    def enter(self, form: str, repeatable: bool = True) -> None:
+        """Compiles a form and runs it; it takes part unless it fails.
+
+        Args:
+          form: one of `ATTENTIONS`.
+          repeatable: whether a form fails whose bits differ from one call to the next, as those
+            of gradients that are summed in any order do.
+        """
+        program = self._program(form)
+        first, second = jax.block_until_ready((program(), program()))
+        same = jax.tree.leaves(jax.tree.map(jnp.array_equal, first, second))
+        if repeatable and not all(same):
+            raise ValueError("its bits differ from one call to the next")
+        self._entered[form] = program
+
+    def seconds(self) -> dict[str, float]:
+        """The median time of a call of each form that takes part, by turns."""
+        times: dict[str, list[float]] = {form: [] for form in self._entered}
+        for _ in range(_ROUNDS):
+            for form, program in self._entered.items():
+                start = time.perf_counter()
+                for _ in range(_CALLS):
+                    last = program()
+                jax.block_until_ready(last)
+                times[form].append((time.perf_counter() - start) / _CALLS)
+        return {form: statistics.median(found) for form, found in times.items()}
+
+    def _program(self, form: str) -> Callable[[], Any]:
+        shape = self._shape
+
+        def forth_and_back(qkv: Array, gradient: Array, valid: Array, size: Array) -> Any:
+            mask = valid if shape.mask else None
+            if shape.mask == "causal":
+                mask = mask & jnp.tril(jnp.ones((shape.tokens, shape.tokens), bool))
+
+            def attention(qkv: Array) -> tuple[Array, Array | None]:
+                sizes = size if shape.sized else None
+                out, _, first = attend(qkv, shape.heads, form, mask, sizes)
+                return out, first if shape.first else None
+
+            out, pull, first = jax.vjp(attention, qkv, has_aux=True)
+            return out, pull(gradient), first
+
+        program = jax.jit(forth_and_back)
+        return lambda: program(self._qkv, self._gradient, self._valid, self._size)
