@@ -28,12 +28,12 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         # The lower bounds of this file are tested, and the newest versions that each Python brings:
-        # jax 0.8.2 to 0.12 (mlip_jax/versions.py). There is no upper bound where none is known.
+        # jax 0.9 to 0.12 (mlip_jax/versions.py). There is no upper bound where none is known.
         # Compute.
-        "jax>=0.8.2",
-        "flax>=0.12",
-        "optax>=0.2.7",
-        "orbax-checkpoint>=0.11.28",
+        "jax>=0.9.0",
+        "flax>=0.12.6",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.4",
         "einops>=0.8",
         "jaxtyping>=0.3.3",
         "numpy>=2.0",
@@ -59,18 +59,18 @@ setup(
         # Command line, evaluation, reports.
         "scikit-learn>=1.5",
         "scipy>=1.13",
-        "joblib>=1.4.2",  # scikit-learn needs it, and the next, anyway
+        "joblib>=1.5",  # scikit-learn needs it, and the next, anyway
         "threadpoolctl>=3.1",
         "absl-py>=2.1",
         "ml_collections>=1.1",
-        "rich>=14.1",
+        "rich>=14.3",
         "tensorboardX>=2.6.4",
         "matplotlib>=3.10.7",
         "jinja2>=3.1",
     ],
     extras_require={
-        "gpu": ["jax[cuda12]>=0.8.2"],  # runs on older drivers too, which CUDA 13 does not
-        "tpu": ["jax[tpu]>=0.8.2"],
+        "gpu": ["jax[cuda12]>=0.9.0"],  # runs on older drivers too, which CUDA 13 does not
+        "tpu": ["jax[tpu]>=0.9.0"],
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "ann": ["usearch>=2.21.0"],

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 # The first version and the last minor one that the whole test suite passed on. Nothing is said
 # about another one unless something fails.
-TESTED_JAX = ("0.8.2", "0.12")
+TESTED_JAX = ("0.9.0", "0.12")
 _PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

@@ -67,7 +67,7 @@ def test_trains_by_default_and_hands_on_the_exit_code(calls):
 
 
 @pytest.mark.parametrize(
-    ("version", "named"), [("0.8.1", True), ("0.8.2", False), ("0.12.9", False), ("0.13.0", True)]
+    ("version", "named"), [("0.8.3", True), ("0.9.0", False), ("0.12.9", False), ("0.13.0", True)]
 )
 def test_an_unexpected_error_names_the_versions_that_were_tested(
     calls, monkeypatch, version, named
