@@ -13,10 +13,11 @@ batch of them. `pretrained=FOLDER` starts from a model that another library, or 
 written: its blocks are the Spatial Stage, and a Frequency Stage of a third as many comes before.
 """
 
-from mlip_jax.config import IMAGE_VIEWS, LOSSES, arguments, choose
+from mlip_jax.config import IMAGE_VIEWS, arguments
 from mlip_jax.interop.pretrained import adopt
 from mlip_jax.recipes.recipes import recipe
 from mlip_jax.recipes.sizes import QUICK
+from mlip_jax.registry import LOSSES
 
 _NEGATIVES = 4
 # With a weight of 1 the token level costs a point of R@1 on drawings and names.
@@ -26,7 +27,7 @@ _QUICK_TOKENS = 0.1
 def get_config(arg=None):
     """Takes size, data, objective and pretrained: a folder with a model to start from."""
     args = arguments(arg, size="quick", data="emoji", objective="softmax", pretrained="")
-    choose("objective", args["objective"], LOSSES)
+    LOSSES.check("objective", args["objective"])
     config = recipe(args["size"], args["data"])
     config.name = "mlip"
     image = config.model.image
@@ -50,7 +51,7 @@ def get_config(arg=None):
         perspective.weight = token_weight if tokens else 1.0
         perspective.shifts = _NEGATIVES
         perspective.loss = "jsd" if tokens else args["objective"]
-        if perspective.loss == "sigmoid":
+        if LOSSES[perspective.loss].learns_bias:
             perspective.init_scale = 10.0
             perspective.init_bias = -10.0
     return config

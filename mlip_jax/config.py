@@ -7,12 +7,16 @@ Keys are fixed here: an override of a key that does not exist is refused with th
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from mlip_jax.errors import RunError, UserError, choose, first_line, suggestion
+from mlip_jax.registry import EVALUATIONS
+
+__all__ = ["RunError", "UserError", "choose", "first_line", "suggestion"]
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
 # another augmentation of the image, another caption of it.
@@ -25,25 +29,12 @@ PERSPECTIVES = {
     "other_caption": "other_caption_2",
 }
 IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
-LOSSES = ("softmax", "sigmoid", "jsd")
-OPTIMIZERS = ("adamw", "muon", "sgd")
 CLEANINGS = ("none", "clip_lite", "whitespace", "canonicalize", "siglip")
 NORMALIZATIONS = ("clip", "imagenet", "siglip")
 ATTENTIONS = ("plain", "xla", "cudnn")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
-RESNET_DEPTHS = (18, 34, 50, 101, 152)
 GUIDANCES = ("none", "spatial", "frequency", "both")
 PROBES = ("lbfgs", "ridge", "sgd")
-# Families of evaluations; config.evaluation names the sets of each.
-EVALUATIONS = (
-    "retrieval",
-    "zero_shot",
-    "linear_probe",
-    "few_shot",
-    "svm",
-    "grounding",
-    "concepts",
-)
 
 # How several processes of a run find each other: flags, and the variables that they stand for.
 PROCESS_VARIABLES = {
@@ -67,12 +58,7 @@ _FREE_AT_RESUME = (
 )
 
 
-class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, exit code 2."""
-
-
-class RunError(Exception):
-    """A run that cannot go on for a reason outside the config: shown as one line, exit code 1."""
+_OPTIONS = "options."  # where any key may stand
 
 
 def default() -> ConfigDict:
@@ -218,6 +204,7 @@ def default() -> ConfigDict:
         {
             # "muon": kernels get orthogonal updates, all else AdamW's; "sgd": with momentum
             "name": "adamw",
+            "schedule": "cosine",  # of the rate after the warm-up; or "constant"
             "learning_rate": 1e-3,
             # Shares of the learning rate; an encoder with 0 is frozen.
             "rates": {"image": 1.0, "text": 1.0, "heads": 1.0},
@@ -233,6 +220,8 @@ def default() -> ConfigDict:
             "lookahead": {"period": 0, "alpha": 0.5},  # steps between two slow ones; 0: none
         }
     )
+    # Of a config file's own, for the things that it registers: kept, and compared at a resume.
+    config.options = ConfigDict()
     config.checkpoint = ConfigDict(
         {"every_samples": 50_000, "keep_last": 2, "keep_best": 1, "best": ""}
     )
@@ -259,6 +248,9 @@ def default() -> ConfigDict:
             "box_threshold": 0.5,  # of the saliency map's maximum; what is above makes the box
         }
     )
+    for family in EVALUATIONS:
+        if family not in config.evaluation:  # registered
+            config.evaluation[family] = ()
     return config
 
 
@@ -296,29 +288,9 @@ def whole_number(name: str, text: str) -> int:
         raise UserError(f"config argument {name}={text!r}: expected a whole number") from None
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line: its first, or the name of its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def views_of(config: ConfigDict, perspective: str) -> int:
     """Inputs of a modality for each example: two where that perspective within it is in use."""
     return 2 if config.perspectives[perspective].weight > 0 else 1
-
-
-def suggestion(word: str, valid: Iterable[str]) -> str:
-    """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
-    near = difflib.get_close_matches(str(word), list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def choose(key: str, value: str, valid: Iterable[str]) -> None:
-    """Raises UserError unless `value` is one of `valid`, naming the nearest."""
-    valid = tuple(valid)
-    if value not in valid:
-        raise UserError(
-            f"config.{key}={value!r} is not one of {', '.join(valid)}{suggestion(value, valid)}"
-        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -350,6 +322,9 @@ def from_json(text: str) -> ConfigDict:
 
 def _update(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
     for key, value in values.items():
+        if prefix == _OPTIONS:
+            config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+            continue
         if key not in config:
             raise UserError(f"unknown config key {prefix}{key}{suggestion(key, config.keys())}")
         if isinstance(value, Mapping):

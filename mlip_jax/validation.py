@@ -13,16 +13,18 @@ from mlip_jax.config import (
     ACTIVATIONS,
     ATTENTIONS,
     CLEANINGS,
-    GUIDANCES,
     IMAGE_VIEWS,
-    LOSSES,
     NORMALIZATIONS,
-    OPTIMIZERS,
     PROBES,
-    RESNET_DEPTHS,
-    UserError,
-    choose,
     flatten,
+)
+from mlip_jax.errors import UserError, choose
+from mlip_jax.registry import (
+    IMAGE_ENCODERS,
+    LOSSES,
+    OPTIMIZERS,
+    SCHEDULES,
+    TEXT_ENCODERS,
 )
 
 # None of them holds for NaN.
@@ -100,6 +102,8 @@ def validate(config: ConfigDict) -> None:
             f"config.model.pretrained and config.model.{towers[0]}.pretrained both say what the "
             "run starts from: leave one of them ''"
         )
+    for view, perspective in config.perspectives.items():
+        LOSSES.check(f"perspectives.{view}.loss", perspective.loss)
     _check_image(config)
     _check_text(config)
     _check_joint_space(config)
@@ -110,80 +114,13 @@ def validate(config: ConfigDict) -> None:
 
 def _check_image(config: ConfigDict) -> None:
     image = config.model.image
-    choose("model.image.architecture", image.architecture, ("vit", "resnet"))
     choose("model.image.normalization", image.normalization, NORMALIZATIONS)
-    choose("model.image.frequency.transform", image.frequency.transform, ("auto", "fft", "matmul"))
-    choose("model.image.merging.guidance", image.merging.guidance, GUIDANCES)
-    choose("model.image.activation", image.activation, ACTIVATIONS)
-    if image.architecture == "resnet":
-        _check_resnet(config)
-        return
-    choose("model.image.stem", image.stem, ("patch", "conv"))
-    choose("model.image.pooling", image.pooling, ("class", "attention"))
-    _check_heads(config, "image")
-    _check_guidance(config)
-    if image.pretrained:
-        raise UserError("config.model.image.pretrained is for ResNets; leave it '' for a ViT")
-    if image.image_size % image.patch_size:
-        raise UserError(
-            f"config.model.image.image_size={image.image_size} is not a multiple of "
-            f"patch_size={image.patch_size}"
-        )
-    if image.stem == "conv" and image.patch_size & (image.patch_size - 1):
-        raise UserError(
-            f"config.model.image.stem='conv' halves the image: patch_size={image.patch_size} must "
-            "be a power of two, or the stem 'patch'"
-        )
-    if image.frequency.depth >= image.depth:
-        raise UserError(
-            f"config.model.image.frequency.depth={image.frequency.depth} must be from 0 to "
-            f"{image.depth - 1}: the Spatial Stage needs at least one of the {image.depth} blocks"
-        )
-
-
-def _check_guidance(config: ConfigDict) -> None:
-    """Finds a guidance of the merging that the encoder cannot give."""
-    image = config.model.image
-    if image.merging.rate <= 0:
-        return
-    guidance = image.merging.guidance
-    if image.frequency.depth == 0 and guidance in ("frequency", "both"):
-        raise UserError(
-            f"config.model.image.merging.guidance={guidance!r} needs a Frequency "
-            "Stage (config.model.image.frequency.depth > 0); use 'spatial' or 'none'"
-        )
-    if image.pooling != "class" and guidance in ("spatial", "both"):
-        raise UserError(
-            f"config.model.image.merging.guidance={guidance!r} needs a class token, which "
-            f"config.model.image.pooling={image.pooling!r} goes without; use 'frequency' or 'none'"
-        )
-
-
-def _check_resnet(config: ConfigDict) -> None:
-    image = config.model.image
-    choose("model.image.stem", image.stem, ("imagenet", "small"))
-    if image.depth not in RESNET_DEPTHS:
-        depths = ", ".join(map(str, RESNET_DEPTHS))
-        raise UserError(f"config.model.image.depth={image.depth}: a ResNet has {depths} layers")
-    for key, what in (
-        ("merging.rate", "it has no tokens to merge"),
-        ("frequency.depth", "a Frequency Stage is a part of a ViT"),
-        ("dropout", "it has none"),
-        ("drop_path", "it has none"),
-        ("patch_dropout", "it has no patches"),
-        ("pre_norm", "it has none"),
-    ):
-        value = flatten(image.to_dict())[key]
-        if value:
-            raise UserError(
-                f"config.model.image.{key}={value} does not go with a ResNet: {what}; set it to 0, "
-                "or config.model.image.architecture='vit'"
-            )
+    IMAGE_ENCODERS.check("model.image.architecture", image.architecture)
+    IMAGE_ENCODERS[image.architecture].check(config)
 
 
 def _check_text(config: ConfigDict) -> None:
     text = config.model.text
-    choose("model.text.architecture", text.architecture, ("clip", "bert"))
     choose("model.text.activation", text.activation, ACTIVATIONS)
     choose("model.text.cleaning", text.cleaning, CLEANINGS)
     if not text.tokenizer.startswith(("wordpiece:", "folder:")):
@@ -194,42 +131,15 @@ def _check_text(config: ConfigDict) -> None:
             f"config.model.text.vocab_size={text.vocab_size} must be at least 64 (letters alone "
             "need as many)"
         )
-    _check_heads(config, "text")
-    if text.architecture == "bert":
-        choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "last"))
-        if text.drop_path:
-            raise UserError(
-                f"config.model.text.drop_path={text.drop_path} does not go with 'bert': set it to 0"
-            )
-        return
-    choose("model.text.pooling", text.pooling, ("last", "mean", "first", "highest", "final"))
-    if text.pretrained:
-        raise UserError(
-            "config.model.text.pretrained is for config.model.text.architecture='bert'; leave it "
-            "'' for 'clip'"
-        )
-
-
-def _check_heads(config: ConfigDict, tower: str) -> None:
-    sizes = config.model[tower]
-    if sizes.width % sizes.heads:
-        raise UserError(
-            f"config.model.{tower}.width={sizes.width} is not a multiple of heads={sizes.heads}"
-        )
-
-
-def image_feature_width(config: ConfigDict) -> int:
-    """The width of the image encoder's global view."""
-    image = config.model.image
-    if image.architecture == "vit":
-        return image.width
-    return image.width * (8 if image.depth < 50 else 32)  # bottlenecks widen by 4
+    TEXT_ENCODERS.check("model.text.architecture", text.architecture)
+    TEXT_ENCODERS[text.architecture].check(config)
 
 
 def _check_joint_space(config: ConfigDict) -> None:
     model = config.model
     choose("model.critic", model.critic, ("dot", "concat"))
-    widths = {"image": image_feature_width(config), "text": model.text.width}
+    encoder = IMAGE_ENCODERS[model.image.architecture]
+    widths = {"image": encoder.feature_width(config), "text": model.text.width}
     for tower, width in widths.items():
         if model.head == "projection_block" and model.critic == "dot" and width > model.embed_dim:
             raise UserError(
@@ -239,7 +149,9 @@ def _check_joint_space(config: ConfigDict) -> None:
     if model.critic == "dot":
         return
     for view, perspective in config.perspectives.items():
-        if perspective.weight and not view.endswith("_tokens") and perspective.loss != "jsd":
+        if not perspective.weight or view.endswith("_tokens"):
+            continue
+        if LOSSES[perspective.loss].of_pairs is None:
             raise UserError(
                 f"config.perspectives.{view}.loss={perspective.loss!r} scores all pairs; "
                 "config.model.critic='concat' can only score some: use 'jsd', or the critic 'dot'"
@@ -254,7 +166,7 @@ def _check_joint_space(config: ConfigDict) -> None:
 
 def _check_accumulation(config: ConfigDict) -> None:
     norms = {
-        "model.image.architecture": config.model.image.architecture == "resnet",
+        "model.image.architecture": IMAGE_ENCODERS[config.model.image.architecture].batch_norm,
         "model.head": config.model.head == "projection_block" and config.model.critic == "dot",
     }
     for key, has_norm in norms.items():
@@ -269,7 +181,8 @@ def _check_accumulation(config: ConfigDict) -> None:
 
 def _check_optimizer(config: ConfigDict) -> None:
     settings = config.optimizer
-    choose("optimizer.name", settings.name, OPTIMIZERS)
+    OPTIMIZERS.check("optimizer.name", settings.name)
+    SCHEDULES.check("optimizer.schedule", settings.schedule)
     if settings.ema and settings.lookahead.period:
         raise UserError(
             f"config.optimizer.ema={settings.ema} and config.optimizer.lookahead.period="
@@ -286,14 +199,14 @@ def _check_perspectives(config: ConfigDict) -> None:
             "train on"
         )
     for view, perspective in config.perspectives.items():
-        choose(f"perspectives.{view}.loss", perspective.loss, LOSSES)
         depth = config.model.image.frequency.depth
         if perspective.weight and view.startswith("frequency") and depth == 0:
             raise UserError(
                 f"config.perspectives.{view}.weight={perspective.weight} needs a Frequency Stage: "
                 f"set config.model.image.frequency.depth or the weight to 0"
             )
-        if perspective.loss == "jsd" and not 1 <= perspective.shifts < config.batch_size:
+        few = LOSSES[perspective.loss].of_pairs is not None
+        if few and not 1 <= perspective.shifts < config.batch_size:
             raise UserError(
                 f"config.perspectives.{view}.shifts={perspective.shifts} must be from 1 to "
                 f"{config.batch_size - 1}, one less than the batch"

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mlip_jax import config as schema
 from mlip_jax.cli import command_line
 from mlip_jax.config import UserError
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.models import building
 from mlip_jax.recipes import sizes
+from mlip_jax.registry import LOSSES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
@@ -95,7 +95,7 @@ def test_the_docstring_gives_the_command(file):
         assert command_line.parse(command.split()[3:], ["train"]).config.name
 
 
-@pytest.mark.parametrize("objective", schema.LOSSES)
+@pytest.mark.parametrize("objective", LOSSES)
 def test_mlip_takes_every_objective(objective):
     config = parse(f"mlip.py:objective={objective}")
     assert config.perspectives.spatial_global.loss == objective

@@ -10,12 +10,12 @@ from mlip_jax import config as schema
 from mlip_jax import main as door
 from mlip_jax.config import UserError
 from mlip_jax.evaluations import Results, compare, read_results, write_results
-from mlip_jax.evaluations import suites as evaluations
 from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.sheets import html, markdown, sheet
 from mlip_jax.evaluations.verb import file_results
+from mlip_jax.registry import EVALUATIONS
 
 
 def outcome(name, **figures):
@@ -42,12 +42,12 @@ def families(monkeypatch):
             asked.append((name, spec))
             return outcome(spec.rpartition("/")[2], top1=0.5)
 
-        return SimpleNamespace(score=score, check=lambda sets, spec: None)
+        return SimpleNamespace(
+            score=score, check=lambda sets, spec: None, default_set=f"own-{name}"
+        )
 
-    made = {name: make(name) for name in schema.EVALUATIONS}
-    monkeypatch.setattr(evaluations, "family", made.get)
-    for name in schema.EVALUATIONS:
-        monkeypatch.setitem(evaluations._DEFAULT_SETS, name, f"own-{name}")
+    for name in list(EVALUATIONS):
+        monkeypatch.setitem(EVALUATIONS._own, name, make(name))
     return asked
 
 
@@ -96,7 +96,7 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
     def killed(sets, spec):
         raise KeyboardInterrupt
 
-    svm = evaluations.family("svm")
+    svm = EVALUATIONS["svm"]
     whole, svm.score = svm.score, killed
     assert evaluate(workdir, "--suite=all") == 130
     assert "linear_probe/own-linear_probe/top1" not in read_results(workdir).figures

@@ -15,6 +15,7 @@ from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
 from mlip_jax.recipes import sizes
+from mlip_jax.registry import LOSSES
 from mlip_jax.validation import validate
 
 BATCH, PATCHES, WIDTH, CONTEXT = 2, 16, 16, 8
@@ -393,7 +394,7 @@ def test_an_unknown_size_names_the_nearest():
         sizes.apply(schema.default(), "B16")
 
 
-@pytest.mark.parametrize("loss", schema.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("text", ["clip", "bert"])
 @pytest.mark.parametrize("image", ["vit", "resnet"])
 def test_any_encoders_go_together_under_any_loss(image, text, loss):

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from token_losses import token_loss as token_level_loss
 
 from mlip_jax import config as schema
 from mlip_jax import objectives
-from mlip_jax.objectives import perspectives, tokenwise
+from mlip_jax.objectives import perspectives
 
 DATA = Path(__file__).parent / "data"
 LOSSES = ("softmax", "sigmoid", "jsd")
@@ -114,7 +115,7 @@ def test_a_pair_is_never_its_own_negative(batch, shifts):
     mask, weights = jnp.ones((batch, 3), bool), jnp.full((batch, 3), 1 / 3)
     x = jnp.ones((batch, 3, 8))
     with pytest.raises(ValueError, match=f"{shifts} shifts needs a batch"):
-        tokenwise.tokenwise_loss("jsd", x, x, weights, mask, 1.0, shifts=shifts)
+        token_level_loss("jsd", x, x, weights, mask, 1.0, shifts=shifts)
 
 
 def test_published_tokenwise_similarity():
@@ -167,7 +168,7 @@ def test_a_token_of_size_two_is_worth_two_tokens(tokens):
 def token_loss(loss, tokens, chunk):
     def function(image, text, scale):
         weights, mask = tokens["image_weights"], tokens["text_mask"]
-        return tokenwise.tokenwise_loss(
+        return token_level_loss(
             loss, image, text, weights, mask, scale, -1.0, shifts=2, chunk=chunk
         )
 
@@ -228,7 +229,7 @@ def test_a_text_without_words_is_harmless(tokens, loss):
 
 def temporary_bytes(loss, batch, tokens, words, chunk):
     def function(image, text, weights, mask, scale):
-        return tokenwise.tokenwise_loss(loss, image, text, weights, mask, scale, chunk=chunk)
+        return token_level_loss(loss, image, text, weights, mask, scale, chunk=chunk)
 
     shapes = [(batch, tokens, 16), (batch, words, 16), (batch, tokens), (batch, words), ()]
     dtypes = [jnp.float32, jnp.float32, jnp.float32, bool, jnp.float32]
@@ -286,7 +287,7 @@ def test_the_total_is_the_weighted_sum(embeddings, tokens):
         "frequency_global": objectives.sigmoid_contrastive(
             embeddings["frequency_global"], embeddings["text_global"], 4.0, -2.0
         ),
-        "spatial_tokens": tokenwise.tokenwise_loss("jsd", **tokens, scale=5.0),
+        "spatial_tokens": token_level_loss("jsd", **tokens, scale=5.0),
     }
     assert losses.keys() == expected.keys()
     for view, value in expected.items():
@@ -307,7 +308,7 @@ def test_a_weight_warms_up(embeddings):
 def test_frequency_tokens_weigh_the_same(embeddings):
     term = perspectives.Term("frequency_tokens", "softmax", 1.0, 1, 0)
     found = perspectives.term_loss(term, embeddings, jnp.float32(3.0), 0.0, chunk=4)
-    expected = tokenwise.tokenwise_loss(
+    expected = token_level_loss(
         "softmax",
         embeddings["frequency_tokens"],
         embeddings["text_tokens"],

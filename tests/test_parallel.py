@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from token_losses import token_loss
 
 from mlip_jax import config as schema
 from mlip_jax.cli import command_line
@@ -297,7 +298,7 @@ def test_jsd_asks_the_neighbour_once_and_gathers_nothing(level, shifts):
         loss = functools.partial(sharded.jsd, shifts=shifts, mesh=mesh)
         arguments = [shape((BATCH, 8), jnp.float32), shape((BATCH, 8), jnp.float32), scale]
     else:
-        loss = functools.partial(sharded.tokenwise_jsd, shifts=shifts, mesh=mesh)
+        loss = functools.partial(token_loss, "jsd", shifts=shifts, mesh=mesh)
         arguments = [
             shape((BATCH, 5, 6), jnp.float32),
             shape((BATCH, 4, 6), jnp.float32),

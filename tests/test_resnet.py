@@ -16,12 +16,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from mlip_jax.config import RESNET_DEPTHS, UserError, default
+from mlip_jax.config import UserError, default
 from mlip_jax.interop import resnet as reader
-from mlip_jax.models import resnet
+from mlip_jax.models import building, resnet
 from mlip_jax.models.layers import BatchNorm
 from mlip_jax.models.resnet import ResNet
-from mlip_jax.validation import image_feature_width
 
 DATA = Path(__file__).parent / "data"
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -71,7 +70,7 @@ def test_evaluation_is_pytorch(depth):
         variables(depth), expected["images"]
     )
     batch, rows, columns, width = expected["grid"].shape
-    assert width == image_feature_width(config_of(model))
+    assert width == building.image_encoder(config_of(model)).feature_width(config_of(model))
     assert rows == -(-expected["images"].shape[1] // resnet.reduction(model.stem))
     close(views.spatial_tokens, expected["grid"].reshape(batch, rows * columns, width))
     close(views.spatial_global, expected["mean"])
@@ -98,7 +97,7 @@ def test_a_step_in_training_is_pytorch(depth, tmp_path):
 
 
 def test_every_depth_has_its_layers():
-    for depth in RESNET_DEPTHS:
+    for depth in resnet.DEPTHS:
         params, _ = wanted(ResNet(depth, 2, "imagenet", FLOAT32), side=32)
         kernels = [
             path

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from token_losses import token_loss
 
 from mlip_jax.devices import parallel
-from mlip_jax.objectives import contrastive, perspectives, ring, sharded, tokenwise
+from mlip_jax.objectives import contrastive, losses, perspectives, ring, sharded
 
 BATCH = 16
 MIB = 2**20
@@ -49,7 +50,7 @@ def unit(rng, *shape):
 
 def in_blocks(mesh):
     """Every loss as a function of a dict of arguments."""
-    tokens = functools.partial(sharded.tokenwise_loss, chunk=3, shifts=2, mesh=mesh)
+    tokens = functools.partial(token_loss, chunk=3, shifts=2, blocks="always", mesh=mesh)
     return {
         "softmax": lambda a: sharded.softmax_contrastive(
             a["image"], a["text"], a["scale"], mesh=mesh
@@ -61,7 +62,7 @@ def in_blocks(mesh):
 
 def plain():
     """The same on one device, all scores at once."""
-    tokens = functools.partial(tokenwise.tokenwise_loss, chunk=3, shifts=2)
+    tokens = functools.partial(token_loss, chunk=3, shifts=2)
     return {
         "softmax": lambda a: contrastive.softmax_contrastive(a["image"], a["text"], a["scale"]),
         "sigmoid": lambda a: contrastive.sigmoid_contrastive(**a),
@@ -204,11 +205,11 @@ def test_scores_of_many_pairs_are_computed_in_blocks():
     mesh = make_mesh(8)
     for matrices, where, devices in ((1, mesh, 8), (2, mesh, 8), (1, None, 1)):
         # The largest batch whose scores the plain form may hold.
-        most = int((perspectives.PLAIN_BYTES * devices / matrices / 4) ** 0.5) // 8 * 8
-        assert not perspectives.in_blocks("auto", most, matrices, where)
-        assert perspectives.in_blocks("auto", most + 8, matrices, where)
-    assert perspectives.in_blocks("always", 2, 1, None)
-    assert not perspectives.in_blocks("never", 2**20, 2, mesh)
+        most = int((losses.PLAIN_BYTES * devices / matrices / 4) ** 0.5) // 8 * 8
+        assert not losses.in_blocks("auto", most, matrices, where)
+        assert losses.in_blocks("auto", most + 8, matrices, where)
+    assert losses.in_blocks("always", 2, 1, None)
+    assert not losses.in_blocks("never", 2**20, 2, mesh)
 
 
 @pytest.mark.parametrize("view", ["spatial_global", "spatial_tokens"])

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from mlip_jax.config import UserError
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Parts, Ridge, on_one_thread, place_in_class, ranks
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
@@ -156,3 +157,6 @@ def _possible(parts: Parts, spec: str, shots: Sequence[int]) -> tuple[tuple[int,
 
 def _listed(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts))
+
+
+FAMILY = Family(score, check, needs_joint_space=False)

@@ -22,6 +22,7 @@ from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
 from mlip_jax.data.regions.base import Box, Regions
 from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import Sets, short_name
 from mlip_jax.progress import track
@@ -305,3 +306,6 @@ def _name(spec: str, specs: Iterable[Any]) -> str:
     alike = [other for other in specs if short_name(other) == name]
     number = alike.index(spec) + 1 if spec in alike else 1
     return name if number == 1 else f"{name}-{number}"
+
+
+FAMILY = Family(score, check, default_set="compositions", needs_joint_space=False)

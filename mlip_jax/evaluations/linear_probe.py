@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from mlip_jax.config import UserError
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Linear, Ridge, on_one_thread, place_in_class, ranks
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
@@ -251,3 +252,6 @@ def _correct(
     labels: Int[np.ndarray, " images"],
 ) -> int:
     return int((ranks(linear, features, labels) == 1).sum())
+
+
+FAMILY = Family(score, check, needs_joint_space=False)

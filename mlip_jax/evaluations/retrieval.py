@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from mlip_jax.config import UserError
 from mlip_jax.evaluations.counting import Side, count_reaching
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import grid_integers, products
 from mlip_jax.evaluations.sets import Sets
@@ -282,3 +283,6 @@ def _found(positives: Int[np.ndarray, " queries"], candidates: int, k: int) -> f
         steps = np.arange(draws)
         missed.append(np.prod(np.maximum(candidates - rest - steps, 0) / (candidates - steps)))
     return float(1 - np.average(missed, weights=counts))
+
+
+FAMILY = Family(score, check, at_intervals=True)

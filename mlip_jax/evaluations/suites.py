@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from mlip_jax.config import EVALUATIONS, UserError, suggestion
 from mlip_jax.data.sets.records import Source
+from mlip_jax.errors import UserError, suggestion
 from mlip_jax.evaluations import pairs, prompts
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import Results
 from mlip_jax.evaluations.sets import Sets
+from mlip_jax.registry import EVALUATIONS
 
-# The set of a family in a suite where the config names none for it.
-_DEFAULT_SETS = dict.fromkeys(EVALUATIONS, "validation") | {
-    "grounding": "compositions",
-    "concepts": "gender",
-}
-WITHOUT_JOINT_SPACE = ("linear_probe", "few_shot", "svm", "grounding")
-AT_INTERVALS = ("retrieval", "zero_shot")  # fast enough to be repeated while training
-
+# By name, the evaluations of a suite; "all" is every one that is registered.
 SUITES = {
     "mlip": ("retrieval", "zero_shot", "linear_probe"),
     "clip_lite": ("retrieval", "zero_shot", "linear_probe", "svm", "grounding", "concepts"),
-    "all": EVALUATIONS,
 }
+ALL = "all"
 
 
-def family(name: str) -> ModuleType:
-    """The module of a family of evaluations, imported when it is asked for.
+def at_intervals() -> list[str]:
+    """The families that are fast enough to be repeated while training."""
+    return [name for name, family in EVALUATIONS.items() if family.at_intervals]
 
-    It has `score(sets, spec) -> Outcome | None`, None where "validation" cannot give it, and
-    `check(sets, spec)`, which raises UserError for a set that it cannot be done on.
-    """
-    place = "concepts.editing" if name == "concepts" else name
-    return importlib.import_module(f"mlip_jax.evaluations.{place}")
+
+def the_others() -> list[str]:
+    """The families that wait for the end of training."""
+    return [name for name, family in EVALUATIONS.items() if not family.at_intervals]
 
 
 def apply_suite(config: ConfigDict, suite: str) -> None:
@@ -51,8 +43,9 @@ def apply_suite(config: ConfigDict, suite: str) -> None:
     Raises:
       UserError: for an unknown name.
     """
-    chosen = SUITES.get(suite) or tuple(filter(None, suite.split(",")))
-    valid = (*SUITES, *EVALUATIONS)
+    suites = SUITES | {ALL: tuple(EVALUATIONS)}
+    chosen = suites.get(suite) or tuple(filter(None, suite.split(",")))
+    valid = (*suites, *EVALUATIONS)
     for name in chosen or (suite,):
         if name not in EVALUATIONS:
             raise UserError(
@@ -62,7 +55,7 @@ def apply_suite(config: ConfigDict, suite: str) -> None:
         if name not in chosen:
             config.evaluation[name] = ()
         elif not config.evaluation[name]:
-            config.evaluation[name] = (_DEFAULT_SETS[name],)
+            config.evaluation[name] = (EVALUATIONS[name].default_set,)
 
 
 def check(config: ConfigDict) -> None:
@@ -76,7 +69,7 @@ def check(config: ConfigDict) -> None:
     for name in EVALUATIONS:
         for spec in config.evaluation[name]:
             if spec != "validation":
-                family(name).check(sets, spec)
+                EVALUATIONS[name].check(sets, spec)
 
 
 def evaluate(
@@ -84,7 +77,7 @@ def evaluate(
     config: ConfigDict,
     validation: Source | None = None,
     progress: bool = True,
-    families: Sequence[str] = EVALUATIONS,
+    families: Sequence[str] | None = None,
     done: Results | None = None,
     keep: Callable[[Results], None] | None = None,
 ) -> Results:
@@ -99,7 +92,7 @@ def evaluate(
       config: the run's config.
       validation: the run's validation set if it is open already.
       progress: whether to draw bars; a caller that draws its own says no.
-      families: those to evaluate; the config names the sets.
+      families: those to evaluate; None: all. The config names the sets.
       done: figures of the same model that an evaluation which was cut short has kept; they are
         not computed again.
       keep: called with all results so far after each set.
@@ -110,18 +103,19 @@ def evaluate(
       RunError: for NaN or infinity among the embeddings.
     """
     results = Results() if done is None else done
+    families = list(EVALUATIONS) if families is None else families
     sets = Sets(model, config, validation, progress)
     if config.model.critic == "concat":
         source = sets.source("validation") if "retrieval" in families else None
         if source is not None:
             results.add("pairs", pairs.score(model, source, config.evaluation.batch_size))
-        families = [name for name in families if name in WITHOUT_JOINT_SPACE]
+        families = [name for name in families if not EVALUATIONS[name].needs_joint_space]
     for name in families:
         for spec in config.evaluation[name]:
             place = f"{name}={spec}"
             if place in results.done:
                 continue
-            outcome = family(name).score(sets, spec)
+            outcome = EVALUATIONS[name].score(sets, spec)
             if outcome is not None:
                 results.add(name, outcome)
             results.done.append(place)

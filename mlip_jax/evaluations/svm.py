@@ -22,6 +22,7 @@ from sklearn.svm import LinearSVC
 from mlip_jax.config import UserError
 from mlip_jax.evaluations import average_precision, classifiers
 from mlip_jax.evaluations.classifiers import named, on_one_thread
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
@@ -199,3 +200,6 @@ def _note(
     if fits.unconverged:
         note += f" {fits.unconverged:,} fits did not converge in {_ITERATIONS:,} iterations."
     return note
+
+
+FAMILY = Family(score, check, needs_joint_space=False)

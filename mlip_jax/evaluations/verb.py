@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax import config as schema
-from mlip_jax.config import EVALUATIONS, UserError
 from mlip_jax.devices import cluster
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations import merging_rates
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
 from mlip_jax.evaluations.sheets import html, markdown, sheet, table
 from mlip_jax.evaluations.suites import apply_suite, check, evaluate
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import model_folders
+from mlip_jax.registry import EVALUATIONS
 from mlip_jax.storage.workdir import write_atomically
 
 _MOVE_A_FIGURE = (
@@ -29,8 +30,6 @@ _MOVE_A_FIGURE = (
     "model.",
     "perspectives.",  # the first global one in use gives the embeddings
 )
-# They name sets, and figures carry the sets' names.
-_MOVE_NONE = ("evaluation.batch_size", *(f"evaluation.{family}" for family in EVALUATIONS))
 _LONGEST_NAME = 160  # bytes; file systems take 255 of a whole name
 
 
@@ -142,11 +141,13 @@ def _kept(draft: Path, step: int | None) -> Results:
 
 def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
     """Every key that moves a figure and differs from how the run was trained: "key=value"."""
+    # The families' keys name sets, and figures carry the sets' names.
+    moves_none = {"evaluation.batch_size", *(f"evaluation.{family}" for family in EVALUATIONS)}
     before, now = schema.flatten(trained.to_dict()), schema.flatten(config.to_dict())
     return [
         f"{key}={now[key]}"
         for key in sorted(now)
-        if key.startswith(_MOVE_A_FIGURE) and key not in _MOVE_NONE and now[key] != before[key]
+        if key.startswith(_MOVE_A_FIGURE) and key not in moves_none and now[key] != before.get(key)
     ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlip_jax.config import UserError
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.scores import on_grid
@@ -166,3 +167,6 @@ def _average_precision(
         {key: f"zero-shot, {prompts}, step-sum AP"},
         note + embedded.omissions(),
     )
+
+
+FAMILY = Family(score, check, at_intervals=True)

@@ -73,7 +73,7 @@ def load(
     tokenizer = tokenizer or found.tokenizer
     if config is not None or overrides:
         validate(asked)
-        if asked.model.image.architecture == "vit":
+        if building.image_encoder(asked).patch_tokens:
             variables["params"] = positions.fit(variables["params"], building.grid(asked))
     if config is not None or overrides or kind != "workdir":
         _check_parameters(asked, variables["params"], tokenizer, folder)

@@ -174,7 +174,7 @@ def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict
                     f"{there!r}: set it so"
                 )
     variables = dict(found.variables)
-    if config.model.image.architecture == "vit":
+    if building.image_encoder(config).patch_tokens:
         variables["params"] = positions.fit(variables["params"], building.grid(config))
     has = traverse_util.flatten_dict(variables, sep="/")
     asked = traverse_util.flatten_dict(dict(wanted), sep="/")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from mlip_jax.config import PERSPECTIVES, UserError
-from mlip_jax.models import merging, resnet
+from mlip_jax.config import PERSPECTIVES
+from mlip_jax.errors import UserError
+from mlip_jax.models import merging
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.two_tower import Embeddings, TwoTower
+from mlip_jax.registry import IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS
+
+if TYPE_CHECKING:
+    from mlip_jax.models.encoders import ImageEncoderKind
 
 
 @runtime_checkable
@@ -34,39 +38,36 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def image_encoder(config: ConfigDict) -> ImageEncoderKind:
+    """The entry of the image encoder that a config names.
+
+    Raises:
+      UserError: for a name that is not in the table.
+    """
+    return IMAGE_ENCODERS[config.model.image.architecture]
+
+
 def grid(config: ConfigDict) -> int:
     """Patches (of a ViT) or cells of the last features (of a ResNet) along a side of the image."""
-    image = config.model.image
-    if image.architecture == "resnet":
-        return -(-image.image_size // resnet.reduction(image.stem))
-    return image.image_size // image.patch_size
+    return image_encoder(config).grid(config)
 
 
-def evidence_layers(config: ConfigDict) -> dict[Path, Tokens]:
+def evidence_layers(config: ConfigDict) -> Mapping[Path, Tokens]:
     """The layers that Grad-CAM takes: the last ones whose tokens have a place in the image.
-
-    Of a ResNet this is its last grid. Of a ViT it is the normalised patch tokens that the last
-    block attends to: its class token reads nothing else, and its own patch tokens reach no global
-    embedding. With attention pooling it is the tokens that are pooled. The frequency view is a mean
-    over the tokens of the Frequency Stage, which come in addition. The layers of a ViT are our
-    choice.
 
     Returns:
       By the module's path, how to bring its output to [batch, tokens, width].
+
+    Raises:
+      UserError: for an encoder that has none.
     """
-    image = config.model.image
-    if image.architecture == "resnet":
-        path = ("image_encoder", resnet.last_block(image.depth))
-        return {path: lambda cells: rearrange(cells, "b r c d -> b (r c) d")}
-    last = image.depth - image.frequency.depth - 1
-    layers: dict[Path, Tokens] = {
-        ("image_encoder", f"spatial_{last}", "norm_attention"): lambda tokens: tokens[:, 1:]
-    }
-    if image.pooling == "attention":
-        layers = {("image_encoder", "norm_spatial"): lambda tokens: tokens}
-    if image.frequency.depth:
-        layers["image_encoder", "norm_frequency"] = lambda tokens: tokens
-    return layers
+    evidence = image_encoder(config).evidence
+    if evidence is None:
+        raise UserError(
+            f"the image encoder {config.model.image.architecture!r} names no layers whose tokens "
+            "have a place in the image: it cannot be grounded"
+        )
+    return evidence(config)
 
 
 def training_patches(config: ConfigDict) -> int:
@@ -82,7 +83,7 @@ def merge_counts(config: ConfigDict, training: bool = False) -> tuple[int, ...]:
       training: of the patches that patch dropout keeps; otherwise of all.
     """
     image = config.model.image
-    if image.architecture == "resnet":
+    if not image_encoder(config).patch_tokens:
         return ()
     patches = training_patches(config) if training else grid(config) ** 2
     blocks = image.depth - image.frequency.depth
@@ -118,16 +119,21 @@ def build(
         view: (
             config.perspectives[view].init_scale,
             config.perspectives[view].init_bias
-            if config.perspectives[view].loss == "sigmoid"
+            if LOSSES[config.perspectives[view].loss].learns_bias
             else None,
         )
         for view in PERSPECTIVES  # a ConfigDict would give them by the alphabet
         if config.perspectives[view].weight > 0
     }
     return TwoTower(
-        image=_image_fields(config, training) | {"remat": training and model.image.remat},
-        text=_text_fields(config)
-        | {
+        image={
+            "architecture": model.image.architecture,
+            **image_encoder(config).fields(config, training),
+            "remat": training and model.image.remat,
+        },
+        text={
+            "architecture": model.text.architecture,
+            **TEXT_ENCODERS[model.text.architecture].fields(config),
             "vocab_size": vocab_size,
             "start_id": start_id,
             "end_id": end_id,
@@ -174,28 +180,6 @@ def parameter_shapes(config: ConfigDict, tokenizer: Vocabulary) -> Any:
     return jax.eval_shape(lambda: initialise(network, config, key)["params"])
 
 
-def _image_fields(config: ConfigDict, training: bool) -> dict[str, Any]:
-    image = config.model.image.to_dict()
-    if image["architecture"] == "resnet":
-        return {name: image[name] for name in ("architecture", "depth", "width", "stem")}
-    frequency, guided = image.pop("frequency"), image.pop("merging")
-    for name in ("rate", "schedule"):
-        guided.pop(name)
-    for name in ("pretrained", "normalization", "patch_dropout"):
-        image.pop(name)
-    return (
-        image
-        | guided
-        | {
-            "frequency_depth": frequency["depth"],
-            "transform": frequency["transform"],
-            "merge_counts": merge_counts(config),
-            "training_patches": training_patches(config) if training else grid(config) ** 2,
-            "training_merge_counts": merge_counts(config, training),
-        }
-    )
-
-
 def embed_kept(network: TwoTower, variables: Any, images: Array, config: ConfigDict) -> Embeddings:
     """`embed_images` of what patch dropout keeps, with nothing else left out: to count its work."""
     if not config.model.image.patch_dropout:
@@ -210,16 +194,6 @@ def embed_kept(network: TwoTower, variables: Any, images: Array, config: ConfigD
         method="embed_images",
     )
     return embeddings
-
-
-def _text_fields(config: ConfigDict) -> dict[str, Any]:
-    text = config.model.text.to_dict()
-    for name in ("pretrained", "tokenizer", "vocab_size", "cleaning"):
-        text.pop(name)
-    if text["architecture"] == "bert":
-        for name in ("causal", "drop_path", "attend_padding", "norm_epsilon"):
-            text.pop(name)
-    return text
 
 
 def initialise(network: TwoTower, config: ConfigDict, key: Array) -> dict[str, Any]:

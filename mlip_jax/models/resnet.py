@@ -18,6 +18,7 @@ _STAGES = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+DEPTHS = tuple(_STAGES)
 _EXPANSION = 4
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -25,6 +26,11 @@ KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 def reduction(stem: str) -> int:
     """How many pixels a cell of the last grid spans, along each side."""
     return {"imagenet": 32, "small": 8}[stem]
+
+
+def feature_width(depth: int, width: int) -> int:
+    """The width of the last features, for a first stage of `width` channels."""
+    return width * 8 * (_EXPANSION if _is_bottleneck(depth) else 1)
 
 
 def last_block(depth: int) -> str:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES
-from mlip_jax.models.bert import BertEncoder
 from mlip_jax.models.dropout import row_keys
 from mlip_jax.models.heads import (
     ConcatCritic,
@@ -19,13 +18,11 @@ from mlip_jax.models.heads import (
     PriorDiscriminator,
     ProjectionHead,
 )
-from mlip_jax.models.resnet import ResNet
-from mlip_jax.models.text import TextEncoder, TextViews
-from mlip_jax.models.vit import ImageEncoder, ImageViews
+from mlip_jax.models.text import TextViews
+from mlip_jax.models.vit import ImageViews
+from mlip_jax.registry import IMAGE_ENCODERS, TEXT_ENCODERS
 
 Embeddings = dict[str, Array]
-_IMAGE_ENCODERS = {"vit": ImageEncoder, "resnet": ResNet}
-_TEXT_ENCODERS = {"clip": TextEncoder, "bert": BertEncoder}
 
 
 class TwoTower(nn.Module):
@@ -52,8 +49,8 @@ class TwoTower(nn.Module):
     dtype: jnp.dtype
 
     def setup(self) -> None:
-        self.image_encoder = self._encoder(_IMAGE_ENCODERS, self.image)
-        self.text_encoder = self._encoder(_TEXT_ENCODERS, self.text)
+        self.image_encoder = self._encoder(IMAGE_ENCODERS, self.image)
+        self.text_encoder = self._encoder(TEXT_ENCODERS, self.text)
         # A set's order would differ between processes, and so would their programs.
         views = dict.fromkeys([*self.critics, *(PERSPECTIVES[view] for view in self.critics)])
         heads = {view: self._head(view) for view in views}
@@ -87,7 +84,7 @@ class TwoTower(nn.Module):
 
     def _encoder(self, kinds: Mapping[str, Any], fields: Mapping[str, Any]) -> nn.Module:
         fields = dict(fields)
-        return kinds[fields.pop("architecture")](**fields, dtype=self.dtype)
+        return kinds[fields.pop("architecture")].module(**fields, dtype=self.dtype)
 
     def _head(self, view: str) -> nn.Module | None:
         if level(view) == "tokens":

@@ -78,7 +78,7 @@ def jsd(
     """
     check_shifts(shifts, image.shape[0])
     scores = shifted_scores(image, followed(text, shifts), scale, shifts)
-    return jsd_of_scores(scores[0], scores[1:])
+    return jsd_of_scores(scores)
 
 
 def followed(rows: Shaped[Array, "batch *rest"], count: int) -> Shaped[Array, "more *rest"]:
@@ -107,8 +107,6 @@ def check_shifts(shifts: int, batch: int) -> None:
         )
 
 
-def jsd_of_scores(
-    positive: Float[Array, "batch"], negatives: Float[Array, "shifts batch"]
-) -> Scalar:
-    """mean softplus(-positive) + mean softplus(negative)."""
-    return jnp.mean(jax.nn.softplus(-positive)) + jnp.mean(jax.nn.softplus(negatives))
+def jsd_of_scores(scores: Float[Array, "shifts1 batch"]) -> Scalar:
+    """mean softplus(-positive) + mean softplus(negative); the first row is the positives'."""
+    return jnp.mean(jax.nn.softplus(-scores[0])) + jnp.mean(jax.nn.softplus(scores[1:]))

@@ -11,19 +11,13 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlip_jax.config import PERSPECTIVES
-from mlip_jax.objectives import contrastive, ring, sharded, tokenwise
-from mlip_jax.objectives.contrastive import jsd_of_scores
+from mlip_jax.objectives import sharded
+from mlip_jax.objectives.losses import Scoring, Tokens
 from mlip_jax.objectives.prior import prior_matching
+from mlip_jax.registry import LOSSES
 
 # (perspective, one side, other side shifted) -> scores [shifts + 1, batch]
 PairCritic = Callable[[str, Array, Array], Array]
-
-# The most bytes of scores that the plain form may hold on a device; on 8 devices a batch of 5,792.
-# Our choice: up to it the plain form takes fewer cycles by the compiler for TPU v5e, collectives
-# aside (softmax on 8 devices, 2,048 pairs: 0.13 against 0.37 million; 4,096: 0.44 against 0.72),
-# and little memory beside the encoders. On 8 virtual devices of two CPU cores the plain form was
-# faster up to 1,024 pairs, and neither clearly so from 2,048 to 8,192.
-PLAIN_BYTES = 16 * 2**20
 
 
 class Term(NamedTuple):
@@ -46,21 +40,6 @@ def terms(config: ConfigDict) -> tuple[Term, ...]:
     )
 
 
-def in_blocks(blocks: str, batch: int, matrices: int, mesh: Mesh | None) -> bool:
-    """Whether a loss over all pairs is computed in blocks around a ring, not plainly.
-
-    Args:
-      blocks: "always", "never", or "auto": where the plain form's scores would take more than
-        `PLAIN_BYTES` of a device.
-      batch: pairs in the global batch.
-      matrices: of scores that the plain form keeps; the token level has one a direction.
-      mesh: the devices that the rows lie on; None: one.
-    """
-    if blocks != "auto":
-        return blocks == "always"
-    return matrices * batch // ring.shards(mesh) * batch * 4 > PLAIN_BYTES
-
-
 def term_loss(
     term: Term,
     embeddings: Mapping[str, Array],
@@ -79,38 +58,32 @@ def term_loss(
       embeddings: by view, float32, L2-normalised unless there is a critic; token views come with
         "text_mask" and, for "spatial_tokens", "sizes" [batch, merged].
       scale: multiplies cosines.
-      bias: added to scores by the sigmoid loss.
-      chunk: see `tokenwise_similarity`.
-      blocks: see `in_blocks`.
-      mesh: what devices the rows of the batch lie on; None: one.
-      critic: scores pairs of global features in place of the scaled cosine; jsd only.
+      bias: added to scores by losses that learn one.
+      chunk, blocks, mesh: see `Scoring`.
+      critic: scores pairs of global features in place of the scaled cosine, for losses that score
+        few pairs.
     """
     one, other = embeddings[term.view], embeddings[PERSPECTIVES[term.view]]
+    loss = LOSSES[term.loss]
+    scoring = Scoring(scale, bias, term.shifts, chunk, blocks, mesh)
     if one.ndim == 3:
-        if term.view == "spatial_tokens":
-            sizes = embeddings["sizes"]
-            weights = sizes / jnp.sum(sizes, axis=-1, keepdims=True)
-        else:
-            weights = jnp.full(one.shape[:2], 1.0 / one.shape[1], jnp.float32)
-        tokens = (one, other, weights, embeddings["text_mask"], scale)
-        if term.loss == "jsd" or in_blocks(blocks, len(one), 2, mesh):
-            return sharded.tokenwise_loss(
-                term.loss, *tokens, bias, shifts=term.shifts, chunk=chunk, mesh=mesh
-            )
-        return tokenwise.tokenwise_loss(term.loss, *tokens, bias, chunk=chunk)
+        weights = _token_weights(term.view, one, embeddings)
+        return loss.of_tokens(Tokens(one, other, weights, embeddings["text_mask"]), scoring)
     if critic:
-        scores = critic(term.view, one, sharded.shifted(other, term.shifts, mesh))
-        return jsd_of_scores(scores[0], scores[1:])
-    if term.loss == "jsd":
-        return sharded.jsd(one, other, scale, term.shifts, mesh=mesh)
-    around = in_blocks(blocks, len(one), 1, mesh)
-    if term.loss == "sigmoid":
-        if around:
-            return sharded.sigmoid_contrastive(one, other, scale, bias, mesh=mesh)
-        return contrastive.sigmoid_contrastive(one, other, scale, bias)
-    if around:
-        return sharded.softmax_contrastive(one, other, scale, mesh=mesh)
-    return contrastive.softmax_contrastive(one, other, scale)
+        if loss.of_pairs is None:
+            raise ValueError(f"the loss {term.loss!r} scores all pairs; a critic scores some")
+        return loss.of_pairs(critic(term.view, one, sharded.shifted(other, term.shifts, mesh)))
+    return loss.of_embeddings(one, other, scoring)
+
+
+def _token_weights(
+    view: str, tokens: Float[Array, "batch tokens width"], embeddings: Mapping[str, Array]
+) -> Float[Array, "batch tokens"]:
+    """The share of each token in its image: merged ones count for what they stand for."""
+    if view == "spatial_tokens":
+        sizes = embeddings["sizes"]
+        return sizes / jnp.sum(sizes, axis=-1, keepdims=True)
+    return jnp.full(tokens.shape[:2], 1.0 / tokens.shape[1], jnp.float32)
 
 
 def total_loss(

@@ -11,7 +11,7 @@ tensor axis computes the same.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def softmax_contrastive(
 
     Without a mesh, or where all rows lie on one device, that device goes through all of the blocks.
     """
-    return blocks.softmax(_paired, image, text, None, scale, mesh=mesh)
+    return blocks.softmax(paired, image, text, None, scale, mesh=mesh)
 
 
 def sigmoid_contrastive(
@@ -50,46 +50,19 @@ def sigmoid_contrastive(
     mesh: Mesh | None,
 ) -> Scalar:
     """`contrastive.sigmoid_contrastive` in blocks, as in `softmax_contrastive`."""
-    return blocks.sigmoid(_paired, image, text, None, scale, bias, mesh=mesh)
+    return blocks.sigmoid(paired, image, text, None, scale, bias, mesh=mesh)
 
 
-def _paired(image: Array, text: Array, _: None) -> tuple[Array, Array]:
+def paired(image: Array, text: Array, _: None) -> tuple[Array, Array]:
+    """A `blocks.Similarity` of embeddings."""
     scores = contrastive.similarity(image, text)
     return scores, scores
 
 
-def tokenwise_loss(
-    loss: str,
-    image_tokens: ImageTokens,
-    text_tokens: TextTokens,
-    image_weights: Weights,
-    text_mask: Mask,
-    scale: Float[Array, ""] | float,
-    bias: Float[Array, ""] | float = 0.0,
-    *,
-    shifts: int = 1,
-    chunk: int = 32,
-    mesh: Mesh | None,
-) -> Scalar:
-    """`tokenwise.tokenwise_loss` in blocks, as in `softmax_contrastive`; "jsd" by one exchange.
-
-    Args:
-      loss, image_tokens, text_tokens, image_weights, text_mask, scale, bias, shifts: as there.
-      chunk: the most texts scored at a time, with the images of one device.
-      mesh: the devices that the rows lie on; None: one.
-    """
-    tokens = image_tokens, text_tokens, image_weights, text_mask, scale
-    if loss == "jsd":
-        return tokenwise_jsd(*tokens, shifts, mesh=mesh)
-
-    def similarity(images: tuple[Array, Array], texts: Array, mask: Array) -> tuple[Array, Array]:
-        tokens, weights = images
-        return tokenwise.block_similarity(tokens, texts, weights, mask)
-
-    sides: tuple[Any, ...] = (image_tokens, image_weights), text_tokens, text_mask
-    if loss == "sigmoid":
-        return blocks.sigmoid(similarity, *sides, scale, bias, chunk=chunk, mesh=mesh)
-    return blocks.softmax(similarity, *sides, scale, chunk=chunk, mesh=mesh)
+def tokens_paired(images: tuple[Array, Array], texts: Array, mask: Array) -> tuple[Array, Array]:
+    """A `blocks.Similarity` of tokens and their weights with words."""
+    tokens, weights = images
+    return tokenwise.block_similarity(tokens, texts, weights, mask)
 
 
 def jsd(
@@ -105,39 +78,65 @@ def jsd(
     Raises:
       ValueError: unless 1 <= shifts < batch.
     """
-    if shards(mesh) == 1:
-        return contrastive.jsd(image, text, scale, shifts)
+    return over_shifts(jsd_of_scores, image, text, scale, shifts, mesh=mesh)
+
+
+def over_shifts(
+    of_pairs: Callable[[Array], Scalar],
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    shifts: int,
+    *,
+    mesh: Mesh | None,
+) -> Scalar:
+    """A loss on the scaled scores of images with their own and the next `shifts` texts.
+
+    Args:
+      of_pairs: scores [1 + shifts, rows] -> their mean loss.
+      image, text, scale, shifts, mesh: as in `jsd`.
+
+    Raises:
+      ValueError: unless 1 <= shifts < batch.
+    """
     check_shifts(shifts, image.shape[0])
 
     def local(image: Array, text: Array, scale: Array) -> Array:
         scores = shifted_scores(image, _followed(text, shifts, mesh), scale, shifts)
-        return jax.lax.pmean(jsd_of_scores(scores[0], scores[1:]), AXES)
+        loss = of_pairs(scores)
+        return loss if shards(mesh) == 1 else jax.lax.pmean(loss, AXES)
 
+    if shards(mesh) == 1:
+        return local(image, text, scale)
     specs = BATCH, BATCH, _EVERYWHERE
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
     return everywhere(image, text, jnp.asarray(scale))
 
 
-def tokenwise_jsd(
+def tokens_over_shifts(
+    of_pairs: Callable[[Array], Scalar],
     image_tokens: ImageTokens,
     text_tokens: TextTokens,
     image_weights: Weights,
     text_mask: Mask,
     scale: Float[Array, ""] | float,
-    shifts: int = 1,
+    shifts: int,
     *,
     mesh: Mesh | None,
 ) -> Scalar:
-    """`tokenwise.tokenwise_jsd` of a batch whose rows lie on the mesh's axes, as in `jsd`.
+    """`over_shifts` on token-level similarity: the mean over its two directions.
 
     Raises:
       ValueError: unless 1 <= shifts < batch.
     """
-    if shards(mesh) == 1:
-        return tokenwise.tokenwise_jsd(
-            image_tokens, text_tokens, image_weights, text_mask, scale, shifts
-        )
     check_shifts(shifts, image_tokens.shape[0])
+    if shards(mesh) == 1:
+        following = (contrastive.followed(rows, shifts) for rows in (text_tokens, text_mask))
+        text_tokens, text_mask = following
+        scores = tokenwise.shifted_scores(
+            image_tokens, text_tokens, image_weights, text_mask, shifts
+        )
+        return tokenwise.directed(of_pairs, scale * scores)
 
     def local(image: Array, text: Array, weights: Array, mask: Array, scale: Array) -> Array:
         # The mask travels as one more column, so that one exchange brings both.
@@ -146,7 +145,7 @@ def tokenwise_jsd(
         scores = tokenwise.shifted_scores(
             image, packed[..., :-1], weights, packed[..., -1] > 0, shifts
         )
-        return jax.lax.pmean(tokenwise.directed_jsd(scale * scores), AXES)
+        return jax.lax.pmean(tokenwise.directed(of_pairs, scale * scores), AXES)
 
     specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)

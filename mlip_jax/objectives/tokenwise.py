@@ -9,18 +9,13 @@ scored one after the other, and again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mlip_jax.objectives.contrastive import (
-    Scalar,
-    check_shifts,
-    followed,
-    jsd_of_scores,
-    sigmoid_of_scores,
-    softmax_of_scores,
-)
+from mlip_jax.objectives.contrastive import Scalar
 
 ImageTokens = Float[Array, "images tokens width"]
 TextTokens = Float[Array, "texts words width"]
@@ -138,66 +133,8 @@ def shifted_scores(
     return jnp.stack([jnp.stack([pair[direction] for pair in scores]) for direction in (0, 1)])
 
 
-def directed_jsd(scores: Float[Array, "2 shifts1 images"]) -> Scalar:
-    """The mean of both directions' bounds from scaled scores; the first row is the positives'."""
-    return sum(jsd_of_scores(score[0], score[1:]) for score in scores) / 2
-
-
-def tokenwise_jsd(
-    image_tokens: ImageTokens,
-    text_tokens: TextTokens,
-    image_weights: Weights,
-    text_mask: Mask,
-    scale: Float[Array, ""] | float,
-    shifts: int = 1,
+def directed(
+    of_pairs: Callable[[Array], Scalar], scores: Float[Array, "2 shifts1 images"]
 ) -> Scalar:
-    """`contrastive.jsd` on token-level similarity: (shifts + 1) * batch pairs are scored.
-
-    Raises:
-      ValueError: unless 1 <= shifts < batch.
-    """
-    check_shifts(shifts, image_tokens.shape[0])
-    scores = shifted_scores(
-        image_tokens,
-        followed(text_tokens, shifts),
-        image_weights,
-        followed(text_mask, shifts),
-        shifts,
-    )
-    return directed_jsd(scale * scores)
-
-
-def tokenwise_loss(
-    loss: str,
-    image_tokens: ImageTokens,
-    text_tokens: TextTokens,
-    image_weights: Weights,
-    text_mask: Mask,
-    scale: Float[Array, ""] | float,
-    bias: Float[Array, ""] | float = 0.0,
-    *,
-    shifts: int = 1,
-    chunk: int = 32,
-) -> Scalar:
-    """A contrastive loss on token-level similarity; its mean over the two directions.
-
-    Args:
-      loss: "softmax", "sigmoid" or "jsd". The first two score all pairs, jsd only
-        (shifts + 1) * batch of them.
-      image_tokens, text_tokens, image_weights, text_mask: as `tokenwise_similarity`, same batch.
-      scale: multiplies the similarity.
-      bias: added to it (sigmoid only).
-      shifts: negatives a positive (jsd only).
-      chunk: texts scored at a time.
-    """
-    if loss == "jsd":
-        return tokenwise_jsd(image_tokens, text_tokens, image_weights, text_mask, scale, shifts)
-    image_to_text, text_to_image = tokenwise_similarity(
-        image_tokens, text_tokens, image_weights, text_mask, chunk=chunk
-    )
-    if loss == "sigmoid":
-        return (
-            sigmoid_of_scores(scale * image_to_text + bias)
-            + sigmoid_of_scores(scale * text_to_image + bias)
-        ) / 2
-    return softmax_of_scores(scale * image_to_text, scale * text_to_image)
+    """The mean of a loss's two directions, from scaled scores as `shifted_scores` gives them."""
+    return sum(of_pairs(direction) for direction in scores) / 2

@@ -14,6 +14,7 @@ from mlip_jax.config import PERSPECTIVES, views_of
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
+from mlip_jax.registry import LOSSES
 
 
 def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
@@ -61,7 +62,7 @@ def _score_flops(
         one = other = shapes["spatial_global" if "spatial_global" in shapes else "text_global"]
     else:
         one, other = shapes[term.view], shapes[PERSPECTIVES[term.view]]
-    pairs = batch * (term.shifts + 1 if term.loss == "jsd" else batch)
+    pairs = LOSSES[term.loss].scored_pairs(batch, term.shifts)
     tokens = math.prod(one.shape[1:-1]) * math.prod(other.shape[1:-1])
     return 2.0 * pairs * tokens * one.shape[-1]
 

@@ -26,6 +26,7 @@ from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
 from mlip_jax.evaluations.sheets import sheet
 from mlip_jax.inference import load
 from mlip_jax.models import building
+from mlip_jax.registry import LOSSES, TEXT_ENCODERS
 from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
@@ -221,14 +222,8 @@ def _headline(figures: dict[str, float], chance: dict[str, float]) -> list[tuple
 
 def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
     """The config in a dozen lines."""
-    image, text = config.model.image, config.model.text
+    image = config.model.image
     seen = max([line["samples"] for line in history.training], default=0)
-    if image.architecture == "resnet":
-        encoder = f"ResNet-{image.depth}, {image.width} channels in the first stage; "
-        encoder += f"{image.image_size} px"
-    else:
-        encoder = f"ViT, depth {image.depth}, {image.width} wide, {image.heads} heads; "
-        encoder += f"{image.image_size} px in patches of {image.patch_size}"
     frequency = (
         f"first {image.frequency.depth} of {image.depth} blocks"
         if image.frequency.depth
@@ -243,18 +238,14 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         for name, perspective in config.perspectives.items()
         if perspective.weight > 0
     ]
-    if text.architecture == "bert":
-        words = "BERT"
-    else:
-        words = "causal transformer" if text.causal else "bidirectional transformer"
     facts = [
         ("Training set", config.data.train),
         ("Samples seen", f"{seen:,.0f} of {config.samples:,}" if seen else "not recorded"),
         ("Batch", f"{config.batch_size:,}"),
-        ("Image encoder", encoder),
+        ("Image encoder", building.image_encoder(config).describe(config)),
         ("Frequency Stage", frequency),
         ("Token merging", merging),
-        ("Text encoder", f"{words}, depth {text.depth}, {text.width} wide, {text.heads} heads"),
+        ("Text encoder", TEXT_ENCODERS[config.model.text.architecture].describe(config)),
         ("Embedding", f"{config.model.embed_dim} wide, {config.model.head.replace('_', ' ')}"),
         ("Perspectives", "; ".join(perspectives)),
         ("Optimizer", config.optimizer.name),
@@ -269,9 +260,10 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
 
 
 def _loss(perspective: ConfigDict) -> str:
-    if perspective.loss != "jsd":
+    if LOSSES[perspective.loss].of_pairs is None:
         return perspective.loss
-    return f"jsd with {perspective.shifts} negative{'s' if perspective.shifts > 1 else ''}"
+    plural = "s" if perspective.shifts > 1 else ""
+    return f"{perspective.loss} with {perspective.shifts} negative{plural}"
 
 
 def _environment(workdir: Path) -> list[tuple[str, str]]:

@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 from mlip_jax.config import ATTENTIONS, UserError, first_line, views_of
 from mlip_jax.devices import parallel, processes
 from mlip_jax.models.attention import attend
-from mlip_jax.models.building import compute_dtype, training_patches
+from mlip_jax.models.building import compute_dtype, image_encoder, training_patches
+from mlip_jax.registry import TEXT_ENCODERS
 from mlip_jax.storage.workdir import write_atomically
 
 RECORD = "attention.json"
@@ -77,7 +78,7 @@ def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
         return Shape(rows, tokens, heads, tower.width // tower.heads, **more)
 
     found = {}
-    if image.architecture == "vit":
+    if image_encoder(config).patch_tokens:
         merging = image.merging
         found["image"] = shape(
             image,
@@ -86,7 +87,7 @@ def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
             sized=merging.proportional_attention,
             first=merging.rate > 0 and merging.guidance in ("spatial", "both"),
         )
-    if text.architecture == "clip":
+    if TEXT_ENCODERS[text.architecture].attention_forms:
         mask = "causal" if text.causal else "keys"
         found["text"] = shape(text, "other_caption", text.context_length, mask=mask)
     return found

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlip_jax.config import EVALUATIONS
 from mlip_jax.devices import processes
-from mlip_jax.evaluations import Results, evaluate, table
-from mlip_jax.evaluations import suites as evaluations
+from mlip_jax.evaluations import Results, evaluate, suites, table
 from mlip_jax.evaluations.verb import file_results
 from mlip_jax.reports import write_report
 from mlip_jax.training.run import Run
@@ -41,8 +39,7 @@ def finish(run: Run, state: TrainState, results: Results | None) -> int:
 def _finish(run: Run, variables: Any, done: int, results: Results | None) -> None:
     if results is None:
         results = _evaluate(run, variables)
-    slow = [family for family in EVALUATIONS if family not in evaluations.AT_INTERVALS]
-    results.update(_evaluate(run, variables, slow, progress=True))
+    results.update(_evaluate(run, variables, suites.the_others(), progress=True))
     results.step = done
     path = file_results(run.folder, results)
     model = run.model.with_variables(variables)
@@ -54,9 +51,11 @@ def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Non
 def _evaluate(
     run: Run,
     variables: Any,
-    families: Sequence[str] = evaluations.AT_INTERVALS,
+    families: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Results:
+    """By some families; None: by those that are fast enough to be repeated."""
+    families = suites.at_intervals() if families is None else families
     model = run.model.with_variables(variables)
     return evaluate(
         model, run.config, validation=run.validation, progress=progress, families=families

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,28 +13,50 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mlip_jax.devices.parallel import path_name
-from mlip_jax.training.muon import muon
+from mlip_jax.registry import OPTIMIZERS, SCHEDULES
+from mlip_jax.training import muon as orthogonal
 
 _ADAMW_RMS = 0.2  # of an element of AdamW's updates, before the learning rate
 
 
+# Of a config: samples seen, float32, after the warm-up -> the share of the peak rate, in [0, 1].
+MakeSchedule = Callable[[ConfigDict], Callable[[Float[Array, ""]], Float[Array, ""]]]
+# Of config.optimizer, the rate by step, and a mask of what decays: the updates, the rate included.
+MakeOptimizer = Callable[
+    [ConfigDict, optax.Schedule, Callable[[Any], Any]], optax.GradientTransformation
+]
+
+
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then cosine to 0 at the last sample; a function of the step.
+    """Linear warm-up, then config.optimizer.schedule; a function of the step.
 
     The first step has a rate above 0: at step s the rate is that of s + 1 finished batches.
     """
-    peak, warmup, total = (
-        config.optimizer.learning_rate,
-        max(config.optimizer.warmup_samples, 1),
-        config.samples,
-    )
+    peak, warmup = config.optimizer.learning_rate, max(config.optimizer.warmup_samples, 1)
+    share = SCHEDULES[config.optimizer.schedule](config)
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
         seen = (step.astype(jnp.float32) + 1.0) * config.batch_size
-        progress = jnp.clip((seen - warmup) / max(total - warmup, 1), 0.0, 1.0)
-        return peak * jnp.minimum(seen / warmup, 1.0) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        return peak * jnp.minimum(seen / warmup, 1.0) * share(seen)
 
     return schedule
+
+
+def cosine(config: ConfigDict) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
+    """From 1 at the end of the warm-up to 0 at the last sample, by half a cosine."""
+    warmup, total = max(config.optimizer.warmup_samples, 1), config.samples
+
+    def share(seen: Float[Array, ""]) -> Float[Array, ""]:
+        progress = jnp.clip((seen - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        return 0.5 * (1 + jnp.cos(math.pi * progress))
+
+    return share
+
+
+def constant(config: ConfigDict) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
+    """Always 1."""
+    del config
+    return jnp.ones_like
 
 
 def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -55,19 +76,14 @@ def by_muon(params: Any) -> Any:
 
 
 def make(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, Muon or SGD, at each tower's rate; perhaps Lookahead.
-
-    Muon (Jordan et al. 2024) moves kernels by about the nearest orthogonal matrix to their
-    momentum, scaled to the RMS of AdamW's updates (arXiv 2502.16982), so that both take the same
-    learning rate. All that is no kernel goes by AdamW with Nesterov momentum. SGD adds the weight
-    decay to the gradient, as PyTorch does.
+    """Clipping by global norm, then config.optimizer.name at each tower's rate; perhaps Lookahead.
 
     With Lookahead (arXiv 1907.08610) the transformation takes and moves `optax.LookaheadParams`.
     """
     settings = config.optimizer
     norm, lookahead = settings.clip_norm, settings.lookahead
     steps = [optax.clip_by_global_norm(norm)] if norm > 0 else []
-    steps.append(_updates(settings, learning_rate(config)))
+    steps.append(OPTIMIZERS[settings.name](settings, learning_rate(config), _decayed))
     if any(share != 1.0 for share in settings.rates.values()):
         steps.append(optax.stateless(_scaled(settings.rates.to_dict())))
     chain = optax.chain(*steps)
@@ -76,35 +92,56 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     return chain
 
 
-def _updates(settings: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    def mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(decays, params)
+def _decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(decays, params)
 
-    if settings.name == "sgd":
-        return optax.chain(
-            optax.add_decayed_weights(settings.weight_decay, mask),
-            optax.sgd(rate, settings.momentum),
-        )
-    adamw = functools.partial(
-        optax.adamw,
+
+def adamw(
+    settings: ConfigDict,
+    rate: optax.Schedule,
+    mask: Callable[[Any], Any],
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+    return optax.adamw(
         rate,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         mask=mask,
+        nesterov=nesterov,
     )
-    if settings.name == "muon":
-        return muon(
-            rate,
-            adamw(nesterov=True),
-            by_muon,
-            eps=settings.eps,
-            rms=_ADAMW_RMS,
-            weight_decay=settings.weight_decay,
-            mask=mask,
-        )
-    return adamw()
+
+
+def muon(
+    settings: ConfigDict, rate: optax.Schedule, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Orthogonal updates of the kernels; AdamW with Nesterov momentum for all else.
+
+    Muon (Jordan et al. 2024) moves kernels by about the nearest orthogonal matrix to their
+    momentum, scaled to the RMS of AdamW's updates (arXiv 2502.16982), so that both take the same
+    learning rate.
+    """
+    return orthogonal.muon(
+        rate,
+        adamw(settings, rate, mask, nesterov=True),
+        by_muon,
+        eps=settings.eps,
+        rms=_ADAMW_RMS,
+        weight_decay=settings.weight_decay,
+        mask=mask,
+    )
+
+
+def sgd(
+    settings: ConfigDict, rate: optax.Schedule, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """SGD with momentum; the weight decay is added to the gradient, as PyTorch does."""
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay, mask),
+        optax.sgd(rate, settings.momentum),
+    )
 
 
 def tower(path: tuple[Any, ...]) -> str:

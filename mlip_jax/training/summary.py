@@ -21,6 +21,7 @@ from mlip_jax.models.building import (
     compute_dtype,
     embed_kept,
     grid,
+    image_encoder,
     merge_counts,
     training_patches,
 )
@@ -99,7 +100,7 @@ def print_compiled(
 
     tokens = grid(config) ** 2
     words = f"{tokens} in the last grid"
-    if config.model.image.architecture == "vit":
+    if image_encoder(config).patch_tokens:
         words = f"{tokens} patches, {tokens - sum(merge_counts(config))} after merging"
         if config.model.image.patch_dropout:
             tokens = training_patches(config)

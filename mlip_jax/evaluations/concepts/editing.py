@@ -30,6 +30,7 @@ from mlip_jax.evaluations.concepts.measures import (
     nearest_text,
     side_probe,
 )
+from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import EmbeddedSet, Sets, embed_source
@@ -290,3 +291,6 @@ def _by_image_pairs(components: int, images: Images, task: Task) -> dict[str, fl
         "image_pairs_probe_after": float(np.mean(after)),
         "image_pairs_task_after": task_after,
     }
+
+
+FAMILY = Family(score, check, default_set="gender")

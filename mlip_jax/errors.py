@@ -1,0 +1,34 @@
+"""What ends a program with one line, and the nearest valid name that the line may suggest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on for a reason outside the config: shown as one line, exit code 1."""
+
+
+def suggestion(word: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
+    near = difflib.get_close_matches(str(word), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def choose(key: str, value: str, valid: Iterable[str]) -> None:
+    """Raises UserError unless config.`key`'s `value` is one of `valid`, naming the nearest."""
+    valid = tuple(valid)
+    if value not in valid:
+        raise UserError(
+            f"config.{key}={value!r} is not one of {', '.join(valid)}{suggestion(value, valid)}"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line: its first, or the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

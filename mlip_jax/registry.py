@@ -1,0 +1,168 @@
+"""The kinds of things that a config can name, one table each.
+
+What comes with the package stands here by its place, "module:attribute", and is imported when it is
+first used: to know the names costs nothing. A config file adds things of its own, without a fork:
+
+    from mlip_jax.registry import LOSSES
+    LOSSES.register("hinge", over_all_pairs(hinge))
+
+CONTRIBUTING.md has a whole example of each kind.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from mlip_jax.errors import UserError, suggestion
+
+if TYPE_CHECKING:
+    from mlip_jax.data.sets.kinds import DatasetKind
+    from mlip_jax.evaluations.family import Family
+    from mlip_jax.models.encoders import ImageEncoderKind, TextEncoderKind
+    from mlip_jax.objectives.losses import Loss
+    from mlip_jax.training.optimizer import MakeOptimizer, MakeSchedule
+
+Thing = TypeVar("Thing")
+
+
+class Table(Mapping[str, Thing], Generic[Thing]):
+    """Things of one kind by name.
+
+    Iterating gives the names, in the order of the listing; `table[name]` the thing.
+    """
+
+    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
+        """Takes what messages call such a thing, and the built-in ones as "module:attribute"."""
+        self.kind = kind
+        self._places = dict(places)
+        self._own: dict[str, Thing] = {}
+        self._files: dict[str, str] = {}  # of the things in _own, the file that registered each
+
+    def register(self, name: str, thing: Thing) -> Thing:
+        """Adds a thing under a new name, and returns it.
+
+        The same file may register its name again, as when it is run a second time.
+
+        Raises:
+          UserError: when the name is taken.
+        """
+        file = sys._getframe(1).f_code.co_filename
+        holder = self._files.get(name, "mlip_jax" if name in self._places else file)
+        if holder != file:
+            raise UserError(
+                f"a {self.kind} named {name!r} is already registered by {holder}: choose another "
+                "name"
+            )
+        self._own[name], self._files[name] = thing, file
+        return thing
+
+    def unregister(self, name: str) -> None:
+        """Takes a registered thing away again; built-in ones stay."""
+        del self._own[name], self._files[name]
+
+    def __getitem__(self, name: str) -> Thing:
+        """The thing.
+
+        Raises:
+          UserError: for a name that is not in the table; it names the nearest.
+        """
+        if name in self._own:
+            return self._own[name]
+        if name not in self._places:
+            raise UserError(f"unknown {self.kind} {name!r}: {self.expected(name)}")
+        module, _, attribute = self._places[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def expected(self, name: object) -> str:
+        """What a message says after a wrong name: all names, and the nearest."""
+        return f"expected one of {', '.join(self)}{suggestion(str(name), self)}"
+
+    def check(self, key: str, name: object) -> None:
+        """Raises UserError unless `name`, the value of config.`key`, is in the table."""
+        if name not in self:
+            raise UserError(
+                f"config.{key}={name!r} is no {self.kind}: {self.expected(name)}. One of your own "
+                "must be registered first: by the file of --config, or by --import=FILE"
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places | self._own)
+
+    def __len__(self) -> int:
+        return len(self._places | self._own)
+
+
+LOSSES: Table[Loss] = Table(
+    "loss",
+    {
+        "softmax": "mlip_jax.objectives.losses:SOFTMAX",
+        "sigmoid": "mlip_jax.objectives.losses:SIGMOID",
+        "jsd": "mlip_jax.objectives.losses:JSD",
+    },
+)
+IMAGE_ENCODERS: Table[ImageEncoderKind] = Table(
+    "image encoder",
+    {
+        "vit": "mlip_jax.models.encoders:VIT",
+        "resnet": "mlip_jax.models.encoders:RESNET",
+    },
+)
+TEXT_ENCODERS: Table[TextEncoderKind] = Table(
+    "text encoder",
+    {
+        "clip": "mlip_jax.models.encoders:CLIP",
+        "bert": "mlip_jax.models.encoders:BERT",
+    },
+)
+OPTIMIZERS: Table[MakeOptimizer] = Table(
+    "optimizer",
+    {
+        "adamw": "mlip_jax.training.optimizer:adamw",
+        "muon": "mlip_jax.training.optimizer:muon",
+        "sgd": "mlip_jax.training.optimizer:sgd",
+    },
+)
+SCHEDULES: Table[MakeSchedule] = Table(
+    "schedule",
+    {
+        "cosine": "mlip_jax.training.optimizer:cosine",
+        "constant": "mlip_jax.training.optimizer:constant",
+    },
+)
+EVALUATIONS: Table[Family] = Table(
+    "evaluation",
+    {
+        "retrieval": "mlip_jax.evaluations.retrieval:FAMILY",
+        "zero_shot": "mlip_jax.evaluations.zero_shot:FAMILY",
+        "linear_probe": "mlip_jax.evaluations.linear_probe:FAMILY",
+        "few_shot": "mlip_jax.evaluations.few_shot:FAMILY",
+        "svm": "mlip_jax.evaluations.svm:FAMILY",
+        "grounding": "mlip_jax.evaluations.grounding:FAMILY",
+        "concepts": "mlip_jax.evaluations.concepts.editing:FAMILY",
+    },
+)
+DATASETS: Table[DatasetKind] = Table(
+    "dataset",
+    {
+        "emoji": "mlip_jax.data.sets.tfds:EMOJI",
+        "jsonl": "mlip_jax.data.sets.jsonl:KIND",
+        "csv": "mlip_jax.data.sets.csv_tables:KIND",
+        "folder": "mlip_jax.data.sets.class_folders:KIND",
+        "zip": "mlip_jax.data.sets.zip_archives:KIND",
+        "idx": "mlip_jax.data.sets.mnist:KIND",
+        "coco": "mlip_jax.data.sets.coco:KIND",
+        "karpathy": "mlip_jax.data.sets.karpathy:KIND",
+        "voc": "mlip_jax.data.sets.voc:KIND",
+        "objects": "mlip_jax.data.sets.coco_objects:KIND",
+        "prepared": "mlip_jax.data.sets.prepared:KIND",
+        "tfds": "mlip_jax.data.sets.tfds:TFDS",
+    },
+)
+READERS: Table[Any] = Table("source", {})
+EXPORT_FORMATS: Table[Any] = Table("format", {})
