@@ -15,6 +15,10 @@ setup(
     description="Data-efficient language-image pretraining in JAX: MLIP, CLIP-Lite, CLIP, SigLIP",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
+    project_urls={
+        "MLIP paper": "https://arxiv.org/abs/2406.01460",
+        "CLIP-Lite paper": "https://arxiv.org/abs/2112.07133",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mlip_jax", "mlip_jax.*"]),

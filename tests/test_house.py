@@ -1,6 +1,7 @@
 """The house rules: what imports what, what the README promises, what a package holds."""
 
 import fnmatch
+import re
 import runpy
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+import yaml
 from devices import understood
 
+import mlip_jax
 from mlip_jax.versions import TESTED_JAX
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +53,8 @@ def test_readme_and_ci_give_the_same_commands():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     assert '-e ".[test]"' in readme and '-e ".[test]"' in ci
     assert "\npytest tests/\n" in readme and " pytest tests/\n" in ci
+    phases = re.findall(r'^phase "([^"]+)"', ci, re.MULTILINE)
+    assert phases[:2] == ["set up", "tests"], "nothing else is installed before the tests"
 
 
 def packaging(monkeypatch):
@@ -60,6 +65,13 @@ def packaging(monkeypatch):
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
     return told
+
+
+def test_the_newest_release_is_the_version():
+    releases = re.findall(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert releases[0] == (citation["version"], str(citation["date-released"]))
+    assert releases[0][0] == mlip_jax.__version__
 
 
 def test_every_data_file_is_packaged(monkeypatch):
