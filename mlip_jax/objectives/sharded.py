@@ -73,8 +73,9 @@ def tokenwise_loss(
 ) -> Scalar:
     """`tokenwise.tokenwise_loss` in blocks, as in `softmax_contrastive`; "jsd" by one exchange.
 
+    The arguments before `chunk` are those of `tokenwise.tokenwise_loss`.
+
     Args:
-      loss, image_tokens, text_tokens, image_weights, text_mask, scale, bias, shifts: as there.
       chunk: the most texts scored at a time, with the images of one device.
       mesh: the devices that the rows lie on; None: one.
     """
