@@ -1,6 +1,7 @@
 """The house rules: what imports what, what the README promises, what a package holds."""
 
 import fnmatch
+import importlib.metadata
 import json
 import re
 import runpy
@@ -18,6 +19,7 @@ import mlip_jax
 from mlip_jax.versions import TESTED_JAX
 
 ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 
 
 def bash(*command, **options):
@@ -56,6 +58,8 @@ def test_readme_and_ci_give_the_same_commands():
     assert "\npytest tests/\n" in readme and " pytest tests/\n" in ci
     phases = re.findall(r'^phase "([^"]+)"', ci, re.MULTILINE)
     assert phases[:2] == ["set up", "tests"], "nothing else is installed before the tests"
+    commands = [step.get("run", "") for step in steps(ROOT / ".github/workflows/tests.yml")]
+    assert {'pip install -e ".[test]"', "pytest tests/"} <= set(commands)
 
 
 def packaging(monkeypatch):
@@ -66,6 +70,55 @@ def packaging(monkeypatch):
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
     return told
+
+
+def steps(workflow):
+    jobs = yaml.safe_load(workflow.read_text())["jobs"].values()
+    return [step for job in jobs for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_may_only_read_and_end(workflow):
+    content = yaml.safe_load(workflow.read_text())
+    assert content["permissions"] == {"contents": "read"}
+    for job in content["jobs"].values():
+        assert "permissions" not in job
+        assert job["timeout-minutes"] <= 60
+    for step in steps(workflow):
+        assert ("run" in step) != ("uses" in step)
+        assert re.fullmatch(r"actions/[a-z-]+@v\d+", step.get("uses", "actions/any@v1"))
+
+
+def test_every_promised_python_is_tested(monkeypatch):
+    told = packaging(monkeypatch)
+    promised = [
+        match[1]
+        for line in told["classifiers"]
+        if (match := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
+    ]
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert told["python_requires"] == f">={promised[0]}"
+
+
+def test_hooks_before_a_commit_use_the_tools_of_the_extra_test(monkeypatch):
+    scripts = set()
+    for requirement in packaging(monkeypatch)["extras_require"]["test"]:
+        files = importlib.metadata.files(re.match(r"[\w-]+", requirement)[0])
+        scripts |= {path.name for path in files if path.parent.name == "bin"}
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    tools = {hook["entry"].split()[0] for hook in local["hooks"] if hook["language"] == "system"}
+    assert {"ruff", "lint-imports", "shellcheck"} == tools <= scripts
+
+
+@pytest.mark.parametrize("name", ["bug_report", "feature_request"])
+def test_issue_forms_are_forms(name):
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    assert all(field["type"] == "textarea" for field in form["body"])
+    assert all(field["attributes"]["label"] for field in form["body"])
+    names = [field["id"] for field in form["body"]]
+    assert len(set(names)) == len(names)
 
 
 def test_the_newest_release_is_the_version():
