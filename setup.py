@@ -75,6 +75,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.9.0"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.9.0"],
+        "kubernetes": ["jax[k8s]>=0.9.0"],  # processes of an indexed job find each other by it
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "ann": ["usearch>=2.21.0"],

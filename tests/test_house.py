@@ -3,8 +3,10 @@
 import fnmatch
 import importlib.metadata
 import json
+import pkgutil
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from mlip_jax.versions import TESTED_JAX
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
+DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile"))
 
 
 def bash(*command, **options):
@@ -62,12 +65,12 @@ def test_readme_and_ci_give_the_same_commands():
     assert {'pip install -e ".[test]"', "pytest tests/"} <= set(commands)
 
 
-def packaging(monkeypatch):
+def packaging(monkeypatch, root=ROOT):
     """What setup.py tells setuptools."""
     setuptools = pytest.importorskip("setuptools")
     told = {}
     monkeypatch.setattr(setuptools, "setup", lambda **options: told.update(options))
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(root)
     runpy.run_path("setup.py")
     return told
 
@@ -133,6 +136,32 @@ def test_the_documentation_site_names_no_other_host():
     assert site["theme"]["font"] is False
     assert not {"site_url", "repo_url", "extra_javascript"} & site.keys()
     assert "http" not in json.dumps(site)
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_images_hold_what_they_start(dockerfile, monkeypatch, tmp_path):
+    text = dockerfile.read_text()
+    # What .dockerignore lets through is enough to install.
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    for name in allowed:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    told = packaging(monkeypatch, tmp_path)
+    assert set(told["packages"]) == set(packaging(monkeypatch)["packages"])
+    (extras,) = re.findall(r'--editable "\.\[([a-z,]+)\]"$', text, re.MULTILINE)
+    assert set(extras.split(",")) <= told["extras_require"].keys()
+    (command,) = json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[1])
+    points = dict(point.split(" = ") for point in told["entry_points"]["console_scripts"])
+    assert callable(pkgutil.resolve_name(points[command]))
+    assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("devices", ["tpu", "gpu"])
+def test_pods_may_write_to_the_volumes_as_the_user_of_the_image(devices):
+    manifest = (ROOT / f"launch/jobset_{devices}.yaml").read_text()
+    dockerfile = (ROOT / f"docker/{devices}.Dockerfile").read_text()
+    user = re.search(r"^USER \d+:(\d+)$", dockerfile, re.MULTILINE)
+    assert re.search(r"fsGroup: (\d+)$", manifest, re.MULTILINE)[1] == user[1]
 
 
 def test_every_data_file_is_packaged(monkeypatch):
