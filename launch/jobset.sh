@@ -5,7 +5,8 @@
 #   launch/jobset.sh [--dry-run] --config=configs/mlip.py --workdir=/runs/NAME [flags]
 #
 # Environment:
-#   IMAGE        the container image with this package in it
+#   IMAGE        the container image with this package in it: that of docker/tpu.Dockerfile or
+#                docker/gpu.Dockerfile
 #   CLAIM        the persistent volume claim that is mounted at /runs in every pod
 #   DEVICES      tpu or gpu                                              (tpu)
 #   ACCELERATOR  tpu: the slice's kind, such as tpu-v6e-slice            (tpu-v5-lite-podslice)

@@ -1,7 +1,12 @@
 """The house rules: what imports what, what the README promises, what a package holds."""
 
 import fnmatch
+import importlib.metadata
+import json
+import pkgutil
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +14,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+import yaml
 from devices import understood
 
+import mlip_jax
 from mlip_jax.versions import TESTED_JAX
 
 ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
+DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile"))
 
 
 def bash(*command, **options):
@@ -50,16 +59,109 @@ def test_readme_and_ci_give_the_same_commands():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     assert '-e ".[test]"' in readme and '-e ".[test]"' in ci
     assert "\npytest tests/\n" in readme and " pytest tests/\n" in ci
+    phases = re.findall(r'^phase "([^"]+)"', ci, re.MULTILINE)
+    assert phases[:2] == ["set up", "tests"], "nothing else is installed before the tests"
+    commands = [step.get("run", "") for step in steps(ROOT / ".github/workflows/tests.yml")]
+    assert {'pip install -e ".[test]"', "pytest tests/"} <= set(commands)
 
 
-def packaging(monkeypatch):
+def packaging(monkeypatch, root=ROOT):
     """What setup.py tells setuptools."""
     setuptools = pytest.importorskip("setuptools")
     told = {}
     monkeypatch.setattr(setuptools, "setup", lambda **options: told.update(options))
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(root)
     runpy.run_path("setup.py")
     return told
+
+
+def steps(workflow):
+    jobs = yaml.safe_load(workflow.read_text())["jobs"].values()
+    return [step for job in jobs for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_may_only_read_and_end(workflow):
+    content = yaml.safe_load(workflow.read_text())
+    assert content["permissions"] == {"contents": "read"}
+    for job in content["jobs"].values():
+        assert "permissions" not in job
+        assert job["timeout-minutes"] <= 60
+    for step in steps(workflow):
+        assert ("run" in step) != ("uses" in step)
+        assert re.fullmatch(r"actions/[a-z-]+@v\d+", step.get("uses", "actions/any@v1"))
+
+
+def test_every_promised_python_is_tested(monkeypatch):
+    told = packaging(monkeypatch)
+    promised = [
+        match[1]
+        for line in told["classifiers"]
+        if (match := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
+    ]
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert told["python_requires"] == f">={promised[0]}"
+
+
+def test_hooks_before_a_commit_use_the_tools_of_the_extra_test(monkeypatch):
+    scripts = set()
+    for requirement in packaging(monkeypatch)["extras_require"]["test"]:
+        files = importlib.metadata.files(re.match(r"[\w-]+", requirement)[0])
+        scripts |= {path.name for path in files if path.parent.name == "bin"}
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    tools = {hook["entry"].split()[0] for hook in local["hooks"] if hook["language"] == "system"}
+    assert {"ruff", "lint-imports", "shellcheck"} == tools <= scripts
+
+
+@pytest.mark.parametrize("name", ["bug_report", "feature_request"])
+def test_issue_forms_are_forms(name):
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    assert all(field["type"] == "textarea" for field in form["body"])
+    assert all(field["attributes"]["label"] for field in form["body"])
+    names = [field["id"] for field in form["body"]]
+    assert len(set(names)) == len(names)
+
+
+def test_the_newest_release_is_the_version():
+    releases = re.findall(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert releases[0] == (citation["version"], str(citation["date-released"]))
+    assert releases[0][0] == mlip_jax.__version__
+
+
+def test_the_documentation_site_names_no_other_host():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert site["theme"]["font"] is False
+    assert not {"site_url", "repo_url", "extra_javascript"} & site.keys()
+    assert "http" not in json.dumps(site)
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
+def test_images_hold_what_they_start(dockerfile, monkeypatch, tmp_path):
+    text = dockerfile.read_text()
+    # What .dockerignore lets through is enough to install.
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    for name in allowed:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    told = packaging(monkeypatch, tmp_path)
+    assert set(told["packages"]) == set(packaging(monkeypatch)["packages"])
+    (extras,) = re.findall(r'--editable "\.\[([a-z,]+)\]"$', text, re.MULTILINE)
+    assert set(extras.split(",")) <= told["extras_require"].keys()
+    (command,) = json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[1])
+    points = dict(point.split(" = ") for point in told["entry_points"]["console_scripts"])
+    assert callable(pkgutil.resolve_name(points[command]))
+    assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("devices", ["tpu", "gpu"])
+def test_pods_may_write_to_the_volumes_as_the_user_of_the_image(devices):
+    manifest = (ROOT / f"launch/jobset_{devices}.yaml").read_text()
+    dockerfile = (ROOT / f"docker/{devices}.Dockerfile").read_text()
+    user = re.search(r"^USER \d+:(\d+)$", dockerfile, re.MULTILINE)
+    assert re.search(r"fsGroup: (\d+)$", manifest, re.MULTILINE)[1] == user[1]
 
 
 def test_every_data_file_is_packaged(monkeypatch):

@@ -90,11 +90,10 @@ def over_shifts(
     *,
     mesh: Mesh | None,
 ) -> Scalar:
-    """A loss on the scaled scores of images with their own and the next `shifts` texts.
+    """A loss on the scaled scores of images with their own and the next `shifts` texts, as `jsd`.
 
     Args:
       of_pairs: scores [1 + shifts, rows] -> their mean loss.
-      image, text, scale, shifts, mesh: as in `jsd`.
 
     Raises:
       ValueError: unless 1 <= shifts < batch.
