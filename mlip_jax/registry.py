@@ -14,13 +14,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mlip_jax.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from mlip_jax.data.prepare.readers import MakeReader
     from mlip_jax.data.sets.kinds import DatasetKind
     from mlip_jax.evaluations.family import Family
+    from mlip_jax.export.verb import WriteModel
     from mlip_jax.models.encoders import ImageEncoderKind, TextEncoderKind
     from mlip_jax.objectives.losses import Loss
     from mlip_jax.training.optimizer import MakeOptimizer, MakeSchedule
@@ -164,5 +166,28 @@ DATASETS: Table[DatasetKind] = Table(
         "tfds": "mlip_jax.data.sets.tfds:TFDS",
     },
 )
-READERS: Table[Any] = Table("source", {})
-EXPORT_FORMATS: Table[Any] = Table("format", {})
+# Sources of `prepare`, beside every dataset of DATASETS.
+READERS: Table[MakeReader] = Table(
+    "source",
+    {
+        "webdataset": "mlip_jax.data.prepare.webdataset:WebDataset",
+        "wds": "mlip_jax.data.prepare.webdataset:WebDataset",
+        "parquet": "mlip_jax.data.prepare.arrow:Parquet",
+        "huggingface": "mlip_jax.data.prepare.arrow:HuggingFace",
+        "hf": "mlip_jax.data.prepare.arrow:HuggingFace",
+        "csv": "mlip_jax.data.prepare.tables:Table",
+        "tsv": "mlip_jax.data.prepare.tables:Table",
+        "jsonl": "mlip_jax.data.prepare.tables:JsonLines",
+        "coco": "mlip_jax.data.prepare.opened_sets:CocoCaptions",
+    },
+)
+EXPORT_FORMATS: Table[WriteModel] = Table(
+    "format",
+    {
+        "mlip": "mlip_jax.export.own:write",
+        "hf_clip": "mlip_jax.export.hugging_face:write",
+        "open_clip": "mlip_jax.export.open_clip:write",
+        "stablehlo": "mlip_jax.export.stablehlo:write",
+        "onnx": "mlip_jax.export.onnx:write",
+    },
+)

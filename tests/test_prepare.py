@@ -19,6 +19,7 @@ from PIL import Image
 from preparing import broken, contents, index, picture, pictures, prepare, run
 
 from mlip_jax import main as door
+from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.opening import open_evaluation, open_source
 from mlip_jax.data.sets.prepared import open_prepared
 from mlip_jax.data.sets.splits import Wanted
@@ -306,7 +307,7 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path, capsys):
     flipped = bytearray(before[shard.name])
     flipped[200] ^= 255
     shard.write_bytes(flipped)
-    source_now = open_prepared(out, Wanted("train"), 0.0)
+    source_now = open_prepared(out, Opening(Wanted("train"), 0.0))
     with pytest.raises(OSError, match="train-00001.array_record is damaged at record 0"):
         source_now[2]
     assert source_now.name_of(2) == f"{shard}[0]"

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations.results import FILE_NAME
 from mlip_jax.export import card
-from mlip_jax.inference import load
+from mlip_jax.inference import Model, load
+from mlip_jax.registry import EXPORT_FORMATS
 
-# By --format: the module whose `write(folder, model)` does it and returns notes for the user.
-FORMATS = {
-    "mlip": "mlip_jax.export.own",
-    "hf_clip": "mlip_jax.export.hugging_face",
-    "open_clip": "mlip_jax.export.open_clip",
-    "stablehlo": "mlip_jax.export.stablehlo",
-    "onnx": "mlip_jax.export.onnx",
-}
+# Writes a model into an empty folder and returns notes for the user.
+WriteModel = Callable[[Path, Model], Sequence[str]]
 
 
 def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str = "mlip") -> int:
@@ -36,7 +30,7 @@ def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str =
       config: the model's, with the overrides of the command line, such as another merging rate.
       workdir: any folder that `mlip_jax.load` takes.
       out: the folder to write.
-      format: one of `FORMATS`.
+      format: one of `registry.EXPORT_FORMATS`.
 
     Returns:
       0.
@@ -46,10 +40,8 @@ def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str =
         place for: the message says which part of it.
       RunError: when what was written does not give what the model gives.
     """
-    if format not in FORMATS:
-        raise UserError(
-            f"--format={format} is none of {', '.join(FORMATS)}{suggestion(format, FORMATS)}"
-        )
+    if format not in EXPORT_FORMATS:
+        raise UserError(f"--format={format} is no format: {EXPORT_FORMATS.expected(format)}")
     if not out:
         raise UserError("export needs a folder to write: add --out=DIR")
     target = Path(out).expanduser()
@@ -58,7 +50,7 @@ def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str =
     console = Console(highlight=False, markup=False, soft_wrap=True)
     model = load(workdir, config=config)
     with _whole_or_not(target) as draft:
-        notes = importlib.import_module(FORMATS[format]).write(draft, model)
+        notes = EXPORT_FORMATS[format](draft, model)
         card.write(draft, model, Path(workdir), format, notes)
         figures = Path(workdir) / FILE_NAME
         if format == "mlip" and figures.is_file():

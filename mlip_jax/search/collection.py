@@ -12,10 +12,11 @@ from typing import NamedTuple, Protocol
 
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, read_file
-from mlip_jax.data.sets.opening import FILE_KINDS, KINDS, NAMED, open_source, split_spec
+from mlip_jax.data.sets.opening import named, open_source, split_spec
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.sets.splits import ALL
 from mlip_jax.progress import track
+from mlip_jax.registry import DATASETS
 
 
 class Item(NamedTuple):
@@ -55,15 +56,16 @@ def open_collection(spec: str, cache_dir: str = "") -> Collection:
     if folder.is_dir():
         return _Folder(folder)
     kind, colon, where = spec.partition(":")
-    if not colon and split_spec(spec)[0] not in NAMED:
-        near = suggestion(spec, (*NAMED, *_siblings(folder)))
+    if not colon and split_spec(spec)[0] not in named():
+        near = suggestion(spec, (*named(), *_siblings(folder)))
         what = "a file, not a folder of images" if folder.exists() else "no folder or set"
         raise UserError(f"--images={spec} is {what}{near}")
-    if colon and kind not in KINDS:
+    if colon and kind not in DATASETS:
         raise UserError(
-            f"--images={spec} is no folder, and no set is called {kind}:{suggestion(kind, KINDS)}"
+            f"--images={spec} is no folder, and no set is called {kind}:"
+            f"{suggestion(kind, DATASETS)}"
         )
-    if kind in FILE_KINDS:
+    if colon and DATASETS[kind].where == "PATH":
         spec = f"{kind}:{Path(where).expanduser().absolute()}"
     whole = spec if split_spec(spec)[1] else f"{spec}#{ALL}"
     return _Set(spec, open_source(whole, "train", cache_dir=cache_dir))

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,11 @@ class Reader(ABC):
     def notes(self) -> Iterable[str]:
         """What to tell about the input when `refs` is through."""
         return ()
+
+
+# WHERE of KIND:WHERE, the roles of columns, and the split that all of it is, "" for what the input
+# says -> the input. Raises UserError for one that cannot be read.
+MakeReader = Callable[[str, Mapping[str, str], str], Reader]
 
 
 def split_of_file(path: Path) -> str:

@@ -19,18 +19,15 @@ from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.containers import SUFFIXES
 from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum, write_whole
-from mlip_jax.data.prepare.opened_sets import CocoCaptions, OpenedSet
+from mlip_jax.data.prepare.opened_sets import OpenedSet
 from mlip_jax.data.prepare.pool import make_all
 from mlip_jax.data.prepare.readers import Broken, Reader
-from mlip_jax.data.prepare.tables import JsonLines, Table
-from mlip_jax.data.prepare.webdataset import WebDataset
 from mlip_jax.data.sets import shards
-from mlip_jax.data.sets.opening import FILE_KINDS, NAMED
+from mlip_jax.data.sets.opening import named
 from mlip_jax.data.sets.shards import BROKEN, Index
 from mlip_jax.data.sets.splits import canonical
+from mlip_jax.registry import DATASETS, READERS
 
-_OWN = ("webdataset", "parquet", "huggingface", "csv", "tsv", "jsonl", "coco")
-_OPENED = (*(kind for kind in FILE_KINDS if kind not in (*_OWN, "prepared")), "tfds")
 _WITH_IMAGES = (*SUFFIXES, ".parquet", ".arrow")
 _DEFAULT_RECORDS = 5000
 _SHOWN = 3
@@ -99,7 +96,7 @@ def prepare(
     chosen = column.read_columns(columns)
     if split and canonical(split) is None:
         raise UserError(f"--split={split}: expected train, validation or test")
-    named = card.read_named(classes) if classes else ()
+    class_names = card.read_named(classes) if classes else ()
     reader = open_reader(source, chosen, canonical(split) if split else "")
     job, inputs = _job(reader, source, chosen, split, smaller, records)
     with output.taken(folder, job), _writing(folder):
@@ -117,7 +114,7 @@ def prepare(
             (key for each in made for key in each.shard.facts["class_keys"]),
             reader.class_names,
             classes,
-            named,
+            class_names,
         )
         index = Index(
             job=job,
@@ -155,21 +152,15 @@ def open_reader(source: str, columns: Mapping[str, str], split: str) -> Reader:
       UserError: for an unknown kind, and what the kinds raise.
     """
     kind, colon, where = source.partition(":")
-    if kind in ("parquet", "huggingface", "hf") and where:
-        from mlip_jax.data.prepare import arrow  # here: its library takes its time
-
-        return (arrow.Parquet if kind == "parquet" else arrow.HuggingFace)(where, columns, split)
-    readers = {"webdataset": WebDataset, "wds": WebDataset, "csv": Table, "tsv": Table}
-    readers |= {"jsonl": JsonLines, "coco": CocoCaptions}
-    if kind in readers and where:
-        return readers[kind](where, columns, split)
-    if (kind in _OPENED and where) or source.partition("#")[0] in NAMED:
+    if kind in READERS and where:
+        return READERS[kind](where, columns, split)
+    opened = [name for name, each in DATASETS.items() if each.where and name != "prepared"]
+    if (kind in opened and where) or source.partition("#")[0] in named():
         return OpenedSet(source, columns, split)
-    known = [f"{name}:" for name in (*_OWN, *_OPENED)]
+    known = list(dict.fromkeys([*READERS, *opened]))
+    near = suggestion(f"{kind}:" if colon else source, (*(f"{name}:" for name in known), *named()))
     raise UserError(
-        f"--source={source}: expected KIND:PATH with a KIND of "
-        f"{', '.join(name.rstrip(':') for name in known)}"
-        f"{suggestion(f'{kind}:' if colon else source, (*known, *NAMED))}"
+        f"--source={source}: expected KIND:PATH with a KIND of {', '.join(known)}{near}"
     )
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from mlip_jax.config import UserError
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, ImageFiles
-from mlip_jax.data.sets.splits import Wanted
+from mlip_jax.data.sets.kinds import Opening, by_path
 
 
-def open_folder(
-    path: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> ClassSource:
+def open_folder(path: Path, opening: Opening) -> ClassSource:
     """Opens PATH/CLASS/*.jpg, or PATH/SPLIT/CLASS/*.jpg, as `classes.open_tree` reads it.
 
     Raises:
@@ -20,7 +18,7 @@ def open_folder(
     """
     if not path.is_dir():
         raise UserError(f"no such folder: {path}")
-    return open_tree(_FolderTree(path), wanted, max_skipped_share, cleaning)
+    return open_tree(_FolderTree(path), opening)
 
 
 class _FolderTree:
@@ -62,3 +60,6 @@ def read_beside(folder: Path) -> tuple[str, bytes] | None:
         return (str(file), file.read_bytes()) if file.exists() else None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+KIND = by_path(open_folder)

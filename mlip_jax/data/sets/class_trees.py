@@ -11,7 +11,8 @@ import numpy as np
 
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.data.sets.files import ClassSource, Images
-from mlip_jax.data.sets.splits import STANDARD, Wanted, canonical
+from mlip_jax.data.sets.kinds import Opening
+from mlip_jax.data.sets.splits import STANDARD, canonical
 
 CLASSES_FILE = "classes.json"
 
@@ -35,7 +36,7 @@ class Tree(Protocol):
         """Some of the image files, to be read when asked for."""
 
 
-def open_tree(tree: Tree, wanted: Wanted, max_skipped_share: float, cleaning: str) -> ClassSource:
+def open_tree(tree: Tree, opening: Opening) -> ClassSource:
     """Opens CLASS/*.jpg, or SPLIT/CLASS/*.jpg.
 
     A class's name is its folder's with spaces for underscores, or what classes.json says. Classes
@@ -48,7 +49,7 @@ def open_tree(tree: Tree, wanted: Wanted, max_skipped_share: float, cleaning: st
         names are no captions.
     """
     splits = _split_folders(tree)
-    choice = STANDARD.choose(tree.place, wanted, splits or ("train",))
+    choice = STANDARD.choose(tree.place, opening.wanted, splits or ("train",))
     # Labels are the same whichever split is opened.
     present = sorted({name for above in splits.values() or [""] for name in tree.folders(above)})
     found = tree.classes_file()
@@ -75,8 +76,8 @@ def open_tree(tree: Tree, wanted: Wanted, max_skipped_share: float, cleaning: st
         tree.open(files),
         np.array(labels, np.int32),
         tuple(names.values()),
-        cleaning=cleaning,
-        max_skipped_share=max_skipped_share,
+        cleaning=opening.cleaning,
+        max_skipped_share=opening.max_skipped_share,
     )
 
 

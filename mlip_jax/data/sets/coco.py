@@ -18,17 +18,16 @@ from mlip_jax.data.sets.coco_json import (
     slim,
 )
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles
+from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
-from mlip_jax.data.sets.splits import STANDARD, Wanted
+from mlip_jax.data.sets.splits import STANDARD
 from mlip_jax.data.text.captions import usable
 
 _YEARS = ("2017", "2014")
 _SPLITS = {"train": "train", "validation": "val"}
 
 
-def open_coco(
-    folder: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> CaptionSource:
+def open_coco(folder: Path, opening: Opening) -> CaptionSource:
     """Opens a split: FOLDER/annotations/captions_train2017.json and FOLDER/train2017/*.jpg.
 
     A record an image, with its captions in the order of the file. The files of 2014 do as well.
@@ -44,19 +43,19 @@ def open_coco(
       UserError: for what is missing, with what to download, or "FILE: annotations[INDEX]: what is
         wrong" for what is malformed.
     """
-    choice = STANDARD.choose(f"the COCO captions in {folder}", wanted, _SPLITS)
-    skipped = Skipped("images", cleaning)
+    choice = STANDARD.choose(f"the COCO captions in {folder}", opening.wanted, _SPLITS)
+    skipped = Skipped("images", opening.cleaning)
     files, texts, folders = [], [], []
     for split in choice.parts:
         file, images = _find(folder, _SPLITS[split])
         folders.append(images)
         for name, own in zip(*_grouped(file), strict=True):
-            if cleaned := usable(own, cleaning):
+            if cleaned := usable(own, opening.cleaning):
                 files.append(f"{images}/{name}")
                 texts.append(cleaned)
             else:
                 skipped.add(f"{file}: {name}", own)
-    notes = skipped.notes(len(files), max_skipped_share)
+    notes = skipped.notes(len(files), opening.max_skipped_share)
     # Figures on COCO are of this split or of Karpathy's: the name tells which.
     name = f"coco-{'+'.join(folders)}"
     return CaptionSource(name, choice, ImageFiles(folder, files), texts, notes)
@@ -91,3 +90,6 @@ def _grouped(file: Path) -> tuple[list[str], list[list[str]]]:
         place = place_of(file, index, "image", annotation.image_id, places, "images")
         captions[place].append(annotation.caption)
     return [image.file_name for image in images], captions
+
+
+KIND = by_path(open_coco)

@@ -24,7 +24,8 @@ from mlip_jax.data.sets.coco_json import (
     slim,
 )
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource, find_images
-from mlip_jax.data.sets.splits import STANDARD, Wanted, canonical, split_of
+from mlip_jax.data.sets.kinds import Opening, by_path
+from mlip_jax.data.sets.splits import STANDARD, canonical, split_of
 
 _OFFICIAL = re.compile(r"instances_(\w+)\.json$")
 
@@ -37,9 +38,7 @@ class _Objects(NamedTuple):
     targets: Int8[np.ndarray, "images classes"]
 
 
-def open_objects(
-    path: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> MultiLabelSource:
+def open_objects(path: Path, opening: Opening) -> MultiLabelSource:
     """Opens instances_val2017.json and its like, a folder with several, or a simple form of it.
 
     In the simple form there are no annotations; an image has "objects", a list of class names, and
@@ -58,15 +57,14 @@ def open_objects(
       UserError: for a missing file, or "FILE: annotations[INDEX] ..." or "FILE: images[INDEX] ..."
         for a malformed entry.
     """
-    del max_skipped_share
     if path.is_dir():
         files = _official_files(path)
-        choice = STANDARD.choose(path, wanted, files)
+        choice = STANDARD.choose(path, opening.wanted, files)
         chosen = [(files[part], _read(files[part])) for part in choice.parts]
     else:
         found = _read(path)
         splits = _splits(path, found.images)
-        choice = STANDARD.choose(path, wanted, dict.fromkeys(splits))
+        choice = STANDARD.choose(path, opening.wanted, dict.fromkeys(splits))
         rows = [index for index, split in enumerate(splits) if split in choice.parts]
         images = [found.images[index] for index in rows]
         chosen = [(path, found._replace(images=images, targets=found.targets[rows]))]
@@ -80,7 +78,7 @@ def open_objects(
         ImageFiles(Path(), [name for file, own in chosen for name in _images(file, own.images)]),
         np.concatenate([content.targets for _, content in chosen]),
         names,
-        cleaning,
+        opening.cleaning,
     )
 
 
@@ -169,3 +167,6 @@ def _images(file: Path, images: Sequence[CocoImage]) -> list[str]:
     folders = [*beside, file.parent / "images", file.parent]
     found = find_images([(folder, names) for folder in folders])
     return [found.name(index) for index in range(len(found))]
+
+
+KIND = by_path(open_objects)

@@ -8,17 +8,16 @@ from pathlib import Path
 
 from mlip_jax.config import UserError
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles
+from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
-from mlip_jax.data.sets.splits import STANDARD, Wanted, split_of
+from mlip_jax.data.sets.splits import STANDARD, split_of
 from mlip_jax.data.text.captions import usable
 
 IMAGE_KEYS = ("file", "image", "path")
 _CAPTION_KEYS = ("caption", "text", "title")
 
 
-def open_csv(
-    path: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> CaptionSource:
+def open_csv(path: Path, opening: Opening) -> CaptionSource:
     """Opens a CSV table, or a tab-separated one when its suffix is .tsv or .tab.
 
     Columns: "file", "image" or "path"; "caption" (or "text", "title"); "split" if there are splits.
@@ -32,7 +31,7 @@ def open_csv(
     skipped: dict[str, Skipped] = {}
     for number, row in _table(path):
         place = f"{path}:{number}"
-        file, caption = row["file"].strip(), usable([row["caption"]], cleaning)
+        file, caption = row["file"].strip(), usable([row["caption"]], opening.cleaning)
         if not file:
             raise UserError(f"{place}: the image column is empty")
         of = split_of(place, row.get("split"))
@@ -40,10 +39,10 @@ def open_csv(
         if caption:
             images.setdefault(file, []).extend(caption)
         else:
-            skipped.setdefault(of, Skipped("rows", cleaning)).add(place, [row["caption"]])
-    choice = STANDARD.choose(path, wanted, captions)
+            skipped.setdefault(of, Skipped("rows", opening.cleaning)).add(place, [row["caption"]])
+    choice = STANDARD.choose(path, opening.wanted, captions)
     chosen: dict[str, list[str]] = {}
-    left_out = Skipped("rows", cleaning)
+    left_out = Skipped("rows", opening.cleaning)
     for part in choice.parts:
         for file, texts in captions[part].items():
             chosen.setdefault(file, []).extend(texts)
@@ -55,7 +54,7 @@ def open_csv(
         choice,
         ImageFiles(path.parent, list(chosen)),
         [tuple(dict.fromkeys(texts)) for texts in chosen.values()],
-        left_out.notes(rows, max_skipped_share),
+        left_out.notes(rows, opening.max_skipped_share),
     )
 
 
@@ -82,3 +81,6 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+KIND = by_path(open_csv)

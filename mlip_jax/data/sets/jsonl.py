@@ -15,8 +15,9 @@ from jaxtyping import Int, Int8
 from mlip_jax.config import UserError
 from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
 from mlip_jax.data.sets.files import read_file
+from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Record, Skipped
-from mlip_jax.data.sets.splits import STANDARD, Choice, Wanted, split_of
+from mlip_jax.data.sets.splits import STANDARD, Choice, split_of
 from mlip_jax.data.text.captions import usable
 
 
@@ -98,9 +99,7 @@ class MultiLabelJsonlSource(JsonlSource):
         return targets
 
 
-def open_jsonl(
-    path: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> JsonlSource:
+def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     """Opens a JSONL file, checking every row of it. Captions and tags are cleaned.
 
     Classes are those of all its splits, sorted.
@@ -121,20 +120,24 @@ def open_jsonl(
         place = f"{path}:{number}"
         row = _parse(place, line)
         rows = splits.setdefault(
-            split_of(place, row.get("split")), _Rows(Skipped("rows", cleaning))
+            split_of(place, row.get("split")), _Rows(Skipped("rows", opening.cleaning))
         )
         own = classes.of(row, place, number)
         captions = _captions(row)
         # A row of several labels counts against every class, whatever the cleaning leaves of it.
-        if classes.multi_label or usable(captions, cleaning) or usable(_labels(row), cleaning):
+        if (
+            classes.multi_label
+            or usable(captions, opening.cleaning)
+            or usable(_labels(row), opening.cleaning)
+        ):
             rows.starts.extend((begin, len(line)))
             rows.labels.extend(own)
             rows.counts.append(len(own))
         else:
             rows.skipped.add(place, [*captions, *_labels(row)])
-    choice = STANDARD.choose(path, wanted, splits)
+    choice = STANDARD.choose(path, opening.wanted, splits)
     chosen = [splits[part] for part in choice.parts]
-    skipped = Skipped("rows", cleaning)
+    skipped = Skipped("rows", opening.cleaning)
     for rows in chosen:
         skipped.merge(rows.skipped)
     starts = np.concatenate([np.array(rows.starts, np.int64) for rows in chosen]).reshape(-1, 2)
@@ -142,8 +145,8 @@ def open_jsonl(
     numbers = np.concatenate([np.array(rows.labels, np.int32) for rows in chosen])
     about = {
         "class_names": names,
-        "cleaning": cleaning,
-        "notes": skipped.notes(len(starts), max_skipped_share),
+        "cleaning": opening.cleaning,
+        "notes": skipped.notes(len(starts), opening.max_skipped_share),
     }
     if classes.multi_label:
         counts = np.concatenate([np.array(rows.counts, np.int32) for rows in chosen])
@@ -274,3 +277,6 @@ def _kind(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(
         type(value), "a number"
     )
+
+
+KIND = by_path(open_jsonl)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.data.sets.coco_json import entries, is_text, read_json
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles, find_images
+from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
-from mlip_jax.data.sets.splits import Scheme, Wanted
+from mlip_jax.data.sets.splits import Scheme
 from mlip_jax.data.text.captions import usable
 
 _SPLITS = ("train", "restval", "val", "test")
@@ -36,9 +37,7 @@ class _Image(NamedTuple):
     sentences: Any
 
 
-def open_karpathy(
-    file: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> CaptionSource:
+def open_karpathy(file: Path, opening: Opening) -> CaptionSource:
     """Opens dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json.
 
     An image lies in the file's folder by its "filepath" (such as val2014) and "filename", or by the
@@ -58,17 +57,17 @@ def open_karpathy(
     for index, image in enumerate(images):
         _check(f"{file}: images[{index}]", image)
     splits = {image.split for image in images}
-    choice = _SCHEME.choose(file, wanted, [split for split in _SPLITS if split in splits])
-    skipped = Skipped("images", cleaning)
+    choice = _SCHEME.choose(file, opening.wanted, [split for split in _SPLITS if split in splits])
+    skipped = Skipped("images", opening.cleaning)
     chosen, texts = [], []
     for image in (image for image in images if image.split in choice.parts):
-        if cleaned := usable(image.sentences, cleaning):
+        if cleaned := usable(image.sentences, opening.cleaning):
             chosen.append(image)
             texts.append(cleaned)
         else:
             skipped.add(f"{file}: {image.filename}", image.sentences)
     name = f"{file.stem.removeprefix('dataset_')}-karpathy-{choice.name}"
-    notes = skipped.notes(len(texts), max_skipped_share)
+    notes = skipped.notes(len(texts), opening.max_skipped_share)
     return CaptionSource(name, choice, _images(file.parent, chosen), texts, notes)
 
 
@@ -103,3 +102,6 @@ def _check(place: str, image: Any) -> None:
     sentences = image.sentences
     if not isinstance(sentences, list) or not sentences or not all(map(is_text, sentences)):
         raise UserError(f'{place} needs "sentences", a list of objects with "raw", a text')
+
+
+KIND = by_path(open_karpathy)

@@ -18,16 +18,15 @@ from mlip_jax.config import UserError
 from mlip_jax.data.sets.class_folders import read_beside
 from mlip_jax.data.sets.class_trees import read_classes
 from mlip_jax.data.sets.files import ClassSource
-from mlip_jax.data.sets.splits import STANDARD, Wanted
+from mlip_jax.data.sets.kinds import Opening, by_path
+from mlip_jax.data.sets.splits import STANDARD
 
 _PREFIXES = {"train": "train", "test": "t10k"}
 _MAGIC = {1: 0x00000801, 3: 0x00000803}  # unsigned bytes, by the number of dimensions
 _MOST_BYTES = 4 * 2**30  # of one file, unpacked; EMNIST's largest has half a GiB
 
 
-def open_idx(
-    folder: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> ClassSource:
+def open_idx(folder: Path, opening: Opening) -> ClassSource:
     """Opens FOLDER/train-images-idx3-ubyte and train-labels-idx1-ubyte, t10k-... for the test.
 
     The files may be packed (.gz), and have a full stop for the second hyphen. The class names are
@@ -43,7 +42,7 @@ def open_idx(
     present = [split for split in _PREFIXES if _find(folder, split, "images", 3) is not None]
     if not present:
         raise UserError(f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz) in {folder}")
-    choice = STANDARD.choose(folder, wanted, present)
+    choice = STANDARD.choose(folder, opening.wanted, present)
     names = _class_names(folder)
     files, labels = [], []
     for part in choice.parts:
@@ -63,8 +62,8 @@ def open_idx(
         stored,
         np.concatenate(labels).astype(np.int32),
         names,
-        cleaning=cleaning,
-        max_skipped_share=max_skipped_share,
+        cleaning=opening.cleaning,
+        max_skipped_share=opening.max_skipped_share,
     )
 
 
@@ -164,3 +163,6 @@ def _read(file: Path, dimensions: int) -> np.ndarray:
         told = "x".join(map(str, shape))
         raise UserError(f"{file}: damaged: it tells of {told} bytes, but does not hold as many")
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+KIND = by_path(open_idx)

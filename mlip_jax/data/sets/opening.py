@@ -13,40 +13,21 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mlip_jax.config import UserError, suggestion
-from mlip_jax.data.sets import (
-    class_folders,
-    coco,
-    coco_objects,
-    csv_tables,
-    jsonl,
-    karpathy,
-    mixtures,
-    mnist,
-    prepared,
-    public,
-    voc,
-    zip_archives,
-)
+from mlip_jax.data.sets import mixtures, public
+from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted, canonical
 from mlip_jax.data.text.captions import check_cleaning
+from mlip_jax.registry import DATASETS
 
 SPLITS = ("train", "validation")
-NAMED = ("emoji", *public.PLACES)
-FILE_KINDS = {
-    "jsonl": jsonl.open_jsonl,
-    "csv": csv_tables.open_csv,
-    "folder": class_folders.open_folder,
-    "zip": zip_archives.open_zip,
-    "idx": mnist.open_idx,
-    "coco": coco.open_coco,
-    "karpathy": karpathy.open_karpathy,
-    "voc": voc.open_voc,
-    "objects": coco_objects.open_objects,
-    "prepared": prepared.open_prepared,
-}
-KINDS = (*FILE_KINDS, "tfds")
 _MAX_SKIPPED_SHARE = 0.01
+
+
+def named() -> list[str]:
+    """The datasets that are named by one word."""
+    alone = [name for name, kind in DATASETS.items() if not kind.where]
+    return [*alone, *public.PLACES]
 
 
 def open_source(
@@ -60,9 +41,9 @@ def open_source(
     """Opens a split of a set.
 
     Args:
-      spec: one of NAMED, or KIND:PATH with KIND one of KINDS (docs/data.md). With #SPLIT after
-        it, that split is opened, whatever `split` says; #all is every split together. For training
-        also mix:SPEC*WEIGHT+SPEC*WEIGHT.
+      spec: one of `named`, or KIND:PATH with a KIND of `registry.DATASETS` (docs/data.md). With
+        #SPLIT after it, that split is opened, whatever `split` says; #all is every split together.
+        For training also mix:SPEC*WEIGHT+SPEC*WEIGHT.
       split: "train" or "validation". Sets that name no splits are all "train".
       cache_dir: where sets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
       max_skipped_share: more rows without a usable caption than this are an error.
@@ -117,21 +98,12 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
     kind, colon, where = base.partition(":")
     if base != spec and not name:
         raise UserError(f"data set {spec!r}: expected a split after #, such as {base}#test")
-    if base == "emoji" or (kind == "tfds" and where):
-        from mlip_jax.data.sets import tfds  # here: its library takes a second to import
-
-        if base == "emoji":
-            source = tfds.open_emoji(wanted, cache_dir, cleaning)
-        else:
-            source = tfds.open_tfds(where, wanted, cleaning)
-    else:
-        if base in public.PLACES:
-            kind, path = public.find(base, cache_dir)
-        elif colon and kind in FILE_KINDS and where:
-            path = Path(where).expanduser()
-        else:
-            raise _unknown(spec, kind, colon)
-        source = FILE_KINDS[kind](path, wanted, max_skipped_share, cleaning)
+    if base in public.PLACES:
+        kind, where = public.find(base, cache_dir)
+    elif kind not in DATASETS or not bool(colon) == bool(where) == bool(DATASETS[kind].where):
+        raise _unknown(spec, kind, colon)
+    opening = Opening(wanted, max_skipped_share, cleaning, cache_dir)
+    source = DATASETS[kind].open(where, opening)
     if not len(source):
         raise UserError(f"the {source.split} split of the set {spec!r} is empty")
     return source
@@ -150,11 +122,11 @@ def _open_mixture(
 
 
 def _unknown(spec: str, kind: str, colon: str) -> UserError:
-    prefixes = [f"{kind}:" for kind in KINDS]
-    near = suggestion(f"{kind}:" if colon else spec, (*NAMED, *prefixes))
+    specs = [each.spec(name) for name, each in DATASETS.items()]
+    prefixes = [f"{name}:" for name, each in DATASETS.items() if each.where]
+    near = suggestion(f"{kind}:" if colon else spec, (*named(), *prefixes))
     return UserError(
-        f"unknown data set {spec!r}: expected emoji, {'PATH, '.join(prefixes[:-1])}PATH, "
-        f"{', '.join(public.PLACES)} or tfds:NAME{near}"
+        f"unknown data set {spec!r}: expected {', '.join((*specs, *public.PLACES))}{near}"
     )
 
 

@@ -15,9 +15,10 @@ from jaxtyping import Int8
 from mlip_jax.config import UserError
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.files import present_names
+from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Record
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Index, Shard
-from mlip_jax.data.sets.splits import STANDARD, Choice, Wanted
+from mlip_jax.data.sets.splits import STANDARD, Choice
 from mlip_jax.data.text.captions import usable
 
 _MOST_OPEN = 256  # shards; a process may often have 1,024 files open
@@ -151,9 +152,7 @@ class _Readers:
         return reader.read([place])[0]
 
 
-def open_prepared(
-    folder: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> PreparedSource:
+def open_prepared(folder: Path, opening: Opening) -> PreparedSource:
     """Opens what `prepare --out=FOLDER` has written. Captions and tags are cleaned.
 
     That no shard is missing or cut short is checked by their sizes. `prepare --check=FOLDER`
@@ -169,14 +168,13 @@ def open_prepared(
       MissingSplit: when it has no such split.
       UserError: when it is no prepared set, or a shard is missing or of another size.
     """
-    del max_skipped_share
     index = shards.read_index(folder)
     check_sizes(folder, index)
     splits = dict.fromkeys(shard.split for shard in index.shards if shard.records)
-    choice = STANDARD.choose(folder, wanted, splits)
+    choice = STANDARD.choose(folder, opening.wanted, splits)
     parts = [s for part in choice.parts for s in index.shards if s.split == part and s.records]
     kind = MultiLabelPreparedSource if index.multi_label else PreparedSource
-    return kind(folder, choice, parts, index, cleaning)
+    return kind(folder, choice, parts, index, opening.cleaning)
 
 
 def check_sizes(folder: Path, index: Index) -> None:
@@ -194,3 +192,6 @@ def check_sizes(folder: Path, index: Index) -> None:
                     f"the prepared set {folder} is damaged: {name} {reason}; copy it again, or run "
                     "the prepare command that made the set again"
                 )
+
+
+KIND = by_path(open_prepared)

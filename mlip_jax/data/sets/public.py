@@ -63,7 +63,7 @@ PLACES = {
 }
 
 
-def find(name: str, cache_dir: str) -> tuple[str, Path]:
+def find(name: str, cache_dir: str) -> tuple[str, str]:
     """The kind and the path of a named set.
 
     Args:
@@ -81,7 +81,7 @@ def find(name: str, cache_dir: str) -> tuple[str, Path]:
             f"{instructions(name, folder)}"
         )
     kind, _, where = place.spec.format(folder=folder).partition(":")
-    return kind, Path(where)
+    return kind, where
 
 
 def instructions(name: str, folder: str | Path) -> str:

@@ -14,8 +14,9 @@ from jaxtyping import Int8
 from mlip_jax.config import UserError, first_line
 from mlip_jax.data.sets import emoji
 from mlip_jax.data.sets.files import present_names
+from mlip_jax.data.sets.kinds import DatasetKind, Opening
 from mlip_jax.data.sets.records import Record
-from mlip_jax.data.sets.splits import STANDARD, Choice, Wanted
+from mlip_jax.data.sets.splits import STANDARD, Choice
 from mlip_jax.data.text.captions import usable
 
 _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "sentence")
@@ -164,19 +165,20 @@ class EmojiSource(TfdsSource):
         )
 
 
-def open_emoji(wanted: Wanted, cache_dir: str, cleaning: str = "none") -> EmojiSource:
+def open_emoji(where: str, opening: Opening) -> EmojiSource:
     """The embedded set, built on first use. Captions and tags are cleaned.
 
     Raises:
       MissingSplit: when it has no such split.
       UserError: when it cannot be built.
     """
-    choice = STANDARD.choose("'emoji'", wanted, ("train", "validation"))
-    folder = emoji.directory(cache_dir)
-    return EmojiSource(str(folder), choice, name="emoji", cleaning=cleaning)
+    del where
+    choice = STANDARD.choose("'emoji'", opening.wanted, ("train", "validation"))
+    folder = emoji.directory(opening.cache_dir)
+    return EmojiSource(str(folder), choice, name="emoji", cleaning=opening.cleaning)
 
 
-def open_tfds(name: str, wanted: Wanted, cleaning: str = "none") -> TfdsSource:
+def open_tfds(name: str, opening: Opening) -> TfdsSource:
     """A TFDS set by name ("oxford_iiit_pet", "ns/name:1.0.0") or by its prepared folder.
 
     Sets by name are downloaded and prepared by TFDS where they are not yet; some need TensorFlow
@@ -201,12 +203,12 @@ def open_tfds(name: str, wanted: Wanted, cleaning: str = "none") -> TfdsSource:
             f"'tfds:{name}' is stored as {builder.info.file_format.value}: prepare it anew with "
             "file_format='array_record'"
         )
-    choice = STANDARD.choose(f"'tfds:{name}'", wanted, builder.info.splits)
+    choice = STANDARD.choose(f"'tfds:{name}'", opening.wanted, builder.info.splits)
     features = builder.info.features
     _, _, label = _roles(features, name)
     single = not label or isinstance(features[label], tfds.features.ClassLabel)
     kind = TfdsSource if single else MultiLabelTfdsSource
-    return kind(str(builder.data_path), choice, name=builder.info.name, cleaning=cleaning)
+    return kind(str(builder.data_path), choice, name=builder.info.name, cleaning=opening.cleaning)
 
 
 def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
@@ -239,3 +241,7 @@ def _is_text(feature: Any) -> bool:
 def _words(name: str) -> str:
     """A class or category name as words: "light & video" -> "light and video"."""
     return " ".join(name.replace("_", " ").replace("-", " ").replace("&", "and").split())
+
+
+EMOJI = DatasetKind(open_emoji)
+TFDS = DatasetKind(open_tfds, "NAME")

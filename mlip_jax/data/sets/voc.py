@@ -10,7 +10,8 @@ from jaxtyping import Int8
 
 from mlip_jax.config import UserError
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource
-from mlip_jax.data.sets.splits import Scheme, Wanted
+from mlip_jax.data.sets.kinds import Opening, by_path
+from mlip_jax.data.sets.splits import Scheme
 
 _LISTS = Path("ImageSets", "Main")
 _LIST = re.compile(r"(.+)_(trainval|train|val|test)\.txt$")
@@ -24,9 +25,7 @@ _SCHEME = Scheme(
 )
 
 
-def open_voc(
-    folder: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> MultiLabelSource:
+def open_voc(folder: Path, opening: Opening) -> MultiLabelSource:
     """Opens FOLDER/ImageSets/Main/CLASS_SPLIT.txt with FOLDER/JPEGImages/ID.jpg.
 
     An image shows a class (1), shows it only as objects that are difficult (0), or does not (-1).
@@ -42,7 +41,6 @@ def open_voc(
       MissingSplit: when there are no lists of the split.
       UserError: for a missing folder or list, or "LIST:LINE: what is wrong" for a malformed line.
     """
-    del max_skipped_share
     folder = _year(folder)
     lists = folder / _LISTS
     found = [match for file in sorted(lists.iterdir()) if (match := _LIST.match(file.name))]
@@ -50,7 +48,7 @@ def open_voc(
         raise UserError(f"no lists of a class's images, such as dog_test.txt, in {lists}")
     classes = sorted({match[1] for match in found})
     splits = {match[2] for match in found}
-    choice = _SCHEME.choose(lists, wanted, [split for split in _ORDER if split in splits])
+    choice = _SCHEME.choose(lists, opening.wanted, [split for split in _ORDER if split in splits])
     rows: dict[str, np.ndarray] = {}
     for part in choice.parts:
         ids, targets = _read_split(lists, classes, part)
@@ -63,7 +61,7 @@ def open_voc(
         ImageFiles(folder / "JPEGImages", [f"{image}.jpg" for image in rows]),
         np.array(list(rows.values()), np.int8).reshape(-1, len(classes)),
         tuple(classes),
-        cleaning,
+        opening.cleaning,
     )
 
 
@@ -122,3 +120,6 @@ def _read_list(file: Path) -> dict[str, int]:
             raise UserError(f"{file}:{number}: the image {image} is listed twice")
         values[image] = _VALUES[value[0]]
     return values
+
+
+KIND = by_path(open_voc)

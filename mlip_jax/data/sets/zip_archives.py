@@ -14,7 +14,8 @@ from mlip_jax.config import UserError
 from mlip_jax.data.sets.class_folders import read_beside
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource
-from mlip_jax.data.sets.splits import Wanted, canonical
+from mlip_jax.data.sets.kinds import Opening, by_path
+from mlip_jax.data.sets.splits import canonical
 
 _MOST_BYTES = 256 * 2**20  # of one member, unpacked; a photo takes some 10 MB
 _ENCRYPTED = 1  # bit of the flags
@@ -31,9 +32,7 @@ class _Member(NamedTuple):
     info: zipfile.ZipInfo
 
 
-def open_zip(
-    path: Path, wanted: Wanted, max_skipped_share: float, cleaning: str = "none"
-) -> ClassSource:
+def open_zip(path: Path, opening: Opening) -> ClassSource:
     """Opens class folders in a zip file, or in all zip files of a folder, taken as one tree.
 
     The tree is CLASS/*.jpg or SPLIT/CLASS/*.jpg, perhaps below one folder common to all. Where
@@ -48,7 +47,7 @@ def open_zip(
     files = _zip_files(path)
     trees = [_members(index, file) for index, file in enumerate(files)]
     merged = _without_common_folder(_merged(path, files, _named_by_split(files, trees)))
-    return open_tree(_ZipTree(path, files, merged), wanted, max_skipped_share, cleaning)
+    return open_tree(_ZipTree(path, files, merged), opening)
 
 
 class ZipImages:
@@ -222,3 +221,6 @@ def _without_common_folder(members: dict[str, _Member]) -> dict[str, _Member]:
 
 def _is_image(path: str) -> bool:
     return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+KIND = by_path(open_zip)

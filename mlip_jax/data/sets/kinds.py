@@ -1,0 +1,47 @@
+"""What a kind of dataset is: what stands behind its name in a spec, and how that is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlip_jax.data.sets.records import Source
+from mlip_jax.data.sets.splits import Wanted
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is asked of a dataset when it is opened."""
+
+    wanted: Wanted  # the split
+    max_skipped_share: float = 0.01  # more records without a usable caption than this are an error
+    cleaning: str = "none"  # how captions and tags are cleaned, `config.model.text.cleaning`
+    cache_dir: str = ""  # where datasets named by one word lie; see `cache.cache_folder`
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """A kind of dataset; its spec is NAME or NAME:WHERE.
+
+    Attributes:
+      open: (WHERE, what is asked) -> the source. Raises `MissingSplit` where the dataset does not
+        have the split, and UserError.
+      where: what WHERE is: "PATH", "NAME", or "" where the name says all.
+    """
+
+    open: Callable[[str, Opening], Source]
+    where: str = ""
+
+    def spec(self, name: str) -> str:
+        """How it is written in a config, such as "jsonl:PATH"."""
+        return f"{name}:{self.where}" if self.where else name
+
+
+def by_path(open_path: Callable[[Path, Opening], Source]) -> DatasetKind:
+    """A kind of dataset that is a file or a folder."""
+
+    def open_where(where: str, opening: Opening) -> Source:
+        return open_path(Path(where).expanduser(), opening)
+
+    return DatasetKind(open_where, "PATH")
