@@ -21,8 +21,11 @@ setup(
     },
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["mlip_jax", "mlip_jax.*"]),
+    # configs/ stands at the top of the repository; installed, it lies in the package.
+    packages=[*find_packages(include=["mlip_jax", "mlip_jax.*"]), "mlip_jax.configs"],
+    package_dir={"mlip_jax.configs": "configs"},
     package_data={
+        "mlip_jax": ["py.typed"],
         "mlip_jax.data.text": ["*.gz", "*.txt"],
         "mlip_jax.evaluations": ["*.json", "*.html"],
         "mlip_jax.evaluations.concepts": ["*.json"],
@@ -104,6 +107,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -19,7 +19,7 @@ from mlip_jax.config import RunError, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
 VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
-    "train": ("mlip_jax.training.loop", "train"),
+    "train": ("mlip_jax.training.verb", "train"),
     "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
     "report": ("mlip_jax.reports", "report_workdir"),
     "prepare": ("mlip_jax.data.prepare", "prepare"),

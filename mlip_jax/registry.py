@@ -12,6 +12,7 @@ CONTRIBUTING.md has a whole example of each kind.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -51,7 +52,7 @@ class Table(Mapping[str, Thing], Generic[Thing]):
         Raises:
           UserError: when the name is taken.
         """
-        file = sys._getframe(1).f_code.co_filename
+        file = os.path.abspath(sys._getframe(1).f_code.co_filename)
         holder = self._files.get(name, "mlip_jax" if name in self._places else file)
         if holder != file:
             raise UserError(
@@ -164,6 +165,7 @@ DATASETS: Table[DatasetKind] = Table(
         "objects": "mlip_jax.data.sets.coco_objects:KIND",
         "prepared": "mlip_jax.data.sets.prepared:KIND",
         "tfds": "mlip_jax.data.sets.tfds:TFDS",
+        "object": "mlip_jax.data.sets.kinds:OBJECT",
     },
 )
 # Sources of `prepare`, beside every dataset of DATASETS.

@@ -16,7 +16,7 @@ from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.models.layers import Attention, Dense
 from mlip_jax.planning import estimates, machines
-from mlip_jax.training import attention_choice, loop
+from mlip_jax.training import attention_choice, start
 from mlip_jax.validation import validate
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 9, 4, 32
@@ -292,7 +292,7 @@ def test_a_run_goes_on_with_the_form_it_began_with(tiny, tmp_path, monkeypatch, 
         trained.append((network.image["attention_form"], network.text["attention_form"]))
         raise UserError("enough")
 
-    monkeypatch.setattr(loop, "make_train_step", no_step)
+    monkeypatch.setattr(start, "make_train_step", no_step)
 
     def train(fastest, *flags):
         seconds = {form: float(form != fastest) for form in ATTENTIONS}

@@ -20,11 +20,11 @@ from devices import with_devices
 from mlip_jax import main as door
 from mlip_jax import versions
 from mlip_jax.storage.checkpoint import restore_fields
-from mlip_jax.training import evaluation, loop
+from mlip_jax.training import evaluation, loop, start
 from mlip_jax.training.run import score
 from mlip_jax.training.signals import Stop, Stopped
 
-COMPILE, REPORT = loop.compile_step, evaluation.write_report
+COMPILE, REPORT = start.compile_step, evaluation.write_report
 ROOT = Path(__file__).parents[1]
 STATE = ("step", "params", "optimizer", "ema")
 
@@ -42,7 +42,7 @@ def compiled_once(monkeypatch, compiled, on_one_device):
             compiled[key] = COMPILE(step, run, abstract)
         return compiled[key]
 
-    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(start, "compile_step", compile_step)
     monkeypatch.setattr(evaluation, "write_report", lambda *_: "none")
     on_one_device(monkeypatch)
 
@@ -131,7 +131,7 @@ def test_a_finished_run_says_so_and_is_evaluated(train, workdir, trained, monkey
     before = (workdir / "results.json").read_text()
     (workdir / "results.json").unlink()
     (workdir / "report.html").unlink()
-    monkeypatch.setattr(loop, "compile_step", None)  # there is nothing to compile
+    monkeypatch.setattr(start, "compile_step", None)  # there is nothing to compile
     monkeypatch.setattr(evaluation, "write_report", REPORT)
     code, told = train()
     assert code == 0 and f"{workdir} holds this run: it is finished" in told
@@ -142,7 +142,7 @@ def test_a_finished_run_says_so_and_is_evaluated(train, workdir, trained, monkey
 def test_one_seed_is_one_model_from_one_trace_without_a_hidden_transfer(
     train, trained, tmp_path, monkeypatch
 ):
-    traces, make, steps = [], loop.make_train_step, loop.run_steps
+    traces, make, steps = [], start.make_train_step, loop.run_steps
 
     def counted(*arguments):
         step = make(*arguments)
@@ -158,8 +158,8 @@ def test_one_seed_is_one_model_from_one_trace_without_a_hidden_transfer(
         with jax.transfer_guard("disallow"):
             return steps(*arguments)
 
-    monkeypatch.setattr(loop, "compile_step", COMPILE)
-    monkeypatch.setattr(loop, "make_train_step", counted)
+    monkeypatch.setattr(start, "compile_step", COMPILE)
+    monkeypatch.setattr(start, "make_train_step", counted)
     monkeypatch.setattr(loop, "run_steps", guarded)
     assert train()[0] == 0
     assert len(traces) == 1
@@ -169,7 +169,7 @@ def test_one_seed_is_one_model_from_one_trace_without_a_hidden_transfer(
 
 def test_another_seed_is_another_start(train, tmp_path, monkeypatch):
     starts = []
-    monkeypatch.setattr(loop, "compile_step", lambda *_: None)
+    monkeypatch.setattr(start, "compile_step", lambda *_: None)
     monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
     monkeypatch.setattr(loop, "run_steps", lambda *arguments: (arguments[2], None))
     monkeypatch.setattr(loop, "finish", lambda _, state, __: starts.append(state.params) or 0)
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_terms(
     train, stopped, tmp_path, monkeypatch
 ):
     run = shutil.copytree(stopped, tmp_path / "run")
-    share, calls = loop.compile_step, []
+    share, calls = start.compile_step, []
 
     def compile_step(*arguments):
         step = share(*arguments)
@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_terms(
 
         return broken
 
-    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(start, "compile_step", compile_step)
     monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
     code, told = train()
     assert code == 1

@@ -41,7 +41,7 @@ def calls(monkeypatch, tmp_path):
         return act
 
     rooms = {
-        "mlip_jax.training.loop": {"train": verb("train", 75)},
+        "mlip_jax.training.verb": {"train": verb("train", 75)},
         "mlip_jax.evaluations": {"evaluate_workdir": verb("evaluate")},
         "mlip_jax.reports": {"report_workdir": verb("report")},
     }
@@ -75,7 +75,7 @@ def test_an_unexpected_error_names_the_versions_that_were_tested(
     def fails(config, workdir):
         raise AttributeError("module 'jax' has no attribute 'gone'")
 
-    monkeypatch.setattr(sys.modules["mlip_jax.training.loop"], "train", fails)
+    monkeypatch.setattr(sys.modules["mlip_jax.training.verb"], "train", fails)
     monkeypatch.setattr(versions, "installed", lambda: {"jax": version})
     with pytest.raises(AttributeError, match="gone") as caught:
         main("--config=tried.py")
@@ -119,13 +119,15 @@ def test_a_workdir_brings_its_own_config(calls, verb):
 
 
 USAGE = [
-    ("", "no config: .* --config=configs/mlip.py"),
+    ("", "no config: .* --config=mlip"),
     ("trian --config=tried.py", "unknown verb 'trian'.* did you mean 'train'"),
     ("--conifg=tried.py", "unknown flag --conifg; did you mean 'config'"),
     ("--config=tried.py --workdri=x", "unknown flag --workdri; did you mean 'workdir'"),
     ("--config=tried.py --workdir", "Missing value for flag --workdir"),
     ("--config=tried.py train", "unexpected argument 'train': a verb comes first"),
-    ("--config=tired.py", "no config file tired.py; did you mean 'tried.py'"),
+    ("--config=tired.py", "no config file tired.py; packaged: .*, mlip, .*did you mean 'tried.py'"),
+    ("--config=miip", "no config file miip; .*did you mean 'mlip'"),
+    ("--config=configs/mlip.py", "the package has one of that name: --config=mlip"),
     ("--config=tried.py:sead=1", "tried.py:sead=1: .*did you mean 'seed'"),
     ("--config=tried.py --config.batchsize=1", "config.batchsize; did you mean 'batch_size'"),
     (
@@ -194,7 +196,7 @@ def test_what_ends_a_run_is_one_line(calls, capsys, monkeypatch, error, code, me
     def train(config, workdir):
         raise error
 
-    monkeypatch.setattr(sys.modules["mlip_jax.training.loop"], "train", train)
+    monkeypatch.setattr(sys.modules["mlip_jax.training.verb"], "train", train)
     assert main("--config=tried.py") == code
     assert_one_line(capsys, message)
 
@@ -203,7 +205,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(calls, monkeypatch):
     def train(config, workdir):
         raise PermissionError("odd")
 
-    monkeypatch.setattr(sys.modules["mlip_jax.training.loop"], "train", train)
+    monkeypatch.setattr(sys.modules["mlip_jax.training.verb"], "train", train)
     with pytest.raises(PermissionError):
         main("--config=tried.py")
 

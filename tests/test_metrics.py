@@ -45,8 +45,8 @@ def events(folder):
 
 def test_a_line_names_step_samples_time_and_scalars(tmp_path):
     with writer(tmp_path) as metrics:
-        metrics.train(10, SCALARS)
-        metrics.evaluation(10, {"retrieval/emoji/text_to_image_recall@1": 0.5})
+        metrics.on_metrics(10, SCALARS)
+        metrics.on_evaluation(10, {"retrieval/emoji/text_to_image_recall@1": 0.5})
     train, evaluation = lines(tmp_path)
     assert list(train) == ["step", "samples", "time", *SCALARS]
     assert (train["step"], train["samples"], train["loss"]) == (10, 80, 3.25)
@@ -58,20 +58,20 @@ def test_a_line_names_step_samples_time_and_scalars(tmp_path):
 
 def test_what_is_not_finite_is_null_so_that_the_line_is_json(tmp_path):
     with writer(tmp_path) as metrics:
-        metrics.train(1, {"loss": float("nan")})
+        metrics.on_metrics(1, {"loss": float("nan")})
     assert lines(tmp_path)[0]["loss"] is None
 
 
 def test_resume_supersedes_later_lines_and_mends_a_cut_one(tmp_path):
     with writer(tmp_path) as metrics:
         for step in (10, 20, 30):
-            metrics.train(step, SCALARS | {"loss": step})
+            metrics.on_metrics(step, SCALARS | {"loss": step})
     uninterrupted = lines(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "loss": 4')  # killed here
     with writer(tmp_path, start_step=20) as metrics:
         assert [line["step"] for line in lines(tmp_path)] == [10, 20]
-        metrics.train(30, SCALARS | {"loss": 30})
+        metrics.on_metrics(30, SCALARS | {"loss": 30})
     resumed = lines(tmp_path)
     for line in (*uninterrupted, *resumed):
         del line["time"]
@@ -94,7 +94,7 @@ def test_cut_back_leaves_a_good_file_untouched(tmp_path):
 
 def test_a_full_disk_is_one_clear_error_and_whole_lines(tmp_path, monkeypatch):
     metrics = writer(tmp_path)
-    metrics.train(10, SCALARS)
+    metrics.on_metrics(10, SCALARS)
     good = (tmp_path / "metrics.jsonl").read_bytes()
 
     class Full:
@@ -114,16 +114,16 @@ def test_a_full_disk_is_one_clear_error_and_whole_lines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics, "_lines", Full(metrics._lines))
     with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device"):
-        metrics.train(20, SCALARS)
+        metrics.on_metrics(20, SCALARS)
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
     metrics.close()
 
 
 def test_only_the_active_process_writes(tmp_path):
-    with writer(tmp_path, active=False) as metrics, metrics.paused():
-        metrics.advance(1)
-        metrics.train(1, SCALARS)
-        metrics.evaluation(1, {})
+    with writer(tmp_path, active=False) as metrics:
+        metrics.on_step(1)
+        metrics.on_metrics(1, SCALARS)
+        metrics.on_evaluation(1, {})
         metrics.note("hello")
     assert not list(tmp_path.iterdir())
 
@@ -131,8 +131,8 @@ def test_only_the_active_process_writes(tmp_path):
 def test_without_a_terminal_an_interval_is_a_line(tmp_path):
     console = Console(file=io.StringIO())
     with writer(tmp_path, console=console) as metrics:
-        metrics.advance(9)
-        metrics.train(10, SCALARS)
+        metrics.on_step(9)
+        metrics.on_metrics(10, SCALARS)
         metrics.note("[saved]")
     first, second = console.file.getvalue().splitlines()
     assert first.startswith(
@@ -145,10 +145,8 @@ def test_without_a_terminal_an_interval_is_a_line(tmp_path):
 def test_on_a_terminal_there_is_a_bar(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=150)
     with writer(tmp_path, console=console, start_step=5) as metrics:
-        metrics.advance(10)
-        metrics.train(10, SCALARS)
-        with metrics.paused():
-            pass
+        metrics.on_step(10)
+        metrics.on_metrics(10, SCALARS)
         metrics.note("between")
     drawn = console.file.getvalue()
     assert "10/40" in drawn and "loss 3.250" in drawn and "between" in drawn

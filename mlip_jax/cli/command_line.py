@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import re
-import runpy
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mlip_jax import config as schema
 from mlip_jax.config import UserError, suggestion
+from mlip_jax.recipes.config_files import load_config
 from mlip_jax.validation import validate
 
 _text = functools.partial(flags.DEFINE_string, default="", help="")
@@ -180,7 +180,7 @@ def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command
 def _another(text: str, rest: list[str]) -> tuple[str, ConfigDict]:
     """A config to time beside the first: "FILE --config.KEY=VALUE ..."; `rest` holds too."""
     file, *overrides = shlex.split(text) or [""]
-    config = _load_file(file)
+    config = load_config(file)
     _override(config, [*rest, *overrides])
     validate(config)
     return text, config
@@ -197,11 +197,10 @@ def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = Fal
 
 def _find_config(verb: str, default: str, file: str | None, workdir: str | None) -> ConfigDict:
     if file:
-        return _load_file(file)
+        return load_config(file)
     if verb == default:
         raise UserError(
-            "no config: say which experiment to run, such as --config=configs/mlip.py "
-            "(--help shows more)"
+            "no config: say which experiment to run, such as --config=mlip (--help shows more)"
         )
     if not workdir:
         raise UserError(f"{verb} needs a run to look at: add --workdir=DIR (or --config=FILE)")
@@ -234,42 +233,6 @@ def _holds_model(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "model_type" in values
-
-
-def _load_file(argument: str) -> ConfigDict:
-    """The config of "FILE" or "FILE:name=value,..."."""
-    name, *values = argument.split(":", 1)
-    path = Path(name)
-    if not path.is_file():
-        near = suggestion(name, map(str, path.parent.glob("*.py")))
-        raise UserError(f"there is no config file {name}{near}")
-    try:
-        config = runpy.run_path(name)["get_config"](*values)
-        # A round trip through the schema: a key that it does not know, or a value of another
-        # type, is a mistake in the file.
-        return schema.from_json(schema.to_json(config))
-    except UserError as error:
-        raise UserError(f"{argument}: {error}") from error
-    except Exception as error:  # the file is the user's: whatever it raises is theirs to mend
-        raise UserError(f"config file {name}{_line(error, name)}: {_reason(error)}") from error
-
-
-def _line(error: Exception, file: str) -> str:
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}"
-    lines = []
-    step = error.__traceback__
-    while step:
-        if step.tb_frame.f_code.co_filename == file:
-            lines.append(step.tb_lineno)
-        step = step.tb_next
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args == ("get_config",):
-        return "it defines no function get_config"
-    return f"{type(error).__name__}: {error}"
 
 
 def _override(config: ConfigDict, arguments: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +11,10 @@ from jaxtyping import Array, Int
 
 from mlip_jax.devices import parallel
 from mlip_jax.training.state import TrainState
-from mlip_jax.training.step import Metrics
+from mlip_jax.training.step import Metrics, Step
 
 _SKIPPED = "skipped"  # int32 [batch]: a row's unreadable image, or -1
 _ASKED = "asked"  # bool [devices]: whether the process of a device is asked to stop
-
-Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
 
 
 class Channel:

@@ -14,29 +14,30 @@ from mlip_jax.training.signals import STOPPED, Stopped
 from mlip_jax.training.state import TrainState
 
 
-def finish(run: Run, state: TrainState, results: Results | None) -> int:
+def finish(run: Run, state: TrainState, results: Results | None) -> tuple[int, dict[str, float]]:
     """Evaluates the finished model, writes the results and the report, in process 0.
 
     `results` are what the last step has already given by the fast families.
 
     Returns:
-      The exit code: 0, or 75 when a signal came before the end.
+      The exit code, 0, or 75 when a signal came before the end; and the figures, in process 0.
     """
     variables, done = processes.to_first(state.evaluated, run.home), int(state.step)
+    figures: dict[str, float] = {}
 
     def unless_stopped() -> int:
         try:
             with run.stop.interrupting():
-                _finish(run, variables, done, results)
+                figures.update(_finish(run, variables, done, results).figures)
         except Stopped:
             run.console.print(f"stopped by a signal; everything is saved at step {done}")
             return STOPPED
         return 0
 
-    return processes.by_first(unless_stopped)
+    return processes.by_first(unless_stopped), figures
 
 
-def _finish(run: Run, variables: Any, done: int, results: Results | None) -> None:
+def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Results:
     if results is None:
         results = _evaluate(run, variables)
     results.update(_evaluate(run, variables, suites.the_others(), progress=True))
@@ -46,6 +47,7 @@ def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Non
     report = write_report(run.folder, model, run.validation or run.source)
     run.console.print(table(results))
     run.console.print(f"results: {path}\nreport:  {report}")
+    return results
 
 
 def _evaluate(

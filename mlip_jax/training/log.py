@@ -10,18 +10,18 @@ import jax
 import numpy as np
 
 from mlip_jax.config import RunError
-from mlip_jax.training.metrics import MetricWriter
+from mlip_jax.training.callbacks import Callbacks
 from mlip_jax.training.step import Metrics
 
 
 class Log:
-    """Training metrics on their way to the writer: fetched an interval late, so never waited for.
+    """Training metrics on their way to the callbacks, which hear the mean over an interval.
 
-    What is written is the mean over an interval.
+    They are fetched an interval late, so that nobody waits for them.
     """
 
-    def __init__(self, writer: MetricWriter) -> None:
-        self._writer = writer
+    def __init__(self, callbacks: Callbacks) -> None:
+        self._callbacks = callbacks
         self._steps: list[Metrics] = []
         self._late: tuple[int, list[Metrics], dict[str, float]] | None = None
 
@@ -35,7 +35,7 @@ class Log:
         self._steps.append(metrics)
 
     def interval(self, done: int, speed: dict[str, float]) -> None:
-        """Ends an interval at step `done` and writes the one before.
+        """Ends an interval at step `done` and tells of the one before.
 
         Raises:
           RunError: for a step whose loss or gradient was not finite.
@@ -45,7 +45,7 @@ class Log:
         self._steps = []
 
     def flush(self) -> None:
-        """Writes the last interval, if it is not written yet; waits for the devices.
+        """Tells of the last interval, if that is not done yet; waits for the devices.
 
         Raises:
           RunError: for a step whose loss or gradient was not finite.
@@ -58,7 +58,7 @@ class Log:
         for number, metrics in enumerate(steps, done - len(steps) + 1):
             _check_finite(number, metrics)
         mean = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
-        self._writer.train(done, mean | speed)
+        self._callbacks.tell("on_metrics", done, mean | speed)
 
 
 def _check_finite(number: int, metrics: Mapping[str, Any]) -> None:

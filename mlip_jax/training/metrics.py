@@ -25,6 +25,7 @@ from tensorboardX.summary import scalar
 
 from mlip_jax.config import RunError
 from mlip_jax.storage.workdir import write_atomically
+from mlip_jax.training.callbacks import Callback
 
 
 class Clock:
@@ -66,7 +67,7 @@ class Clock:
         return measured
 
 
-class MetricWriter:
+class MetricWriter(Callback):
     """Writes what the loop measured; only process 0 writes, on the others every call is empty.
 
     A line of metrics.jsonl is one JSON object: "step" (steps done), "samples" (pairs seen), "time"
@@ -133,21 +134,21 @@ class MetricWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step` steps done; call it every step."""
+    def on_step(self, step: int) -> None:
+        """Moves the bar."""
         if self._active and self._bar:
             self._bar.update(self._task, completed=step)
 
-    def train(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one interval's training scalars: "loss", "loss/VIEW", "learning_rate", ...
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one interval's training metrics and prints a line about them.
 
         Raises:
           RunError: if the disk refuses it; the file keeps its whole lines.
         """
         if not self._active:
             return
-        self._write(step, scalars)
-        told = describe(scalars)
+        self._write(step, metrics)
+        told = describe(metrics)
         if self._bar:
             self._bar.update(self._task, description=told)
             return
@@ -155,7 +156,7 @@ class MetricWriter:
         left = time.strftime("%H:%M:%S", time.gmtime(rate * max(self._total - step, 0)))
         self._print(f"step {step}/{self._total}  {told}  left {left}")
 
-    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+    def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes an evaluation's figures, such as "retrieval/SET/text_to_image_recall@1".
 
         Raises:
@@ -168,18 +169,6 @@ class MetricWriter:
         """Prints a line, or anything that rich can draw, above the bar."""
         if self._active:
             self._print(message)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Takes the bar away while something else draws its own."""
-        if not (self._active and self._bar):
-            yield
-            return
-        self._bar.stop()
-        try:
-            yield
-        finally:
-            self._bar.start()
 
     def close(self) -> None:
         """Ends the bar and closes the files."""

@@ -19,6 +19,7 @@ from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.inference import Model
 from mlip_jax.storage.checkpoint import Checkpoints
+from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.state import TrainState
@@ -43,6 +44,7 @@ class Run:
     console: Console
     stop: Stop
     channel: Channel
+    callbacks: tuple[Callback, ...]  # the user's
 
     @property
     def steps(self) -> int:

@@ -30,6 +30,10 @@ class Stop:
         self._interrupts = False
         self._leaves = False
 
+    def ask(self) -> None:
+        """Asks the run to save and stop, as a signal would, from within."""
+        self.asked = True
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
         """Listens while inside; what one process of several hears, all do."""

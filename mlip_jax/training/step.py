@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from mlip_jax.training.optimizer import clip_scales, learning_rate
 from mlip_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -31,7 +33,7 @@ def make_train_step(
     config: ConfigDict,
     preprocessing: Preprocessing,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
+) -> Step:
     """The step: forward, every perspective's loss, gradient, update, average.
 
     The step takes the state and {"image": uint8 [batch, size, size, 3], "token_ids": int32
@@ -50,109 +52,24 @@ def make_train_step(
     Raises:
       UserError: when the batch cannot be cut in config.accumulation parts.
     """
-    terms = perspectives.terms(config)
+    accumulation.check(config.batch_size, config.accumulation, mesh)
     schedule = learning_rate(config)
-    key = jax.random.key(config.seed + 1)  # + 1: not the key of the initial parameters
-    decay = config.optimizer.ema
-
-    parts = config.accumulation
-    accumulation.check(config.batch_size, parts, mesh)
-    frozen = [f"{tower}_encoder" for tower in model.frozen]
-    lookahead = config.optimizer.lookahead.period > 0
-
-    def embed(
-        params: Any, rows: dict[str, Array], state: TrainState
-    ) -> tuple[dict[str, Array], Any]:
-        """Embeddings of some rows of the batch, and the batch norms' new statistics."""
-        # No gradient, so no backward pass either.
-        params = params | {name: jax.lax.stop_gradient(params[name]) for name in frozen}
-        second = rows.get("image_2")
-        (embeddings, _, _), updated = model.apply(
-            {
-                "params": params,
-                "batch_stats": state.batch_stats,
-                ROWS: {NUMBER: rows["number"]},
-            },
-            preprocessing.normalize(rows["image"]),
-            rows["token_ids"],
-            None if second is None else preprocessing.normalize(second),
-            rows.get("token_ids_2"),
-            deterministic=False,
-            rngs={"dropout": jax.random.fold_in(key, state.step)},
-            mutable=["batch_stats"],
-        )
-        return embeddings, updated.get("batch_stats", {})
-
-    def objective(
-        params: Any, embeddings: dict[str, Array], state: TrainState
-    ) -> tuple[Array, Metrics]:
-        """The loss of the whole batch, and what is told of it."""
-
-        def critic(view: str, one: Array, other: Array) -> Array:
-            return model.apply({"params": params}, view, one, other, method="score_pairs")
-
-        scales, biases = model.apply({"params": params}, method="scales_and_biases")
-        loss, losses = perspectives.total_loss(
-            terms,
-            embeddings,
-            scales,
-            biases,
-            state.step.astype(jnp.float32) * config.batch_size,
-            prior_weight=config.model.prior_weight,
-            chunk=config.token_chunk,
-            blocks=config.ring,
-            mesh=mesh,
-            critic=critic if model.critic == "concat" else None,
-        )
-        metrics = {f"loss/{view}": value for view, value in losses.items()}
-        return loss, metrics | {f"scale/{view}": scale for view, scale in scales.items()}
-
-    def value_and_gradient(
-        state: TrainState, rows: dict[str, Array]
-    ) -> tuple[Array, Metrics, Any, Any]:
-        """Loss, metrics, the batch norms' new statistics, and the gradient."""
-        if parts > 1:
-            (loss, metrics), gradient = accumulation.value_and_gradient(
-                lambda params, part: embed(params, part, state)[0],
-                lambda params, embeddings: objective(params, embeddings, state),
-                state.params,
-                rows,
-                parts,
-                mesh,
-                parallel.sharding_rules(config.sharding, state.params),
-            )
-            return loss, metrics, state.batch_stats, gradient
-
-        def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
-            embeddings, batch_stats = embed(params, rows, state)
-            loss, metrics = objective(params, embeddings, state)
-            return loss, (metrics, batch_stats)
-
-        (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        return loss, metrics, batch_stats, gradient
+    objective = Objective(
+        model=model,
+        config=config,
+        preprocessing=preprocessing,
+        mesh=mesh,
+        terms=perspectives.terms(config),
+        key=jax.random.key(config.seed + 1),  # + 1: not the key of the initial parameters
+    )
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         rows = batch | {"number": jnp.arange(config.batch_size)}
-        loss, metrics, batch_stats, gradient = value_and_gradient(state, rows)
+        loss, metrics, batch_stats, gradient = objective.value_and_gradient(state, rows)
         norm = optax.tree.norm(gradient)
-        before = optax.LookaheadParams(state.params, state.slow) if lookahead else state.params
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
-        after = optax.apply_updates(before, updates)
-        params, slow = (
-            clip_scales(weights, config.optimizer.max_scale)
-            for weights in (after if lookahead else (after, state.slow))
-        )
-        ema = state.ema
-        if decay:
-            # Early on the average follows closely; without this it would remember the start.
-            seen = state.step.astype(jnp.float32)
-            rate = jnp.minimum(decay, (1.0 + seen) / (10.0 + seen))
-            ema = jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, ema, params)
+        after = updated(state, gradient, batch_stats, optimizer, config.optimizer)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        good = TrainState(state.step, params, batch_stats, optimizer_state, ema, slow)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), good, state)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         metrics |= {
             "loss": loss,
             "gradient_norm": norm,
@@ -161,6 +78,131 @@ def make_train_step(
         return kept.replace(step=state.step + 1), metrics
 
     return train_step
+
+
+@dataclass(frozen=True)
+class Objective:
+    """From parameters and a batch to the loss and its gradient."""
+
+    model: TwoTower
+    config: ConfigDict
+    preprocessing: Preprocessing
+    mesh: Mesh | None
+    terms: tuple[perspectives.Term, ...]
+    key: Array  # of dropout, folded with the step
+
+    def value_and_gradient(
+        self, state: TrainState, rows: dict[str, Array]
+    ) -> tuple[Array, Metrics, Any, Any]:
+        """Loss, metrics, the batch norms' new statistics, and the gradient."""
+        if self.config.accumulation > 1:
+            return self._accumulated(state, rows)
+
+        def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
+            embeddings, batch_stats = self.embed(params, rows, state)
+            loss, metrics = self.loss(params, embeddings, state)
+            return loss, (metrics, batch_stats)
+
+        (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        return loss, metrics, batch_stats, gradient
+
+    def _accumulated(
+        self, state: TrainState, rows: dict[str, Array]
+    ) -> tuple[Array, Metrics, Any, Any]:
+        """The same with the batch's parts embedded one after the other; without batch norms."""
+        (loss, metrics), gradient = accumulation.value_and_gradient(
+            lambda params, part: self.embed(params, part, state)[0],
+            lambda params, embeddings: self.loss(params, embeddings, state),
+            state.params,
+            rows,
+            self.config.accumulation,
+            self.mesh,
+            parallel.sharding_rules(self.config.sharding, state.params),
+        )
+        return loss, metrics, state.batch_stats, gradient
+
+    def embed(
+        self, params: Any, rows: dict[str, Array], state: TrainState
+    ) -> tuple[dict[str, Array], Any]:
+        """Embeddings of some rows of the batch, and the batch norms' new statistics."""
+        frozen = [f"{tower}_encoder" for tower in self.model.frozen]
+        # No gradient, so no backward pass either.
+        params = params | {name: jax.lax.stop_gradient(params[name]) for name in frozen}
+        second = rows.get("image_2")
+        (embeddings, _, _), changed = self.model.apply(
+            {
+                "params": params,
+                "batch_stats": state.batch_stats,
+                ROWS: {NUMBER: rows["number"]},
+            },
+            self.preprocessing.normalize(rows["image"]),
+            rows["token_ids"],
+            None if second is None else self.preprocessing.normalize(second),
+            rows.get("token_ids_2"),
+            deterministic=False,
+            rngs={"dropout": jax.random.fold_in(self.key, state.step)},
+            mutable=["batch_stats"],
+        )
+        return embeddings, changed.get("batch_stats", {})
+
+    def loss(
+        self, params: Any, embeddings: dict[str, Array], state: TrainState
+    ) -> tuple[Array, Metrics]:
+        """The loss of the whole batch, and what is told of it."""
+
+        def critic(view: str, one: Array, other: Array) -> Array:
+            return self.model.apply({"params": params}, view, one, other, method="score_pairs")
+
+        scales, biases = self.model.apply({"params": params}, method="scales_and_biases")
+        loss, losses = perspectives.total_loss(
+            self.terms,
+            embeddings,
+            scales,
+            biases,
+            state.step.astype(jnp.float32) * self.config.batch_size,
+            prior_weight=self.config.model.prior_weight,
+            chunk=self.config.token_chunk,
+            blocks=self.config.ring,
+            mesh=self.mesh,
+            critic=critic if self.model.critic == "concat" else None,
+        )
+        metrics = {f"loss/{view}": value for view, value in losses.items()}
+        return loss, metrics | {f"scale/{view}": scale for view, scale in scales.items()}
+
+
+def updated(
+    state: TrainState,
+    gradient: Any,
+    batch_stats: Any,
+    optimizer: optax.GradientTransformation,
+    settings: ConfigDict,
+) -> TrainState:
+    """The state after an update, with the same step number.
+
+    Args:
+      state: before it.
+      gradient: of the parameters.
+      batch_stats: the batch norms' new statistics.
+      optimizer: from `optimizer.make`.
+      settings: config.optimizer.
+    """
+    lookahead = settings.lookahead.period > 0
+    before = optax.LookaheadParams(state.params, state.slow) if lookahead else state.params
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
+    after = optax.apply_updates(before, updates)
+    params, slow = (
+        clip_scales(weights, settings.max_scale)
+        for weights in (after if lookahead else (after, state.slow))
+    )
+    ema = state.ema
+    if settings.ema:
+        # Early on the average follows closely; without this it would remember the start.
+        seen = state.step.astype(jnp.float32)
+        rate = jnp.minimum(settings.ema, (1.0 + seen) / (10.0 + seen))
+        ema = jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, ema, params)
+    return TrainState(state.step, params, batch_stats, optimizer_state, ema, slow)
 
 
 def lower_step(

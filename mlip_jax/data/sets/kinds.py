@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlip_jax.data.sets.records import Source
+from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted
+from mlip_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class DatasetKind:
     def spec(self, name: str) -> str:
         """How it is written in a config, such as "jsonl:PATH"."""
         return f"{name}:{self.where}" if self.where else name
+
+
+GIVEN = "object"  # the kind of a source that a program has handed to `mlip_jax.train`
+
+
+def _not_here(name: str, opening: Opening) -> Source:
+    if opening.wanted.role != "train":
+        raise MissingSplit(f"the source object {name!r} has no other split")
+    raise UserError(
+        f"the run was trained on {name!r}, a source object of a Python program: give it again, by "
+        "mlip_jax.train(config, workdir, source=...)"
+    )
+
+
+OBJECT = DatasetKind(_not_here, "NAME")
 
 
 def by_path(open_path: Callable[[Path, Opening], Source]) -> DatasetKind:

@@ -1,0 +1,208 @@
+"""How a run starts: opened, restored or initialised, and compiled before any data is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from mlip_jax import versions
+from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.sets.opening import open_training, open_validation
+from mlip_jax.data.sets.records import Source
+from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from mlip_jax.devices import parallel
+from mlip_jax.errors import UserError
+from mlip_jax.evaluations import suites
+from mlip_jax.inference import Model
+from mlip_jax.interop import pretrained
+from mlip_jax.models import building
+from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
+from mlip_jax.storage.compiled import keep_compiled
+from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
+from mlip_jax.training import attention_choice, summary
+from mlip_jax.training import optimizer as optimizers
+from mlip_jax.training.callbacks import Callback
+from mlip_jax.training.channel import Channel
+from mlip_jax.training.run import SCORE, Run
+from mlip_jax.training.signals import Stop
+from mlip_jax.training.state import TrainState, abstract_state, initial_state
+from mlip_jax.training.step import Step, lower_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, and what its state and its step are made of."""
+
+    run: Run
+    network: TwoTower
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    pretrained: Mapping[str, Any]  # variables to start from; {} where there are none
+
+
+def start(
+    config: ConfigDict,
+    workdir: str | Path,
+    stop: Stop,
+    stack: contextlib.ExitStack,
+    source: Source | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[Run, TrainState, Step | None]:
+    """Opens everything and compiles; no step for a run that is finished.
+
+    Args:
+      config: validated.
+      workdir: the run's folder.
+      stop: listens for signals.
+      stack: what is opened is closed with it.
+      source: the training set, in place of what config.data.train names.
+      callbacks: the user's.
+    """
+    opened = _open(config, workdir, stop, stack, source, callbacks)
+    state = _restore(opened)
+    if state is not None and int(state.step) >= opened.run.steps:
+        return opened.run, state, None
+    step = _compile(opened)
+    if state is None:
+        state = _initialise(opened)
+    return opened.run, state, step
+
+
+def _open(
+    config: ConfigDict,
+    workdir: str | Path,
+    stop: Stop,
+    stack: contextlib.ExitStack,
+    source: Source | None,
+    callbacks: Sequence[Callback],
+) -> Opened:
+    mesh = parallel.make_mesh(config.mesh, config.batch_size)
+    if mesh.size == 1 or jax.default_backend() != "cpu":
+        keep_compiled(config.data.cache_dir)
+    # Before the workdir is taken: a mistake in a path leaves none behind.
+    cleaning = config.model.text.cleaning
+    source = open_training(config.data, cleaning) if source is None else source
+    validation = open_validation(config.data, cleaning)
+    suites.check(config)
+    attention_choice.check(config, mesh)
+    tokenizer = _tokenizer(config, source, Path(workdir))
+    network = building.build_for(config, tokenizer)
+    preprocessing = Preprocessing.of(config)
+    home = parallel.home_mesh(mesh)
+    optimizer = optimizers.make(config)
+    abstract = abstract_state(network, optimizer, config, mesh)
+    # A run that goes on has its weights, and its files may be gone by then.
+    taken = {} if has_checkpoints(workdir) else pretrained.read(config, abstract.evaluated)
+    folder = stack.enter_context(open_workdir(workdir, config))
+    keep = config.checkpoint
+    checkpoints = Checkpoints(
+        folder, keep_last=keep.keep_last, keep_best=keep.keep_best, best=SCORE
+    )
+    quiet = jax.process_index() > 0
+    run = Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        source=source,
+        validation=validation,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        home=home,
+        model=Model(config, None, tokenizer, preprocessing, home),
+        checkpoints=stack.enter_context(checkpoints),
+        console=Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet),
+        stop=stop,
+        channel=Channel(mesh),
+        callbacks=() if quiet else tuple(callbacks),
+    )
+    summary.print_data(run.console, source, validation)
+    if not quiet:
+        write_atomically(folder / TOKENIZER, tokenizer.to_json())
+        if source.attribution:
+            write_atomically(folder / "attribution.txt", source.attribution + "\n")
+    return Opened(run, network, optimizer, abstract, taken)
+
+
+def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
+    """The run's tokenizer; a vocabulary, trained or read, is the workdir's from then on."""
+    text, saved = config.model.text, workdir / TOKENIZER
+    if text.tokenizer.startswith(("wordpiece", "folder:")) and saved.is_file():
+        try:
+            return Tokenizer.from_json(saved.read_text(encoding="utf-8"))
+        except Exception as error:  # whatever the library raises
+            raise UserError(f"{saved} is damaged ({error}): remove it or mend it") from error
+    return load_tokenizer(
+        text.tokenizer,
+        cleaning=text.cleaning,
+        vocab_size=text.vocab_size,
+        captions=source.captions,
+    )
+
+
+def _restore(opened: Opened) -> TrainState | None:
+    """The state of the newest checkpoint, or None; says where the run stands."""
+    run = opened.run
+    restored = run.checkpoints.restore(opened.abstract)
+    if restored is None:
+        return None
+    state, extras = restored
+    done = int(state.step)
+    goes_on = done < run.steps
+    left = f"going on from step {done}" if goes_on else "it is finished"
+    run.console.print(f"{run.folder} holds this run: {left}")
+    changed = versions.changes(extras.get("versions", {}))
+    if changed and goes_on:
+        run.console.print(
+            f"  saved with other versions ({', '.join(changed)}): what follows may differ in its "
+            "last bits from a run of one version"
+        )
+    return state
+
+
+def _compile(opened: Opened) -> Step:
+    """The compiled step; prints the model, its memory and how it is sharded."""
+    run, config = opened.run, opened.run.config
+    chosen = attention_choice.choose(config, run.mesh, run.folder)
+    network = building.with_attention(opened.network, chosen.forms)
+    train_step = make_train_step(network, opened.optimizer, config, run.preprocessing, run.mesh)
+    step = compile_step(train_step, run, opened.abstract)
+    summary.print_compiled(
+        run.console,
+        opened.network,
+        opened.abstract.evaluated,
+        step,
+        config,
+        run.mesh,
+        chosen.lines,
+    )
+    return step
+
+
+def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages.Compiled:
+    """Compiles the step before any data is read; the state is donated."""
+    told = run.channel.shapes(run.config.batch_size)
+    lowered = lower_step(run.channel.through(train_step), abstract, run.config, run.mesh, told)
+    return lowered.compile()
+
+
+def _initialise(opened: Opened) -> TrainState:
+    """A fresh state on the run's devices; says what it starts from."""
+    run, taken = opened.run, opened.pretrained
+    # Pretrained arrays are arguments: captured, they would be constants of the program.
+    init = jax.jit(
+        lambda taken: initial_state(opened.network, opened.optimizer, run.config, taken),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, opened.abstract),
+    )
+    state = init(taken)
+    for line in pretrained.summary(run.config, taken, opened.abstract.evaluated):
+        run.console.print(line)
+    return state
