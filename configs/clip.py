@@ -1,14 +1,19 @@
-"""CLIP: one perspective, softmax over the batch (Radford et al. 2021).
+"""CLIP: softmax over the batch on one perspective (Radford et al. 2021).
 
     python -m mlip_jax.main --config=configs/clip.py
+
+trains a small ViT on the built-in emoji dataset, in minutes on two CPU cores, about as long as
+configs/mlip.py. It reaches an R@1 of 42 % (text to image) and 41 % (image to text) on 952
+validation images, mean of three seeds.
+
     python -m mlip_jax.main --config=configs/clip.py:size=B/16,data=jsonl:pairs.jsonl
 
-The first reaches an R@1 of 42 % (text to image) and 41 % (image to text), of 952, three seeds.
-The second is the literature's recipe for a pod slice and has not been run here.
+is the recipe of the literature, for a TPU pod slice. It has not been run here.
 
-`pretrained=FOLDER` goes on from a model that another library, or this one, has written.
+Arguments: `size`, `data`, and `pretrained=FOLDER` to start from a model of another library or of
+this one.
 
-The baseline of the other configs: the same encoders without Frequency Stage and merging.
+This is the baseline of the other configs: the same encoders without Frequency Stage and merging.
 """
 
 from mlip_jax.config import arguments

@@ -1,16 +1,24 @@
 """MLIP: Frequency Stage, guided token merging, four perspectives (Zhang et al. 2024).
 
     python -m mlip_jax.main --config=configs/mlip.py
+
+trains a small ViT on the built-in emoji dataset, in about 7 minutes on two CPU cores. It reaches an
+R@1 of 43 % (text to image) and 42 % (image to text) on 952 validation images, mean of three seeds.
+
     python -m mlip_jax.main --config=configs/mlip.py:size=B/16,data=jsonl:pairs.jsonl
+
+is the recipe of the literature, for a TPU pod slice. It has not been run here.
+
     python -m mlip_jax.main --config=configs/mlip.py:objective=jsd
 
-The first reaches an R@1 of 43 % (text to image) and 42 % (image to text), of 952, three seeds.
-The second is the literature's recipe for a pod slice and has not been run here.
+trains the global perspectives with another loss.
 
-`objective` (softmax, sigmoid or jsd) is the loss of the global perspectives; the token-level ones
-use jsd. Wherever it is used, jsd takes 4 negatives: it scores 5 pairs for each example instead of a
-batch of them. `pretrained=FOLDER` starts from a model that another library, or this one, has
-written: its blocks are the Spatial Stage, and a Frequency Stage of a third as many comes before.
+Arguments: `size`, `data`; `objective`, the loss of the global perspectives: softmax, sigmoid or
+jsd; `pretrained=FOLDER` to start from a model of another library or of this one. All blocks of that
+model form the Spatial Stage, and a Frequency Stage of a third as many blocks is added before it.
+
+The token-level perspectives use jsd. jsd takes 4 negatives here: it scores 5 pairs per example
+instead of a whole batch.
 """
 
 from mlip_jax.config import IMAGE_VIEWS, arguments
