@@ -38,8 +38,9 @@ def built(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    build = "import sys; from setuptools import build_meta as b; b.build_wheel(sys.argv[1]); "
-    run(sys.executable, "-c", build + "b.build_sdist(sys.argv[1])", folder, cwd=copy)
+    for form in ("wheel", "sdist"):
+        build = f"import sys; from setuptools import build_meta as b; b.build_{form}(sys.argv[1])"
+        run(sys.executable, "-c", build, folder, cwd=copy)
     return folder
 
 
