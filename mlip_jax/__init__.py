@@ -4,17 +4,81 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlip_jax.training.callbacks import Callback
+
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ml_collections import ConfigDict
 
     from mlip_jax.data.images.preprocessing import Preprocessing
+    from mlip_jax.data.sets.records import Source
     from mlip_jax.data.text.tokenizer import Tokenizer
     from mlip_jax.inference import Model
+    from mlip_jax.training.loop import Trained
 
 __version__ = "0.1.0"
+__all__ = ["Callback", "__version__", "config", "load", "train"]
+
+# What the functions need is imported when they are called: programs that only read the version or
+# the data start without JAX.
+
+
+def config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of an experiment, checked.
+
+    Args:
+      name: a packaged config, such as "mlip", or the path of a config file; its arguments may
+        follow after a colon, as in "mlip:size=B/16,data=jsonl:pairs.jsonl".
+      overrides: other values by dotted key, such as {"optimizer.learning_rate": 1e-3}.
+
+    Raises:
+      UserError: for a file or key that is not there, or a value that cannot be.
+    """
+    from mlip_jax.recipes.config_files import load_config, with_overrides
+    from mlip_jax.validation import validate
+
+    loaded = with_overrides(load_config(name), overrides or {})
+    validate(loaded)
+    return loaded
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    source: Source | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Trained:
+    """Trains a model as the subcommand train does, or goes on with the run in `workdir`.
+
+    A script that trains with worker processes (config.data.workers is not 0) must guard its main
+    part by `if __name__ == "__main__":`, since these processes import it.
+
+    Args:
+      config: from `config`.
+      workdir: the run's folder; `load` opens it at any time.
+      source: the training set in place of what config.data.train names; any object with the methods
+        of `mlip_jax.data.sets.records.Source`. With worker processes it must be picklable. Without
+        config.data.validation there is no validation set then.
+      callbacks: told of metrics, evaluations and checkpoints as the run goes.
+
+    Returns:
+      Where the run stands, and the figures of its last evaluation.
+
+    Raises:
+      UserError: for a config, a dataset or a workdir that cannot be used.
+      RunError: when the loss is no longer finite, the disk is full, or a callback raises.
+    """
+    from mlip_jax import versions
+
+    with versions.named_in_errors():
+        from mlip_jax.training import loop
+        from mlip_jax.validation import validate
+
+        validate(config)
+        return loop.train(config, workdir, source=source, callbacks=callbacks)
 
 
 def load(
@@ -42,7 +106,6 @@ def load(
     Raises:
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
-    # Here and not above: programs that only read the version or the data start without JAX.
     from mlip_jax import versions
 
     with versions.named_in_errors():

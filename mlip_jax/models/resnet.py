@@ -160,9 +160,4 @@ class ResNet(nn.Module):
             spatial_global=jnp.mean(x.astype(jnp.float32), axis=1).astype(self.dtype),
             spatial_tokens=x,
             sizes=jnp.ones(x.shape[:2], jnp.float32),
-            frequency_global=None,
-            frequency_tokens=None,
-            source=None,
-            importance=None,
-            last_source=None,
         )

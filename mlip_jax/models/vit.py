@@ -35,14 +35,14 @@ class ImageViews(NamedTuple):
     spatial_tokens: Float[Array, "batch merged width"]
     # Patches behind each spatial token; they sum to N, or to what patch dropout keeps of it.
     sizes: Float[Array, "batch merged"]
-    frequency_global: Float[Array, "batch width"] | None
-    frequency_tokens: Float[Array, "batch patches width"] | None
+    frequency_global: Float[Array, "batch width"] | None = None
+    frequency_tokens: Float[Array, "batch patches width"] | None = None
     # On request only:
-    source: Float[Array, "batch merged patches"] | None  # which patches each token stands for
-    importance: Float[Array, "batch patches"] | None  # guidance in the first merging block
+    source: Float[Array, "batch merged patches"] | None = None  # the patches each token stands for
+    importance: Float[Array, "batch patches"] | None = None  # guidance in the first merging block
     # As `source`, of the tokens that the global view reads: those that enter the last block, or,
     # with attention pooling, those that leave it.
-    last_source: Float[Array, "batch tokens patches"] | None
+    last_source: Float[Array, "batch tokens patches"] | None = None
 
 
 class SpatialBlock(nn.Module):
