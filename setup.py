@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mlip_jax/__init__.py").read_text(), re.M)[1]
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mlip_jax/versions.py").read_text(), re.M)[1]
 README = ROOT / "README.md"
 
 setup(

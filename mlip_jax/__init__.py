@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlip_jax.training.callbacks import Callback
+from mlip_jax.versions import __version__
 
 if TYPE_CHECKING:
     import os
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from mlip_jax.inference import Model
     from mlip_jax.training.loop import Trained
 
-__version__ = "0.1.0"
 __all__ = ["Callback", "__version__", "config", "load", "train"]
 
 # What the functions need is imported when they are called: programs that only read the version or

@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 
+__version__ = "0.1.0"
 # The first version and the last minor one that the whole test suite passed on. Nothing is said
 # about another one unless something fails.
 TESTED_JAX = ("0.9.0", "0.12")

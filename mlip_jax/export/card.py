@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlip_jax import __version__
+from mlip_jax.versions import __version__
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sheets import markdown, sheet
 from mlip_jax.inference import Model

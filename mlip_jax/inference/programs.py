@@ -101,9 +101,8 @@ def programs(
     def image_features(variables: Any, images: jax.Array) -> jax.Array:
         return inspect(variables, images).spatial_global.astype(jnp.float32)
 
-    layers, side = building.evidence_layers(config), building.grid(config)
-
     def saliency(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+        layers, side = building.evidence_layers(config), building.grid(config)
         texts = None if pairwise else embed_texts(variables, token_ids)
 
         def score() -> jax.Array:
