@@ -418,7 +418,7 @@ def test_the_versions(calls, capsys, arguments):
 def test_starts_without_jax_and_ends_by_the_exit_code():
     """Processes that load data import the main program: it must not bring JAX with it."""
     code = (
-        "import sys, mlip_jax.main\n"
+        "import sys, mlip_jax.main, mlip_jax.__main__\n"
         "assert mlip_jax.main.main(['mlip', '--version']) == 0\n"
         "assert mlip_jax.main.main(['mlip', 'train', '--help']) == 0\n"
         "assert not {'jax', 'numpy', 'matplotlib'} & set(sys.modules)\n"
