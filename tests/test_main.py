@@ -132,7 +132,7 @@ USAGE = [
     ("--conifg=tried.py", "unknown flag --conifg; did you mean 'config'"),
     ("--config=tried.py --workdri=x", "unknown flag --workdri; did you mean 'workdir'"),
     ("--config=tried.py --workdir", "Missing value for flag --workdir"),
-    ("--config=tried.py train", "unexpected argument 'train': a verb comes first"),
+    ("--config=tried.py train", "unexpected argument 'train': the subcommand comes first"),
     ("--config=tired.py", "no config file tired.py; packaged: .*, mlip, .*did you mean 'tried.py'"),
     ("--config=miip", "no config file miip; .*did you mean 'mlip'"),
     ("--config=configs/mlip.py", "the package has one of that name: --config=mlip"),
@@ -149,6 +149,7 @@ USAGE = [
     ("--config=tried.py --config.data.augment.flip=so", "flip='so': .* type bool"),
     ("--config=tried.py --config.data.augment.crop=wide", "crop=.*wide.* tuple of float"),
     ("--config=tried.py --config.batch_size=1", r"at least 2 \(a contrastive loss compares pairs"),
+    ("--config=tried.py --noconfig.data.augment.flip=1", "flip=1 does not take an argument"),
     ("evaluate", "evaluate needs a run to look at"),
     ("help trian", "unknown subcommand 'trian'.* did you mean 'train'"),
     ("prepare --out=x --chek", "unknown flag --chek; did you mean 'check'"),
@@ -292,7 +293,7 @@ def test_the_overview_names_every_subcommand_and_the_common_flags(calls, capsys,
     for name, subcommand in SUBCOMMANDS.items():
         assert re.search(f"^  {name} +{re.escape(subcommand.summary)}$", text, re.MULTILINE)
     assert flags_of(text) == ["config", "workdir", "help", "version"]
-    assert "--config.KEY=VALUE" in text and "--config=configs/mlip.py" in text
+    assert "--config.KEY=VALUE" in text and "--config=mlip" in text
     assert not calls
 
 

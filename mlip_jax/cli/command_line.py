@@ -125,7 +125,7 @@ def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = Fal
     values.set_gnu_getopt(True)  # flags may follow other arguments
     try:
         return values(["mlip", *arguments], known_only=known_only)[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # the latter for --noconfig.KEY=VALUE
         raise UserError(str(error)) from error
 
 
@@ -188,7 +188,9 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
             raise
         raise UserError(_wrong_type(told["key"], told["value"], known)) from error
     if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}: a verb comes first, flags after it")
+        raise UserError(
+            f"unexpected argument {extra[0]!r}: the subcommand comes first, flags after it"
+        )
     for key, value in schema.flatten(config.to_dict()).items():
         # A tuple's flag takes any elements; the default's elements say which are meant.
         if key in keys and isinstance(value, tuple) and known[key]:

@@ -68,7 +68,7 @@ class Flag:
         return self.name.replace("-", "_")
 
 
-_CONFIG = "FILE[:NAME=VALUE,...]"
+_CONFIG = "CONFIG[:NAME=VALUE,...]"
 _OF_SEVERAL = ("train", "evaluate", "report", "search")  # subcommands of several processes
 _MODEL = "the folder of a run, an exported model, or a model of open_clip or Hugging Face"
 
@@ -90,16 +90,20 @@ FLAGS = (
             "train": Use(
                 Text(),
                 _CONFIG,
-                "the config file of the experiment, such as configs/mlip.py; what follows the "
-                "colon is handed to its get_config",
+                "the config of the experiment: a config file, or the name of one that comes with "
+                "the package, such as mlip; what follows the colon is handed to its get_config",
             ),
             **dict.fromkeys(
                 ("evaluate", "report", "export", "search"),
-                Use(Text(), _CONFIG, "a config file in place of the workdir's own config"),
+                Use(Text(), _CONFIG, "a config in place of the workdir's own"),
             ),
             **dict.fromkeys(
                 ("plan", "benchmark"),
-                Use(Text(), _CONFIG, "a config file (default: the config of --workdir)"),
+                Use(
+                    Text(),
+                    _CONFIG,
+                    "a config file, or a name such as mlip (default: the config of --workdir)",
+                ),
             ),
         },
     ),
@@ -161,8 +165,8 @@ FLAGS = (
             ),
             "benchmark": Use(
                 Text(repeated=True),
-                "'FILE ...'",
-                "another config to time, with overrides of its own after the file; may be repeated",
+                "'CONFIG ...'",
+                "another config to time, with overrides of its own after it; may be repeated",
             ),
         },
     ),

@@ -44,9 +44,9 @@ SUBCOMMANDS = {
             "config.",
         ),
         (
-            "mlip train --config=configs/mlip.py",
-            "mlip train --config=configs/mlip.py --workdir=runs/half \\\n  --config.samples=100000",
-            "mlip train --config=configs/mlip.py:size=B/16,data=jsonl:pairs.jsonl",
+            "mlip train --config=mlip",
+            "mlip train --config=mlip --workdir=runs/half \\\n  --config.samples=100000",
+            "mlip train --config=mlip:size=B/16,data=jsonl:pairs.jsonl",
         ),
     ),
     "evaluate": Subcommand(
@@ -98,7 +98,7 @@ SUBCOMMANDS = {
             "mlip prepare --source=csv:pairs.tsv --out=data/pairs \\\n"
             "  --columns=image=path,caption=title",
             "mlip prepare --check --out=data/pairs",
-            "mlip train --config=configs/mlip.py:data=prepared:data/pairs",
+            "mlip train --config=mlip:data=prepared:data/pairs",
         ),
     ),
     "export": Subcommand(
@@ -149,8 +149,8 @@ SUBCOMMANDS = {
             "not.",
         ),
         (
-            "mlip plan --config=configs/mlip.py --topology=cpu:8",
-            "mlip plan --config=configs/clip.py:size=B/16,data=jsonl:pairs.jsonl \\\n"
+            "mlip plan --config=mlip --topology=cpu:8",
+            "mlip plan --config=clip:size=B/16,data=jsonl:pairs.jsonl \\\n"
             "  --topology=v5e:16x16 --mesh=data:64,fsdp:4 --largest-batch",
         ),
     ),
@@ -169,10 +169,10 @@ SUBCOMMANDS = {
             "other load on the machine meets all of them.",
         ),
         (
-            "mlip benchmark --config=configs/mlip.py",
-            "mlip benchmark --config=configs/mlip.py \\\n"
-            "  --compare='configs/mlip.py --config.model.image.merging.rate=0'",
-            "mlip benchmark --config=configs/clip.py:size=B/32 \\\n"
+            "mlip benchmark --config=mlip",
+            "mlip benchmark --config=mlip \\\n"
+            "  --compare='mlip --config.model.image.merging.rate=0'",
+            "mlip benchmark --config=clip:size=B/32 \\\n"
             "  --config.batch_size=32 --against=open_clip",
         ),
     ),
