@@ -1,4 +1,4 @@
-"""The front door: flags -> config -> a verb, whose room is imported only when it is asked for.
+"""The front door: flags -> config -> a subcommand, whose module is imported only when asked for.
 
 Light and guarded, because the processes that load data import the main program again.
 """
@@ -14,20 +14,9 @@ from typing import NoReturn
 
 from mlip_jax import versions
 from mlip_jax.cli import command_line
-from mlip_jax.cli.usage import HELP
+from mlip_jax.cli.subcommands import SUBCOMMANDS
 from mlip_jax.config import RunError, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
-
-VERBS = {  # verb: the module and its function of (config, workdir) -> exit code
-    "train": ("mlip_jax.training.verb", "train"),
-    "evaluate": ("mlip_jax.evaluations", "evaluate_workdir"),
-    "report": ("mlip_jax.reports", "report_workdir"),
-    "prepare": ("mlip_jax.data.prepare", "prepare"),
-    "export": ("mlip_jax.export", "export"),
-    "search": ("mlip_jax.search", "search"),
-    "plan": ("mlip_jax.planning", "plan"),
-    "benchmark": ("mlip_jax.benchmark", "benchmark"),
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         with versions.named_in_errors():
-            return _act(command_line.parse(argv[1:], VERBS))
+            return _act(command_line.parse(argv[1:]))
     except UserError as error:
         return _fail(2, str(error))
     except RunError as error:
@@ -59,16 +48,13 @@ def run() -> NoReturn:
     sys.exit(main(sys.argv))
 
 
-def _act(command: command_line.Command | None) -> int:
-    if command is None:
-        print(HELP, end="")
+def _act(command: command_line.Command | str) -> int:
+    if isinstance(command, str):
+        print(command, end="")
         return 0
-    if command.compare:
-        compare = importlib.import_module("mlip_jax.evaluations.compare")
-        return compare.compare_workdirs(command.compare, command.workdir)
     os.environ.update(command.environment)
-    module, function = VERBS[command.verb]
-    act = getattr(importlib.import_module(module), function)
+    subcommand = SUBCOMMANDS[command.subcommand]
+    act = getattr(importlib.import_module(subcommand.module), subcommand.function)
     return act(command.config, command.workdir, **command.options)
 
 

@@ -29,7 +29,7 @@ ADAMW = "--config.optimizer.name=adamw"  # Muon's products take long to compile
 
 @pytest.fixture
 def config(tiny):
-    return command_line.parse([f"--config={tiny}", ADAMW], ["train"]).config
+    return command_line.parse([f"--config={tiny}", ADAMW]).config
 
 
 def run(capfd, *arguments):
@@ -170,7 +170,7 @@ REFUSED = [
     (["--input=dada"], "did you mean 'data'"),
     (["--steps=0"], "steps"),
     (["--compare=absent.py"], "there is no config file absent.py"),
-    (["--topology=v5e:2x4"], "--topology goes with the verb plan, not with benchmark"),
+    (["--topology=v5e:2x4"], "--topology goes with the subcommand plan, not with benchmark"),
 ]
 
 

@@ -25,7 +25,7 @@ def in_the_repository(monkeypatch):
 
 
 def parse(file, *overrides):
-    return command_line.parse([f"--config=configs/{file}", *overrides], ["train"]).config
+    return command_line.parse([f"--config=configs/{file}", *overrides]).config
 
 
 def shapes(config):
@@ -92,7 +92,7 @@ def test_the_docstring_gives_the_command(file):
     commands = re.findall(r"^    (python -m mlip_jax\.main .*)$", text, re.MULTILINE)
     assert f"python -m mlip_jax.main --config=configs/{file}" in commands
     for command in commands:
-        assert command_line.parse(command.split()[3:], ["train"]).config.name
+        assert command_line.parse(command.split()[3:]).config.name
 
 
 @pytest.mark.parametrize("objective", LOSSES)

@@ -117,7 +117,7 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
     [
         (["evaluate", "--suite=mlib"], "did you mean 'mlip'?"),
         (["evaluate", "--suite=svm,groundin"], "'groundin' is none of mlip, clip_lite, all"),
-        (["train", "--suite=all", "--config=x.py"], "--suite goes with the verb evaluate"),
+        (["train", "--suite=all", "--config=x.py"], "--suite goes with the subcommand evaluate"),
         (["evaluate", "--compare=a,b", "--suite=all"], "takes no --suite"),
         (["evaluate", "--compare=nowhere*,b"], "there is no folder nowhere*"),
         (["evaluate", "--config.evaluation.svm=voc:nowhere"], "nowhere"),

@@ -73,8 +73,9 @@ def test_a_machine_with_an_accelerator_is_left_alone(started, monkeypatch, tmp_p
     assert not started
 
 
-def test_the_program_ends_as_without():
+@pytest.mark.parametrize("program", ["mlip_jax", "mlip_jax.main"])
+def test_the_program_ends_as_without(program):
     environment = {key: value for key, value in os.environ.items() if key != huge_pages.VARIABLE}
-    words = [sys.executable, "-m", "mlip_jax.main", "evaluate", "--workdir=no/such"]
+    words = [sys.executable, "-m", program, "evaluate", "--workdir=no/such"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")

@@ -2,8 +2,11 @@
 
 import errno
 import importlib
+import inspect
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -11,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+import mlip_jax
 from mlip_jax import config as schema
 from mlip_jax import main as door
 from mlip_jax import versions
+from mlip_jax.benchmark import peers
+from mlip_jax.cli import command_line, flags, kinds
+from mlip_jax.cli.subcommands import SUBCOMMANDS
 from mlip_jax.config import RunError
+from mlip_jax.registry import EXPORT_FORMATS
 
 CONFIG = """
 from mlip_jax import config as schema
@@ -120,11 +128,11 @@ def test_a_workdir_brings_its_own_config(calls, verb):
 
 USAGE = [
     ("", "no config: .* --config=mlip"),
-    ("trian --config=tried.py", "unknown verb 'trian'.* did you mean 'train'"),
+    ("trian --config=tried.py", "unknown subcommand 'trian'.* did you mean 'train'"),
     ("--conifg=tried.py", "unknown flag --conifg; did you mean 'config'"),
     ("--config=tried.py --workdri=x", "unknown flag --workdri; did you mean 'workdir'"),
     ("--config=tried.py --workdir", "Missing value for flag --workdir"),
-    ("--config=tried.py train", "unexpected argument 'train': a verb comes first"),
+    ("--config=tried.py train", "unexpected argument 'train': the subcommand comes first"),
     ("--config=tired.py", "no config file tired.py; packaged: .*, mlip, .*did you mean 'tried.py'"),
     ("--config=miip", "no config file miip; .*did you mean 'mlip'"),
     ("--config=configs/mlip.py", "the package has one of that name: --config=mlip"),
@@ -141,7 +149,23 @@ USAGE = [
     ("--config=tried.py --config.data.augment.flip=so", "flip='so': .* type bool"),
     ("--config=tried.py --config.data.augment.crop=wide", "crop=.*wide.* tuple of float"),
     ("--config=tried.py --config.batch_size=1", r"at least 2 \(a contrastive loss compares pairs"),
+    ("--config=tried.py --noconfig.data.augment.flip=1", "flip=1 does not take an argument"),
     ("evaluate", "evaluate needs a run to look at"),
+    ("help trian", "unknown subcommand 'trian'.* did you mean 'train'"),
+    ("prepare --out=x --chek", "unknown flag --chek; did you mean 'check'"),
+    ("prepare --out=x y", "prepare takes no 'y'"),
+    ("prepare --out=x --config.seed=1", "prepare takes no '--config.seed=1'"),
+    ("prepare --out=x --workers=0", "--workers=0: expected a whole number, at least 1"),
+    ("prepare --out=x --workers=x", "--workers=x: expected a whole number, at least 1"),
+    ("prepare", "prepare needs a folder to write to: add --out=DIR"),
+    ("export --workdir=x", "export needs a folder to write: add --out=DIR"),
+    ("export --format=", "--format=: expected mlip, hf_clip, .* or onnx"),
+    ("evaluate --rates=,", r"--rates=,: expected shares in \[0, 0.95\] with commas between"),
+    ("evaluate --rates=0.5,nan", "--rates=0.5,nan: expected shares"),
+    ("evaluate --compare=,", "--compare=,: expected workdirs"),
+    ("evaluate --compare=a,b c", "--compare takes no 'c'"),
+    ("evaluate --compare=a,b --process-id=0", "takes no --process-id"),
+    ("benchmark --config=tried.py --compare='x", "--compare='x: No closing quotation"),
     ("evaluate --workdir=.", "no workdir of a run: it has no config.json"),
     ("report --workdir=tried.py", "no workdir of a run"),
 ]
@@ -210,23 +234,194 @@ def test_what_nobody_foresaw_keeps_its_traceback(calls, monkeypatch):
         main("--config=tried.py")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["report", "--help"]])
-def test_help_names_every_verb_and_flag(calls, capsys, arguments):
+USES = [(flag, name) for flag in flags.FLAGS for name in flag.uses]
+IDS = [f"{name}-{flag.name}" for flag, name in USES]
+WRONG = {
+    kinds.Text: [""],
+    kinds.Whole: ["", "x", "1.5", "-1", "99999999999999999999999999x"],
+    kinds.Share: ["", "x", "-0.1", "1.1", "nan"],
+    kinds.Shares: ["", ",", "0.5,", "0.5,x", "0.99"],
+    kinds.Choice: ["", "nonsense"],
+    kinds.Registered: [""],
+    kinds.Switch: ["", "maybe"],
+}
+
+
+@pytest.mark.parametrize(("flag", "name"), USES, ids=IDS)
+def test_a_wrong_value_is_one_line_that_names_the_flag(calls, capsys, flag, name):
+    kind = flag.uses[name].kind
+    for value in WRONG[type(kind)]:
+        assert main(name, f"--{flag.name}={value}") == 2
+        written = re.escape(f"--{flag.name}={value}: expected ")
+        assert_one_line(capsys, f"^error: {written}.*{re.escape(kind.expected)}")
+    assert not calls
+
+
+def test_numbers_have_bounds():
+    assert kinds.Whole(2, 3).read("2") == 2 and kinds.Whole(2).read("9") == 9
+    for kind, text in ((kinds.Whole(2, 3), "1"), (kinds.Whole(2, 3), "4"), (kinds.Whole(2), "1")):
+        with pytest.raises(ValueError):
+            kind.read(text)
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_a_flag_of_another_subcommand_is_one_line(calls, capsys, name):
+    others = [flag for flag in flags.FLAGS if name not in flag.uses]
+    assert others
+    for flag in others:
+        assert main(name, f"--{flag.name}={flag.bare or 1}") == 2
+        message = f"--{flag.name} goes with the subcommands? {next(iter(flag.uses))}.* not with"
+        assert_one_line(capsys, message)
+    assert not calls
+
+
+def page(capsys, *arguments):
     assert main(*arguments) == 0
-    page = capsys.readouterr().out
-    for word in (*door.VERBS, "--config", "--workdir", "--config.KEY=VALUE", "configs/mlip.py"):
-        assert word in page
+    out, err = capsys.readouterr()
+    assert not err and max(map(len, out.splitlines())) <= 80
+    return out
 
 
-def test_every_verb_has_its_room():
-    for module, function in door.VERBS.values():
-        assert callable(getattr(importlib.import_module(module), function))
+def flags_of(text):
+    """The flags that a page lists, each at the beginning of its line."""
+    return re.findall(r"^  (?:-h, )?--([a-z-]+)(?=[\[=\s])", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["help", "--config=x.py"]])
+def test_the_overview_names_every_subcommand_and_the_common_flags(calls, capsys, arguments):
+    text = page(capsys, *arguments)
+    for name, subcommand in SUBCOMMANDS.items():
+        assert re.search(f"^  {name} +{re.escape(subcommand.summary)}$", text, re.MULTILINE)
+    assert flags_of(text) == ["config", "workdir", "help", "version"]
+    assert "--config.KEY=VALUE" in text and "--config=mlip" in text
+    assert not calls
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_the_page_of_a_subcommand_names_its_flags_and_no_others(calls, capsys, name):
+    text = page(capsys, name, "--help")
+    assert flags_of(text) == [flag.name for flag in flags.FLAGS if name in flag.uses]
+    assert ("--config.KEY=VALUE" in text) == (name != "prepare")
+    told = " ".join(text.split())
+    for flag in flags.FLAGS:
+        if name in flag.uses:
+            assert " ".join(flag.uses[name].help.split()) in told
+            assert all(choice in told for choice in flag.uses[name].kind.choices)
+            assert flag.variable in told
+    for asked in ([name, "-h"], ["help", name], ["--help", name], [name, "--seed=1", "--help"]):
+        assert page(capsys, *asked) == text
+    assert not calls
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_usage_and_examples_use_flags_that_there_are(name):
+    for way in SUBCOMMANDS[name].usage:
+        for used in re.findall(r"--([a-z-]+)(?!\.)\b", way.replace("--config.KEY", "")):
+            assert flags.takes(name, used)
+    for example in SUBCOMMANDS[name].examples:
+        program, used, *words = shlex.split(example.replace("\\\n", ""))
+        assert program == "mlip"
+        values = flags.define()
+        rest = values(["mlip", *flags.complete(words)], known_only=True)[1:]
+        assert flags.given(used, values)
+        known = {f"--config.{key}" for key in schema.flatten(schema.default().to_dict())}
+        assert {word.partition("=")[0] for word in rest} <= known
+
+
+def parameters(name):
+    """Those of the subcommand's function after config and workdir."""
+    subcommand = SUBCOMMANDS[name]
+    act = getattr(importlib.import_module(subcommand.module), subcommand.function)
+    signature = inspect.signature(act).parameters
+    assert list(signature)[:2] == ["config", "workdir"]
+    return {key: each for key, each in signature.items() if key not in ("config", "workdir")}
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_flag_is_a_parameter_of_the_subcommand_and_the_other_way_round(name):
+    taken = {flag.keyword: flag for flag in flags.FLAGS if name in flag.uses}
+    for keyword in ("config", "workdir", "help", "version"):
+        taken.pop(keyword, None)
+    read = {keyword: flag for keyword, flag in taken.items() if not flag.variable}
+    wanted = parameters(name)
+    if name == "benchmark":
+        wanted.pop("title")  # the command line's, from the config's name
+    assert set(read) == set(wanted)
+    for keyword, flag in read.items():
+        use, default = flag.uses[name], wanted[keyword].default
+        assert bool(use.missing) == (default is inspect.Parameter.empty)
+        if use.default is not None:
+            assert use.default == default
+            assert use.kind.read(str(default)) == default
+
+
+def test_no_flag_is_defined_twice():
+    names = [flag.name for flag in flags.FLAGS]
+    assert len(set(names)) == len(names)
+    assert all(flag.uses and set(flag.uses) <= set(SUBCOMMANDS) for flag in flags.FLAGS)
+
+
+def test_flags_name_what_the_subcommands_know():
+    choices = {flag.name: use.kind.choices for flag in flags.FLAGS for use in flag.uses.values()}
+    assert tuple(choices["against"]) == peers.PEERS
+    variables = {flag.name: flag.variable for flag in flags.FLAGS if flag.variable}
+    assert variables == schema.PROCESS_VARIABLES
+
+
+def test_a_registered_format_is_a_value_of_the_flag(calls, capsys):
+    EXPORT_FORMATS.register("mine", lambda folder, model: ())
+    try:
+        assert "onnx, mine (default: mlip)" in " ".join(page(capsys, "export", "--help").split())
+        export = ["export", "--config=tried.py", "--out=o", "--format=mine"]
+        assert command_line.parse(export).options == {"out": "o", "format": "mine"}
+    finally:
+        EXPORT_FORMATS.unregister("mine")
+
+
+def test_values_arrive_with_their_types(calls):
+    options = command_line.parse(
+        ["prepare", "--out=o", "--resize=256", "--shard-records", "7", "--workers=1", "--workers=2"]
+        + ["--max-skipped-share=.5", "--check"]
+    ).options
+    assert options == {
+        "out": "o",
+        "resize": 256,
+        "shard_records": 7,
+        "workers": 2,
+        "max_skipped_share": 0.5,
+        "check": True,
+    }
+    evaluate = ["evaluate", "--config=tried.py", "--rates=0,0.5", "--process-id=1"]
+    command = command_line.parse([*evaluate, "--processes=2", "--coordinator=host:1"])
+    assert command.options == {"rates": (0.0, 0.5)}
+    assert command.environment == {
+        "MLIP_COORDINATOR": "host:1",
+        "MLIP_PROCESSES": "2",
+        "MLIP_PROCESS_ID": "1",
+    }
+    search = ["search", "--config=tried.py"]
+    assert command_line.parse([*search, "--serve"]).options == {"serve": 8765}
+    assert command_line.parse([*search, "--serve=0", "--top=3"]).options == {"serve": 0, "top": 3}
+    plan = ["plan", "--config=tried.py", "--topology=cpu:8", "--largest-batch=false"]
+    assert command_line.parse(plan).options == {"topology": "cpu:8", "largest_batch": False}
+    compare = ["evaluate", "--compare=a,b", "--compare=c"]
+    assert command_line.parse(compare).options == {"compare": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--version", "--help"]])
+def test_the_versions(calls, capsys, arguments):
+    jax = versions.installed()["jax"]
+    assert page(capsys, *arguments) == (
+        f"mlip_jax {mlip_jax.__version__}, jax {jax}, Python {platform.python_version()}\n"
+    )
 
 
 def test_starts_without_jax_and_ends_by_the_exit_code():
     """Processes that load data import the main program: it must not bring JAX with it."""
     code = (
-        "import sys, mlip_jax.main\n"
+        "import sys, mlip_jax.main, mlip_jax.__main__\n"
+        "assert mlip_jax.main.main(['mlip', '--version']) == 0\n"
+        "assert mlip_jax.main.main(['mlip', 'train', '--help']) == 0\n"
         "assert not {'jax', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "sys.argv[1:] = ['nonsense']\n"
         "mlip_jax.main.run()"
@@ -238,4 +433,4 @@ def test_starts_without_jax_and_ends_by_the_exit_code():
         cwd=Path(__file__).parents[1],
         env=os.environ,
     )
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown verb"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown subcommand"), done.stderr

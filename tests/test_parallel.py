@@ -146,7 +146,7 @@ def test_a_device_of_8_holds_an_eighth_of_the_big_kernels(small):
 def test_a_device_of_8_holds_an_eighth_of_a_base_model(name, shape):
     """Optimizer and EMA included; what is replicated is small beside the kernels."""
     file = f"--config={CONFIGS / name}.py:size=B/16,data=jsonl:pairs.jsonl"
-    config = command_line.parse([file, "--config.optimizer.ema=0.99"], ["train"]).config
+    config = command_line.parse([file, "--config.optimizer.ema=0.99"]).config
     model = building.build(config, vocab_size=49408, start_id=49406, end_id=49407)
     mesh = parallel.make_mesh(axes(*shape), BATCH)
     leaves = jax.tree.leaves(abstract_state(model, optimizers.make(config), config, mesh))

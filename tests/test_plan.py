@@ -23,9 +23,7 @@ CONFIGS = ("clip.py", "clip_lite.py", "filip.py", "mlip.py", "siglip.py")
 @pytest.fixture(scope="module")
 def config(tiny):
     # Muon's products take long to compile when they are sharded.
-    return command_line.parse(
-        [f"--config={tiny}", "--config.optimizer.name=adamw"], ["train"]
-    ).config
+    return command_line.parse([f"--config={tiny}", "--config.optimizer.name=adamw"]).config
 
 
 def with_mesh(config, mesh):
@@ -121,7 +119,7 @@ def test_matrix_products_are_counted_through_loops_and_branches():
 def test_model_flops_are_the_formula_of_a_transformer():
     """CLIP B/16: 12 blocks of 24 w^2 + 4 n w a token, the patches, the heads, all pairs."""
     argument = "--config=configs/clip.py:size=B/16,data=jsonl:pairs.jsonl"
-    config = command_line.parse([argument], ["train"]).config
+    config = command_line.parse([argument]).config
 
     def tower(tokens, width):
         return 12 * tokens * (24 * width**2 + 4 * tokens * width)
@@ -272,17 +270,16 @@ def test_a_mistake_is_one_line(config, options, message):
     assert "\n" not in str(told.value)
 
 
-def test_the_command_line_brings_the_verbs_flags():
-    verbs = ("train", "plan")
+def test_the_command_line_brings_the_flags_of_plan():
     asked = ["--config=configs/clip.py", "--topology=cpu:8", "--mesh=fsdp:2", "--largest-batch"]
-    command = command_line.parse(["plan", *asked], verbs)
+    command = command_line.parse(["plan", *asked])
     assert command.options == {"topology": "cpu:8", "mesh": "fsdp:2", "largest_batch": True}
     for arguments, message in [
         (["plan", asked[0]], "plan needs a machine: add --topology="),
-        (["train", *asked[:2]], "--topology goes with the verb plan, not with train"),
+        (["train", *asked[:2]], "--topology goes with the subcommand plan, not with train"),
     ]:
         with pytest.raises(UserError, match=message):
-            command_line.parse(arguments, verbs)
+            command_line.parse(arguments)
 
 
 def test_without_the_tpu_compiler_the_extra_is_named(config, monkeypatch):
@@ -292,7 +289,7 @@ def test_without_the_tpu_compiler_the_extra_is_named(config, monkeypatch):
 
 
 def test_a_vocabulary_to_be_trained_needs_no_data():
-    config = command_line.parse(["--config=configs/clip_lite.py"], ["train"]).config
+    config = command_line.parse(["--config=configs/clip_lite.py"]).config
     assert config.model.text.tokenizer == "wordpiece"
     assert estimates.network_of(config).text["vocab_size"] == config.model.text.vocab_size
 
@@ -337,7 +334,7 @@ def test_the_tpu_compiler_takes_every_config(file, mesh, flags, topology):
     """A program that only a CPU accepts is a defect."""
     machine = machines.find(topology)
     arguments = [f"--config=configs/{file}", *(f"--config.{flag}" for flag in flags)]
-    config = command_line.parse(arguments, ["train"]).config
+    config = command_line.parse(arguments).config
     config.batch_size = 4 * len(machine.devices)
     found = planning.estimate(with_mesh(config, mesh), machine)
     assert found.fits, found.refusal

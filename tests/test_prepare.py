@@ -255,7 +255,7 @@ def test_the_same_bytes_whatever_the_workers_and_the_folder(tmp_path):
 
 
 def start(*arguments):
-    command = [sys.executable, "-W", "ignore", "-m", "mlip_jax.main", "prepare", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "mlip_jax", "prepare", *arguments]
     # Ctrl-C is ignored by what a shell started in the background, and by what that starts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -369,7 +369,10 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, capsys):
         (("--out=x", "--source=folder:y", "--split=tran"), "expected train, validation or test"),
         (("--out=x", "--source=folder:y", "--columns=img=a"), "did you mean 'image'"),
         (("--out=x", "--source=folder:y", "--columns=image=a"), "--columns is for tables"),
-        (("--out=x", "--config=configs/clip.py"), "prepare takes no --config"),
+        (
+            ("--out=x", "--config=configs/clip.py"),
+            "--config goes with the subcommands train, evaluate",
+        ),
         (("--out=x", "--sourc=folder:y"), "did you mean 'source'"),
         (("--out=x", "--check"), "x holds no prepared set"),
     ],

@@ -316,9 +316,12 @@ def test_flags_stand_for_the_variables(tiny, tmp_path, capfd, monkeypatch):
     assert door.main(command) == 1
     assert "no coordinator at 127.0.0.1:9 within 1 s (" in capfd.readouterr().err
     assert door.main([*command, "--process-id=two"]) == 2
-    assert "MLIP_PROCESS_ID='two': expected a whole number" in capfd.readouterr().err
+    assert "--process-id=two: expected a whole number, at least 0" in capfd.readouterr().err
     assert door.main(["mlip", "plan", *command[1:], "--topology=cpu:8"]) == 2
-    assert "--coordinator goes with the verb train or evaluate" in capfd.readouterr().err
+    assert (
+        "--coordinator goes with the subcommands train, evaluate, report or search"
+        in capfd.readouterr().err
+    )
 
 
 MISTAKES = [

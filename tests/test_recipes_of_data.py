@@ -32,7 +32,7 @@ def test_a_set_that_is_not_there_says_what_to_put_where(name, tmp_path, capsys, 
 @pytest.mark.parametrize("name", public.PLACES)
 def test_every_set_is_a_valid_config(name, size):
     argument = f"--config={ROOT}/configs/mlip.py:size={size},data={name}"
-    config = command_line.parse([argument], ["train"]).config
+    config = command_line.parse([argument]).config
     assert config.data.train == name
     assert config.optimizer.warmup_samples < config.samples
 

@@ -18,7 +18,6 @@ from mlip_jax.benchmark import input_speed, peers
 from mlip_jax.benchmark.contender import Contender, open_input
 from mlip_jax.benchmark.peak import matrix_peak
 from mlip_jax.benchmark.results import Timing, print_results, write_json
-from mlip_jax.config import UserError, suggestion
 from mlip_jax.models import building
 
 _ROUNDS = 4  # turns that each side has
@@ -65,9 +64,6 @@ def benchmark(
     Raises:
       UserError: for a step that does not fit, or a peer that is not installed or has no such model.
     """
-    for flag, value, valid in (("only", only, ("", "data")), ("input", input, ("random", "data"))):
-        if value not in valid:
-            raise UserError(f"--{flag}={value!r} is not known{suggestion(value, valid)}")
     if against:
         peers.check(config, against)
         # Both programs are on the device at a time; JAX would take most of its memory.

@@ -1,13 +1,12 @@
-"""The command line: a verb, a config with its overrides, and a workdir."""
+"""The command line: a subcommand, a config with its overrides, and a workdir."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,54 +15,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mlip_jax import config as schema
+from mlip_jax.cli import flags as table
+from mlip_jax.cli import pages, subcommands
 from mlip_jax.config import UserError, suggestion
 from mlip_jax.recipes.config_files import load_config
 from mlip_jax.validation import validate
 
-_text = functools.partial(flags.DEFINE_string, default="", help="")
-_texts = functools.partial(flags.DEFINE_multi_string, default=[], help="")
-_count = functools.partial(flags.DEFINE_integer, default=None, help="", lower_bound=1)
-_switch = functools.partial(flags.DEFINE_boolean, default=False, help="")
-_OF_SEVERAL = ("train", "evaluate", "report", "search")  # verbs of several processes
-# The flags that some verbs alone take: the kind of the value, and the verbs.
-_OF_VERBS = {
-    "suite": (_text, ("evaluate",)),
-    "compare": (_texts, ("evaluate", "benchmark")),
-    "rates": (_text, ("evaluate",)),
-    "out": (_text, ("export", "prepare")),
-    "format": (_text, ("export",)),
-    "topology": (_text, ("plan",)),
-    "mesh": (_text, ("plan",)),
-    "largest-batch": (_switch, ("plan",)),
-    "against": (_text, ("benchmark",)),
-    "only": (_text, ("benchmark",)),
-    "input": (_text, ("benchmark",)),
-    "steps": (_count, ("benchmark",)),
-    "warmup": (_count, ("benchmark",)),
-    "source": (_text, ("prepare",)),
-    "columns": (_text, ("prepare",)),
-    "split": (_text, ("prepare",)),
-    "classes": (_text, ("prepare",)),
-    "resize": (_text, ("prepare",)),
-    "shard-records": (_text, ("prepare",)),
-    "workers": (_text, ("prepare",)),
-    "max-skipped-share": (_text, ("prepare", "search")),
-    "licence": (_text, ("prepare",)),
-    "attribution": (_text, ("prepare",)),
-    "check": (_switch, ("prepare",)),
-    "coordinator": (_text, _OF_SEVERAL),
-    "processes": (_text, _OF_SEVERAL),
-    "process-id": (_text, _OF_SEVERAL),
-    "images": (_text, ("search",)),
-    "index": (_text, ("search",)),
-    "text": (_text, ("search",)),
-    "image": (_text, ("search",)),
-    "top": (_count, ("search",)),
-    "serve": (_text, ("search",)),
-}
-_PORT = 8765  # of --serve without a value
-_FLAGS = ("config", "workdir", *_OF_VERBS, "help")
-_OF_ANY_MODEL = ("evaluate", "export", "search")  # verbs that need no run, but a model
+_OF_ANY_MODEL = ("evaluate", "export", "search")  # subcommands that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
 _FLAG = re.compile(r"--?(?P<name>[A-Za-z][^=]*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
@@ -73,113 +31,89 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=]+)")
 class Command:
     """What the command line asks for."""
 
-    verb: str
-    config: ConfigDict | None  # validated and locked; None for prepare, and when runs are compared
-    workdir: Path | None  # None: the same
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the verb's function
+    subcommand: str
+    config: ConfigDict | None  # validated and locked; None where the subcommand takes none
+    workdir: Path | None
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the subcommand's function
     environment: Mapping[str, str] = field(default_factory=dict)  # variables that flags stand for
-    compare: tuple[str, ...] = ()  # evaluate: workdirs, or patterns of them, to lay side by side
 
 
-def parse(arguments: Sequence[str], verbs: Iterable[str]) -> Command | None:
-    """Reads [VERB] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...].
+def parse(arguments: Sequence[str]) -> Command | str:
+    """Reads [SUBCOMMAND] [--config=FILE[:args]] [--workdir=DIR] [--config.KEY=VALUE ...] [flags].
 
-    `_OF_VERBS` has the flags that a verb takes besides; prepare takes no config.
+    `mlip_jax.cli.flags` has the flags of each subcommand; prepare takes no config.
 
     Touches no global flags, so one process may parse as often as it likes.
 
     Args:
       arguments: the command line after the program's name.
-      verbs: the valid verbs; the first is the default.
 
     Returns:
-      The command, or None when help is asked for.
+      The command; or the page to print, when help or the version is asked for.
 
     Raises:
       UserError: for whatever cannot be understood, naming what it may have meant.
     """
-    arguments = [f"--serve={_PORT}" if one == "--serve" else one for one in arguments]
-    verbs = tuple(verbs)
-    verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else verbs[0]
-    if verb == "help" or "-h" in arguments:
-        return None
-    if verb not in verbs:
-        raise UserError(
-            f"unknown verb {verb!r}: expected one of {', '.join(verbs)}{suggestion(verb, verbs)}"
-        )
-    values = flags.FlagValues()
-    for name in ("config", "workdir"):
-        _text(name, flag_values=values)
-    for name, (define, _) in _OF_VERBS.items():
-        define(name, flag_values=values)
-    _switch("help", flag_values=values)
-    rest = _read(values, arguments, known_only=True)
-    if values.help:
-        return None
+    arguments = list(arguments)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    subcommand = arguments.pop(0) if named else subcommands.DEFAULT
+    subcommands.check(subcommand)
+    values = table.define()
+    rest = _read(values, table.complete(arguments), known_only=True)
+    if table.read(subcommand, values, "version"):
+        return pages.version()
+    if table.read(subcommand, values, "help"):
+        # `mlip --help SUBCOMMAND` is about that subcommand too.
+        asked = [subcommand] if named else [one for one in rest if one in subcommands.SUBCOMMANDS]
+        return pages.page(asked[0]) if asked else pages.overview()
     for argument in rest:
         flag = _FLAG.match(argument)
         if flag and not _OVERRIDE.match(argument):
-            name = flag["name"]
-            raise UserError(f"unknown flag --{name}{suggestion(name, _FLAGS)}")
-    for name, (_, own) in _OF_VERBS.items():
-        if values[name].value and verb not in own:
-            raise UserError(f"--{name} goes with the verb {' or '.join(own)}, not with {verb}")
-    if verb == "plan" and not values.topology:
-        raise UserError("plan needs a machine: add --topology=v5e:16x16, or --topology=cpu:8")
-    if values.compare and verb == "evaluate":
-        return _comparison(verb, values, rest)
-    if verb == "prepare":
-        return _preparation(values, rest)
-    config = _find_config(verb, verbs[0], values.config, values.workdir)
+            raise table.unknown(flag["name"])
+    options = table.given(subcommand, values)
+    if subcommand == "evaluate" and "compare" in options:
+        return _comparison(options, rest)
+    if not table.takes(subcommand, "config"):
+        if rest:
+            raise UserError(
+                f"{subcommand} takes no {rest[0]!r}: it takes flags alone, and no config"
+            )
+        return Command(subcommand, None, None, options)
+    file, folder = options.pop("config", None), options.pop("workdir", None)
+    config = _find_config(subcommand, subcommands.DEFAULT, file, folder)
     _override(config, rest)
     validate(config)
-    workdir = Path(values.workdir or Path("runs") / config.name)
-    options = _options(verb, values)
-    if verb == "benchmark":
-        options["title"] = values.config or str(workdir)
-        options["compare"] = [_another(text, rest) for text in values.compare]
+    workdir = Path(folder or Path("runs") / config.name)
+    if subcommand == "benchmark":
+        options["title"] = file or str(workdir)
+        options["compare"] = [_another(text, rest) for text in options.get("compare", ())]
     environment = {
-        variable: options.pop(flag.replace("-", "_"))
-        for flag, variable in schema.PROCESS_VARIABLES.items()
-        if values[flag].value
+        flag.variable: str(options.pop(flag.keyword))
+        for flag in table.FLAGS
+        if flag.variable and flag.keyword in options
     }
-    return Command(verb, config, workdir, options, environment)
+    return Command(subcommand, config, workdir, options, environment)
 
 
-def _options(verb: str, values: flags.FlagValues) -> dict[str, Any]:
-    """What the verb's own flags say, as its function takes it."""
-    return {
-        name.replace("-", "_"): values[name].value
-        for name, (_, own) in _OF_VERBS.items()
-        if verb in own and values[name].value
-    }
-
-
-def _preparation(values: flags.FlagValues, rest: list[str]) -> Command:
-    for name in ("config", "workdir"):
-        if values[name].value:
-            raise UserError(f"prepare takes no --{name}: it reads --source and writes --out")
-    if rest:
-        raise UserError(f"prepare takes no {rest[0]!r}: a verb comes first, flags after it")
-    if not values.out:
-        raise UserError("prepare needs a folder to write to: add --out=DIR")
-    return Command("prepare", None, None, _options("prepare", values))
-
-
-def _comparison(verb: str, values: flags.FlagValues, rest: list[str]) -> Command:
-    for name in ("config", "suite", "rates"):
-        if values[name].value:
-            raise UserError(f"--compare lays results side by side and takes no --{name}")
+def _comparison(options: Mapping[str, Any], rest: list[str]) -> Command:
+    for flag in table.FLAGS:
+        if flag.keyword in options and flag.name not in ("compare", "workdir"):
+            raise UserError(f"--compare shows results side by side and takes no --{flag.name}")
     if rest:
         raise UserError(f"--compare takes no {rest[0]!r}: separate the workdirs by commas")
-    workdir = Path(values.workdir) if values.workdir else None
-    workdirs = tuple(one for text in values.compare for one in text.split(",") if one)
-    return Command(verb, None, workdir, compare=workdirs)
+    workdir = Path(options["workdir"]) if "workdir" in options else None
+    workdirs = tuple(one for text in options["compare"] for one in text.split(",") if one)
+    return Command("evaluate", None, workdir, {"compare": workdirs})
 
 
 def _another(text: str, rest: list[str]) -> tuple[str, ConfigDict]:
     """A config to time beside the first: "FILE --config.KEY=VALUE ..."; `rest` holds too."""
-    file, *overrides = shlex.split(text) or [""]
+    try:
+        file, *overrides = shlex.split(text) or [""]
+    except ValueError as error:  # a quote that does not end
+        raise UserError(f"--compare={text}: {error}") from None
     config = load_config(file)
     _override(config, [*rest, *overrides])
     validate(config)
@@ -191,7 +125,7 @@ def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = Fal
     values.set_gnu_getopt(True)  # flags may follow other arguments
     try:
         return values(["mlip", *arguments], known_only=known_only)[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # the latter for --noconfig.KEY=VALUE
         raise UserError(str(error)) from error
 
 
@@ -254,7 +188,9 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
             raise
         raise UserError(_wrong_type(told["key"], told["value"], known)) from error
     if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}: a verb comes first, flags after it")
+        raise UserError(
+            f"unexpected argument {extra[0]!r}: the subcommand comes first, flags after it"
+        )
     for key, value in schema.flatten(config.to_dict()).items():
         # A tuple's flag takes any elements; the default's elements say which are meant.
         if key in keys and isinstance(value, tuple) and known[key]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlip_jax.config import UserError
 from mlip_jax.evaluations.results import Results
 from mlip_jax.inference import Model
 from mlip_jax.models import building
@@ -38,24 +36,6 @@ class Row(NamedTuple):
     flops: float  # of one image
     images_per_second: float
     results: Results
-
-
-def read_rates(text: str) -> list[float]:
-    """The rates of --rates=0,0.25,0.5, in ascending order, 0 among them.
-
-    Raises:
-      UserError: for what is no share below 0.95.
-    """
-    rates = {0.0}
-    for part in filter(None, text.split(",")):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = math.nan
-        if not 0 <= rate <= 0.95:
-            raise UserError(f"--rates={text}: {part!r} is no share of the tokens in [0, 0.95]")
-        rates.add(rate)
-    return sorted(rates)
 
 
 def at_rate(config: ConfigDict, rate: float) -> ConfigDict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ from mlip_jax import config as schema
 from mlip_jax.devices import cluster
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations import merging_rates
+from mlip_jax.evaluations.compare import compare_workdirs
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
 from mlip_jax.evaluations.sheets import html, markdown, sheet, table
 from mlip_jax.evaluations.suites import apply_suite, check, evaluate
@@ -34,7 +36,11 @@ _LONGEST_NAME = 160  # bytes; file systems take 255 of a whole name
 
 
 def evaluate_workdir(
-    config: ConfigDict, workdir: str | Path, suite: str = "", rates: str = ""
+    config: ConfigDict | None,
+    workdir: str | Path | None,
+    suite: str = "",
+    rates: Sequence[float] = (),
+    compare: Sequence[str] = (),
 ) -> int:
     """Evaluates a workdir's newest checkpoint, prints the table and writes the results.
 
@@ -50,7 +56,9 @@ def evaluate_workdir(
       config: the workdir's config with the overrides of the command line.
       workdir: of a run; or any other folder that `load` takes.
       suite: see `apply_suite`; "" for what the config names.
-      rates: token merging rates, such as "0,0.25,0.5": the model is scored and timed at each.
+      rates: of token merging: the model is scored and timed at each, and at 0.
+      compare: workdirs, or patterns of them: nothing is evaluated, their results are laid side by
+        side, see `compare_workdirs`; the config is not read then, and the workdir may be None.
 
     Returns:
       0.
@@ -58,13 +66,14 @@ def evaluate_workdir(
     Raises:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
     """
+    if compare:
+        return compare_workdirs(compare, workdir)
     return cluster.by_first(lambda: _evaluate(config, Path(workdir), suite, rates))
 
 
-def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: str) -> int:
+def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[float]) -> int:
     if suite:
         apply_suite(config, suite)
-    wanted = merging_rates.read_rates(rates) if rates else None
     check(config)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     trained, _ = model_folders.settings(workdir)
@@ -72,7 +81,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: str) -> int:
     if model_folders.kind(workdir) not in ("workdir", "exported"):
         home = Path("runs") / "foreign" / trained.name
         home.mkdir(parents=True, exist_ok=True)
-    if wanted is None:
+    if not rates:
         model = load(workdir, config=config)
         found, path = _score(model, config, trained, home, console)
         console.print(table(found))
@@ -86,6 +95,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: str) -> int:
         console.print(f"merging rate {changed.model.image.merging.rate:g}")
         return _score(model, changed, trained, home, console)[0]
 
+    wanted = sorted({0.0, *rates})
     path = merging_rates.report(console, home, merging_rates.sweep(config, wanted, loaded, scored))
     console.print(f"table: {path} (also .md)")
     return 0

@@ -21,7 +21,7 @@ from mlip_jax.registry import EXPORT_FORMATS
 WriteModel = Callable[[Path, Model], Sequence[str]]
 
 
-def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str = "mlip") -> int:
+def export(config: ConfigDict, workdir: str | Path, out: str, format: str = "mlip") -> int:
     """Writes a model for others: weights or programs, what goes with them, and a model card.
 
     The folder appears when it is whole; what stands there already is never written over.
@@ -42,8 +42,6 @@ def export(config: ConfigDict, workdir: str | Path, out: str = "", format: str =
     """
     if format not in EXPORT_FORMATS:
         raise UserError(f"--format={format} is no format: {EXPORT_FORMATS.expected(format)}")
-    if not out:
-        raise UserError("export needs a folder to write: add --out=DIR")
     target = Path(out).expanduser()
     if target.exists():
         raise UserError(f"--out={out} exists already and is not written over: give another name")

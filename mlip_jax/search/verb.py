@@ -28,7 +28,7 @@ from mlip_jax.search.query import nearest
 from mlip_jax.search.server import serve as serve_index
 
 _TOP, _TOP_OF_PAGE = 10, 48
-_SHARE = "0.5"  # ours: in a folder of one's own, many files may be no images
+_SHARE = 0.5  # ours: in a folder of one's own, many files may be no images
 _LISTED = 5
 _WIDE = 1000  # letters a line where a program reads them: no path is broken
 
@@ -41,8 +41,8 @@ def search(
     text: str = "",
     image: str = "",
     top: int | None = None,
-    serve: str = "",
-    max_skipped_share: str = _SHARE,
+    serve: int | None = None,
+    max_skipped_share: float = _SHARE,
 ) -> int:
     """Indexes images, answers queries, serves a page; whatever of these is asked for, in order.
 
@@ -55,7 +55,7 @@ def search(
       text: to be found.
       image: a file to find images like it.
       top: how many are found; 10, and 48 on the page.
-      serve: the port of the page, at 127.0.0.1; "0": any.
+      serve: the port of the page, at 127.0.0.1; 0: any; None: no page.
       max_skipped_share: more unreadable images than this share are an error.
 
     Returns:
@@ -65,14 +65,15 @@ def search(
       UserError: for what is not there, or an index of another model.
       RunError: when too many images are unreadable.
     """
-    if not (images or text or image or serve):
+    if not (images or text or image) and serve is None:
         raise UserError(
             "search needs something to do: --images=FOLDER to index, --text=WORDS or --image=FILE "
             "to search, --serve for a page in the browser"
         )
-    port, share = _port(serve), _share(max_skipped_share)
     return cluster.by_first(
-        lambda: _search(config, Path(workdir), images, index, text, image, top, port, share)
+        lambda: _search(
+            config, Path(workdir), images, index, text, image, top, serve, max_skipped_share
+        )
     )
 
 
@@ -214,21 +215,3 @@ def _table(
         place = collection.place(index.path(int(row)))
         table.add_row(str(rank), f"{score:.4f}", Text(printable(place)))
     return table
-
-
-def _port(serve: str) -> int | None:
-    if not serve:
-        return None
-    if not serve.isdecimal() or int(serve) > 65535:
-        raise UserError(f"--serve={serve}: expected a port from 0 to 65535")
-    return int(serve)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise UserError(f"--max-skipped-share={text}: expected a share in [0, 1]")
-    return share

@@ -29,7 +29,6 @@ from mlip_jax.data.sets.splits import canonical
 from mlip_jax.registry import DATASETS, READERS
 
 _WITH_IMAGES = (*SUFFIXES, ".parquet", ".arrow")
-_DEFAULT_RECORDS = 5000
 _SHOWN = 3
 
 
@@ -42,10 +41,10 @@ def prepare(
     columns: str = "",
     split: str = "",
     classes: str = "",
-    resize: str = "0",
-    shard_records: str = str(_DEFAULT_RECORDS),
-    workers: str = "-1",
-    max_skipped_share: str = "0.01",
+    resize: int = 0,
+    shard_records: int = 5000,
+    workers: int = -1,
+    max_skipped_share: float = 0.01,
     licence: str = "",
     attribution: str = "",
     check: bool = False,
@@ -88,24 +87,19 @@ def prepare(
         return _check(folder, console)
     if not source:
         raise UserError("prepare needs a source: add --source=KIND:PATH (--help shows more)")
-    records = _whole("shard-records", shard_records, 1)
-    smaller = _whole("resize", resize, 0)
-    processes = _whole("workers", workers, -1)
-    processes = processes if processes > 0 else cores()
-    share = _share(max_skipped_share)
     chosen = column.read_columns(columns)
     if split and canonical(split) is None:
         raise UserError(f"--split={split}: expected train, validation or test")
     class_names = card.read_named(classes) if classes else ()
     reader = open_reader(source, chosen, canonical(split) if split else "")
-    job, inputs = _job(reader, source, chosen, split, smaller, records)
+    job, inputs = _job(reader, source, chosen, split, resize, shard_records)
     with output.taken(folder, job), _writing(folder):
         done = output.done_before(folder, console)
         made = make_all(
             reader,
-            Maker(reader, folder, smaller),
-            records=records,
-            workers=processes,
+            Maker(reader, folder, resize),
+            records=shard_records,
+            workers=workers if workers > 0 else cores(),
             done=done,
             console=Console(stderr=True, highlight=False, markup=False),
         )
@@ -127,7 +121,7 @@ def prepare(
             notes=tuple(reader.notes()),
             inputs=inputs,
         )
-        _judge(made, share, source, folder)
+        _judge(made, max_skipped_share, source, folder)
         card.write(folder, index, made)
         shutil.rmtree(folder / DRAFTS)
     _tell(console, folder, index, made)
@@ -239,23 +233,3 @@ def _tell(console: Console, folder: Path, index: Index, made: Sequence[Made]) ->
     if not index.licence:
         console.print("the card states no licence: add --licence=NAME to the same command")
     console.print(f"train on it with --config.data.train=prepared:{folder}")
-
-
-def _whole(name: str, text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise UserError(f"--{name}={text}: expected a whole number, at least {least}")
-    return value
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise UserError(f"--max-skipped-share={text}: expected a share in [0, 1]")
-    return value
