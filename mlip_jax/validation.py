@@ -9,15 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.config import (
-    ACTIVATIONS,
-    ATTENTIONS,
-    CLEANINGS,
-    IMAGE_VIEWS,
-    NORMALIZATIONS,
-    PROBES,
-    flatten,
-)
 from mlip_jax.errors import UserError, choose
 from mlip_jax.registry import (
     IMAGE_ENCODERS,
@@ -25,6 +16,15 @@ from mlip_jax.registry import (
     OPTIMIZERS,
     SCHEDULES,
     TEXT_ENCODERS,
+)
+from mlip_jax.schema import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    CLEANINGS,
+    IMAGE_VIEWS,
+    NORMALIZATIONS,
+    PROBES,
+    flatten,
 )
 
 # None of them holds for NaN.

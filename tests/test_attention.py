@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax.config import ATTENTIONS, UserError
+from mlip_jax import schema
 from mlip_jax.devices import parallel
+from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.models.layers import Attention, Dense
 from mlip_jax.planning import estimates, machines
+from mlip_jax.schema import ATTENTIONS
 from mlip_jax.training import attention_choice, start
 from mlip_jax.validation import validate
 

@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlip_jax import config as schema
-from mlip_jax.config import RunError, UserError
+from mlip_jax import schema
+from mlip_jax.errors import RunError, UserError
 from mlip_jax.storage import checkpoint
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.storage.workdir import open_workdir
@@ -249,7 +249,7 @@ PROGRAM = textwrap.dedent(
     """
     import resource, sys, time
     import jax.numpy as jnp
-    from mlip_jax.config import RunError
+    from mlip_jax.schema import RunError
     from mlip_jax.storage.checkpoint import Checkpoints
 
     class Slow(Checkpoints):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
+from mlip_jax.errors import UserError
 from mlip_jax.validation import validate
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from mlip_jax.cli import command_line
-from mlip_jax.config import UserError
 from mlip_jax.data.text.tokenizer import load_tokenizer
+from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.recipes import sizes
 from mlip_jax.registry import LOSSES

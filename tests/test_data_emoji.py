@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from mlip_jax import config as config_lib
-from mlip_jax.config import UserError
 from mlip_jax.data.images.preprocessing import decode
 from mlip_jax.data.sets import emoji
 from mlip_jax.data.sets.opening import open_source, open_validation
 from mlip_jax.data.text.captions import clean_caption
+from mlip_jax.errors import UserError
 
 BUILD = "import sys; from mlip_jax.data.sets import emoji; print(emoji.directory(sys.argv[1]))"
 

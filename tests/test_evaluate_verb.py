@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax.config import UserError
+from mlip_jax import schema
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations import Results, compare, read_results, write_results
 from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome

@@ -25,11 +25,12 @@ from test_foreign import (
 )
 
 import mlip_jax
-from mlip_jax import config as schema
 from mlip_jax import main as door
+from mlip_jax import schema
 from mlip_jax.cli.command_line import parse
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text.tokenizer import load_tokenizer
+from mlip_jax.errors import RunError, UserError
 from mlip_jax.export import own, programs
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
@@ -109,10 +110,10 @@ def test_what_a_folder_lacks_stays_lacking(tmp_path, capsys):
         model = written(source, tmp_path / form, form)
         texts = model.encode_token_ids(expected["token_ids"])
         np.testing.assert_allclose(texts, unit(expected["text_features"]), atol=2e-6)
-        with pytest.raises(schema.UserError, match="tokenizer"):
+        with pytest.raises(UserError, match="tokenizer"):
             model.encode_text(["a"])
     assert "note:" in capsys.readouterr().out
-    with pytest.raises(schema.UserError, match=r"has no preprocessor_config\.json"):
+    with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
         mlip_jax.load(tmp_path / "mlip").encode_image(IMAGES)
 
 
@@ -246,7 +247,7 @@ def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
 
     def refused(values, message):
         (out / "mlip_config.json").write_text(json.dumps(values))
-        with pytest.raises(schema.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             mlip_jax.load(out)
 
     refused(config | {"format": 2}, "format 2 is not known here")
@@ -254,7 +255,7 @@ def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
     refused(config | {"config": {"no_such": 1}}, "unknown config key")
     (out / "mlip_config.json").write_text(json.dumps(config))
     (out / "mlip_tokenizer.json").write_text("{")
-    with pytest.raises(schema.UserError, match=r"mlip_tokenizer\.json: damaged"):
+    with pytest.raises(UserError, match=r"mlip_tokenizer\.json: damaged"):
         mlip_jax.load(out)
 
 
@@ -276,7 +277,7 @@ def test_stablehlo_runs_without_the_package(clip, tmp_path, capsys):
 
 def test_a_program_that_errs_is_not_kept(clip):
     model = mlip_jax.load(clip)
-    with pytest.raises(schema.RunError, match="differ by"):
+    with pytest.raises(RunError, match="differ by"):
         programs.check(model, "encode_image", lambda rows: np.zeros((len(rows), 20), np.float32))
 
     def one_wrong(rows):
@@ -284,12 +285,12 @@ def test_a_program_that_errs_is_not_kept(clip):
         found[:1] += 0.01 * (len(found) > 1)
         return found
 
-    with pytest.raises(schema.RunError, match="differ by 1.0e-02"):
+    with pytest.raises(RunError, match="differ by 1.0e-02"):
         programs.check(model, "encode_image", one_wrong)
     merging = mlip_jax.load(clip, overrides={"model.image.merging.rate": 0.25})
     model = merging
     assert programs.check(merging, "encode_image", one_wrong)[1:] == (16, 1)
-    with pytest.raises(schema.RunError, match=r"gives \(1, 3\) in place of"):
+    with pytest.raises(RunError, match=r"gives \(1, 3\) in place of"):
         programs.check(model, "encode_image", lambda rows: np.zeros((1, 3), np.float32))
 
 
@@ -369,7 +370,7 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
     begun = Model(found, {"params": state.params}, tokenizer, prepared)
     assert_same(begun, mlip_jax.load(clip, image_size=40, tokenizer=tokenizer))
     found.model.image.heads = 6
-    with pytest.raises(schema.UserError, match=r"heads=6, but the model in .* has 3: set it so"):
+    with pytest.raises(UserError, match=r"heads=6, but the model in .* has 3: set it so"):
         pretrained.read(found, wanted)
 
 
@@ -378,11 +379,11 @@ def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path, monkeypatc
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     other = shutil.copytree(clip, tmp_path / "other")
     write_preprocessor(other)
-    with pytest.raises(schema.UserError, match="is none of clip, imagenet, siglip"):
+    with pytest.raises(UserError, match="is none of clip, imagenet, siglip"):
         pretrained.adopt(schema.default(), str(other))
     config = schema.default()
     config.model.pretrained = config.model.text.pretrained = "bert"
-    with pytest.raises(schema.UserError, match=r"model\.text\.pretrained both say"):
+    with pytest.raises(UserError, match=r"model\.text\.pretrained both say"):
         validate(config)
     bare = open_clip_folder(tmp_path / "bare")
     pretrained.adopt(schema.default(), str(bare))

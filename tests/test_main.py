@@ -15,17 +15,16 @@ from pathlib import Path
 import pytest
 
 import mlip_jax
-from mlip_jax import config as schema
 from mlip_jax import main as door
-from mlip_jax import versions
+from mlip_jax import schema, versions
 from mlip_jax.benchmark import peers
 from mlip_jax.cli import command_line, flags, kinds
 from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.config import RunError
+from mlip_jax.errors import RunError
 from mlip_jax.registry import EXPORT_FORMATS
 
 CONFIG = """
-from mlip_jax import config as schema
+from mlip_jax import schema
 
 def get_config(arg=None):
     values = schema.arguments(arg, seed="3")
@@ -340,7 +339,7 @@ def parameters(name):
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_flag_is_a_parameter_of_the_subcommand_and_the_other_way_round(name):
     taken = {flag.keyword: flag for flag in flags.FLAGS if name in flag.uses}
-    for keyword in ("config", "workdir", "help", "version"):
+    for keyword in ("config", "workdir", "import", "help", "version"):
         taken.pop(keyword, None)
     read = {keyword: flag for keyword, flag in taken.items() if not flag.variable}
     wanted = parameters(name)

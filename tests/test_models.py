@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
+from mlip_jax.errors import UserError
 from mlip_jax.models import building, vit
 from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder

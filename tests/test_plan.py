@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax import planning
 from mlip_jax.cli import command_line
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.planning import Memory, estimates, flops, hlo, machines, printing, verb
 from mlip_jax.training import optimizer as optimizers

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
+from mlip_jax.errors import UserError
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
 from mlip_jax.training import optimizer as optimizers

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 import mlip_jax
-from mlip_jax import config as schema
 from mlip_jax import main as door
+from mlip_jax import schema
 from mlip_jax.cli.command_line import parse
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.search import neighbours, pieces, query, verb
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.identity import digest

@@ -11,7 +11,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mlip_jax import config as schema
+from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models import building

@@ -14,13 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
-from mlip_jax.config import RunError, UserError
 from mlip_jax.data.batches.training import train_batches
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.opening import open_training
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mlip_jax.devices import parallel
+from mlip_jax.errors import RunError, UserError
 from mlip_jax.models import building
 from mlip_jax.planning.estimates import Memory, network_of
 from mlip_jax.planning.flops import step_flops

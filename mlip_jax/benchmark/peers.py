@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
-from mlip_jax.config import RunError, UserError, suggestion
+from mlip_jax.errors import RunError, UserError, suggestion
 from mlip_jax.models import building
 
 PEERS = ("open_clip",)

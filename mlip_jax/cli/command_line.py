@@ -14,11 +14,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mlip_jax import config as schema
+from mlip_jax import schema
 from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
-from mlip_jax.config import UserError, suggestion
-from mlip_jax.recipes.config_files import load_config
+from mlip_jax.errors import UserError, suggestion
+from mlip_jax.recipes.config_files import import_file, load_config
 from mlip_jax.validation import validate
 
 _OF_ANY_MODEL = ("evaluate", "export", "search")  # subcommands that need no run, but a model
@@ -73,6 +73,8 @@ def parse(arguments: Sequence[str]) -> Command | str:
         if flag and not _OVERRIDE.match(argument):
             raise table.unknown(flag["name"])
     options = table.given(subcommand, values)
+    for file in options.pop("import", ()):
+        import_file(file)
     if subcommand == "evaluate" and "compare" in options:
         return _comparison(options, rest)
     if not table.takes(subcommand, "config"):

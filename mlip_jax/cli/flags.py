@@ -21,9 +21,9 @@ from mlip_jax.cli.kinds import (
     listed,
 )
 from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.config import PROCESS_VARIABLES
 from mlip_jax.errors import UserError, suggestion
 from mlip_jax.registry import EVALUATIONS, EXPORT_FORMATS
+from mlip_jax.schema import PROCESS_VARIABLES
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,18 @@ FLAGS = (
                 "evaluate and time the model at these rates of token merging, and at 0",
             )
         },
+    ),
+    Flag(
+        "import",
+        dict.fromkeys(
+            ("train", "evaluate", "report", "export", "search", "plan", "benchmark"),
+            Use(
+                Text(repeated=True),
+                "FILE",
+                "a Python file that is run first, for the losses, encoders or datasets that it "
+                "registers; may be repeated",
+            ),
+        ),
     ),
     Flag(
         "compare",

@@ -24,8 +24,8 @@ import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh
 
-from mlip_jax.config import RunError, UserError
 from mlip_jax.devices import parallel
+from mlip_jax.errors import RunError, UserError
 
 _PATIENCE = 0.5  # seconds in JAX's C++ at a time, so that Python hears signals between them
 

@@ -10,8 +10,8 @@ import scipy.linalg
 from jaxtyping import Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
-from mlip_jax.config import UserError
 from mlip_jax.data.sets.records import Source
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations.sets import EmbeddedSet, Sets
 
 # Sums that several threads share differ in their last bits from machine to machine, and threads

@@ -12,8 +12,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations.results import Results, read_results
 from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names, terminal
 from mlip_jax.storage.workdir import write_atomically

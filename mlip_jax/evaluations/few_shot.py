@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Parts, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.family import Family

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax.config import RunError, UserError
 from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
 from mlip_jax.data.regions.base import Box, Regions
 from mlip_jax.data.regions.opening import open_region_set
+from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome

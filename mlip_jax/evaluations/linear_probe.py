@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Linear, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.family import Family

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.errors import UserError, suggestion
 
 _DEFAULT = "simple"
 # What sets are called elsewhere -> here.

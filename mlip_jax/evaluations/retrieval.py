@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations.counting import Side, count_reaching
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome

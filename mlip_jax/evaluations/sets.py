@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, Int, Int8
 from ml_collections import ConfigDict
 
-from mlip_jax.config import UserError
 from mlip_jax.data.batches.training import evaluation_batches
 from mlip_jax.data.sets.opening import (
     open_evaluation,
@@ -20,6 +19,7 @@ from mlip_jax.data.sets.opening import (
     split_spec,
 )
 from mlip_jax.data.sets.records import MissingSplit, Source
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.progress import track
 

@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.evaluations import average_precision, classifiers
 from mlip_jax.evaluations.classifiers import named, on_one_thread
 from mlip_jax.evaluations.family import Family

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import config as schema
+from mlip_jax import schema
 from mlip_jax.devices import cluster
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations import merging_rates

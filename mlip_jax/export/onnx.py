@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from mlip_jax.config import RunError, UserError
+from mlip_jax.errors import RunError, UserError
 from mlip_jax.export import programs
 from mlip_jax.inference import Model
 

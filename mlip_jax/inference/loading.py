@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.devices import parallel
+from mlip_jax.errors import UserError
 from mlip_jax.inference.model import Model
 from mlip_jax.interop import model_folders, positions
 from mlip_jax.models import building

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax.config import UserError
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.errors import UserError
 from mlip_jax.inference.batches import Batches
 from mlip_jax.inference.programs import Program, global_view, programs
 from mlip_jax.models import building

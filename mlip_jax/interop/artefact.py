@@ -13,10 +13,10 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import OWN_FILE, Tokenizer
+from mlip_jax.errors import UserError
 from mlip_jax.interop import foreign, tensors
 
 CONFIG = "mlip_config.json"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.errors import UserError
 from mlip_jax.interop import layouts
 from mlip_jax.interop.layouts import Layout
 from mlip_jax.models import building

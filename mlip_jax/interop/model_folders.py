@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.errors import UserError
 from mlip_jax.interop import artefact, hugging_face, open_clip
 from mlip_jax.interop.artefact import Artefact
 from mlip_jax.interop.foreign import Foreign

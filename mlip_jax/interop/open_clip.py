@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.config import UserError
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, RESIZES, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
+from mlip_jax.errors import UserError
 from mlip_jax.interop import clip_layouts, tensors
 from mlip_jax.interop.foreign import (
     Computed,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NO_PICKLES = (

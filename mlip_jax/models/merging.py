@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.errors import UserError, suggestion
 
 SCHEDULES = ("even", "early")
 _NEVER = -jnp.inf

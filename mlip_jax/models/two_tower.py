@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlip_jax.config import IMAGE_VIEWS, PERSPECTIVES
 from mlip_jax.models.dropout import row_keys
 from mlip_jax.models.heads import (
     ConcatCritic,
@@ -21,6 +20,7 @@ from mlip_jax.models.heads import (
 from mlip_jax.models.text import TextViews
 from mlip_jax.models.vit import ImageViews
 from mlip_jax.registry import IMAGE_ENCODERS, TEXT_ENCODERS
+from mlip_jax.schema import IMAGE_VIEWS, PERSPECTIVES
 
 Embeddings = dict[str, Array]
 

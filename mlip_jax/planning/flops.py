@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
-from mlip_jax.config import PERSPECTIVES, views_of
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
 from mlip_jax.registry import LOSSES
+from mlip_jax.schema import PERSPECTIVES, views_of
 
 
 def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.errors import UserError, suggestion
 
 GIB = 2**30
 

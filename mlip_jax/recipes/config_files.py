@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax import config as schema
+from mlip_jax import schema
 from mlip_jax.errors import UserError, suggestion
 
 _PACKAGE = Path(__file__).parents[1]
@@ -35,6 +36,8 @@ def load_config(argument: str) -> ConfigDict:
     """
     name, *values = argument.split(":", 1)
     path = _find(name)
+    # Files of version 0.1.0 import from a module of this name; `mlip_jax.config` is a function now.
+    sys.modules.setdefault("mlip_jax.config", schema)
     try:
         config = runpy.run_path(str(path))["get_config"](*values)
         # A round trip through the schema: a key that it does not know, or a value of another

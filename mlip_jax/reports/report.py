@@ -194,7 +194,7 @@ def _grounding(model: Inspectable, source: Source | None, folder: Path) -> Pictu
     named = config.evaluation.grounding
     if not named and source is not None and source.name == "emoji":
         named = ("compositions",)
-    if not named:
+    if not named or building.image_encoder(config).evidence is None:
         return None
     regions = grounding.open_set(named[0], config)
     figure = draw_grounding(grounding.examples(model, regions, config, GROUNDED_QUERIES))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from mlip_jax.config import RunError, UserError
+from mlip_jax.errors import RunError, UserError
 from mlip_jax.inference import Model
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Collection, Item

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.search.index import FILE_NAME, Index
 
 PIECES = "pieces-"  # a folder of what is embedded, until the index is whole

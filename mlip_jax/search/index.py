@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Item
 from mlip_jax.storage.workdir import write_atomically

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 from mlip_jax.progress import track
 
 EXACT = 1_000_000  # images; above that many, neighbours are looked up

@@ -20,10 +20,9 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
-from mlip_jax import config as schema
-from mlip_jax import versions
-from mlip_jax.config import UserError
+from mlip_jax import schema, versions
 from mlip_jax.devices import processes
+from mlip_jax.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 _LOCK = ".lock"

@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from mlip_jax.config import ATTENTIONS, UserError, first_line, views_of
 from mlip_jax.devices import parallel, processes
+from mlip_jax.errors import UserError, first_line
 from mlip_jax.models.attention import attend
 from mlip_jax.models.building import compute_dtype, image_encoder, training_patches
 from mlip_jax.registry import TEXT_ENCODERS
+from mlip_jax.schema import ATTENTIONS, views_of
 from mlip_jax.storage.workdir import write_atomically
 
 RECORD = "attention.json"

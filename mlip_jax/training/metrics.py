@@ -23,7 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from mlip_jax.config import RunError
+from mlip_jax.errors import RunError
 from mlip_jax.storage.workdir import write_atomically
 from mlip_jax.training.callbacks import Callback
 

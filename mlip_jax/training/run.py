@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import config as schema
-from mlip_jax.config import UserError
+from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.errors import UserError, suggestion
 from mlip_jax.inference import Model
 from mlip_jax.storage.checkpoint import Checkpoints
 from mlip_jax.training.callbacks import Callback
@@ -84,7 +84,7 @@ def score(best: str, figures: Mapping[str, float]) -> float:
         if best not in figures:
             raise UserError(
                 f"config.checkpoint.best={best!r} is no figure of the evaluation: "
-                f"{', '.join(figures)}{schema.suggestion(best, figures)}"
+                f"{', '.join(figures)}{suggestion(best, figures)}"
             )
         return figures[best]
     for figure in ("_recall@1", "/top1", "/accuracy"):

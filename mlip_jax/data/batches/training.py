@@ -21,7 +21,6 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax.config import UserError, views_of
 from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
 from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, cores, end_with_parent, worker_count
@@ -32,6 +31,8 @@ from mlip_jax.data.sets.mixtures import neighbours
 from mlip_jax.data.sets.records import Record, Source
 from mlip_jax.data.text import captions
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.errors import UserError
+from mlip_jax.schema import views_of
 
 _MAX_THREADS = 8  # of an evaluation
 _MAX_REPLACEMENTS = 100  # unreadable images in a row

@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 # Batches of a worker that exist at a time: in the making, sent, two received, one with the training
 # step, which may have one more.

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mlip_jax.config import UserError
 from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
 from mlip_jax.data.prepare.make import Made, Tally, encoded, write_whole
 from mlip_jax.data.prepare.readers import Broken
 from mlip_jax.data.sets.class_trees import read_classes
 from mlip_jax.data.sets.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
+from mlip_jax.errors import UserError
 
 _MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
 _SHOWN = 20

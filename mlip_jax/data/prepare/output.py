@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from mlip_jax.config import UserError
 from mlip_jax.data.prepare import card
 from mlip_jax.data.prepare.make import (
     DRAFTS,
@@ -26,6 +25,7 @@ from mlip_jax.data.prepare.make import (
 )
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.shards import INDEX, SHARD_SUFFIX
+from mlip_jax.errors import UserError
 
 _JOB = "job.json"
 

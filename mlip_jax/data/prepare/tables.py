@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mlip_jax.config import UserError
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
@@ -25,6 +24,7 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
 )
 from mlip_jax.data.sets.splits import canonical
+from mlip_jax.errors import UserError
 
 _MOST_LINE = 16 * 2**20  # bytes
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")

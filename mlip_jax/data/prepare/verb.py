@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from mlip_jax.config import RunError, UserError, suggestion
 from mlip_jax.data.batches.workers import cores
 from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare import columns as column
@@ -26,6 +25,7 @@ from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.opening import named
 from mlip_jax.data.sets.shards import BROKEN, Index
 from mlip_jax.data.sets.splits import canonical
+from mlip_jax.errors import RunError, UserError, suggestion
 from mlip_jax.registry import DATASETS, READERS
 
 _WITH_IMAGES = (*SUFFIXES, ".parquet", ".arrow")

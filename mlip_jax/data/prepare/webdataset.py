@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.config import UserError
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare import tar
 from mlip_jax.data.prepare.containers import SUFFIXES, Container, is_packed, opened
@@ -27,6 +26,7 @@ from mlip_jax.data.prepare.readers import (
 )
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES
 from mlip_jax.data.sets.shards import Example
+from mlip_jax.errors import UserError
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.config import UserError
 from mlip_jax.data.regions.base import FileRegions, Query, check_box, clean_regions
 from mlip_jax.data.sets.coco_json import entries, is_id, is_text, read_json
 from mlip_jax.data.sets.splits import Scheme, Wanted
+from mlip_jax.errors import UserError
 
 # The standard splits of RefCOCO and RefCOCO+ are UNC's, of RefCOCOg UMD's.
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from mlip_jax.config import UserError, suggestion
 from mlip_jax.data.sets.files import ClassSource, Images
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.splits import STANDARD, canonical
+from mlip_jax.errors import UserError, suggestion
 
 CLASSES_FILE = "classes.json"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlip_jax.config import UserError
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     entries,
@@ -22,6 +21,7 @@ from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD
 from mlip_jax.data.text.captions import usable
+from mlip_jax.errors import UserError
 
 _YEARS = ("2017", "2014")
 _SPLITS = {"train": "train", "validation": "val"}

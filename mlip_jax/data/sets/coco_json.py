@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 
 class CocoImage(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int8
 
-from mlip_jax.config import UserError
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoCategory,
@@ -26,6 +25,7 @@ from mlip_jax.data.sets.coco_json import (
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource, find_images
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import STANDARD, canonical, split_of
+from mlip_jax.errors import UserError
 
 _OFFICIAL = re.compile(r"instances_(\w+)\.json$")
 

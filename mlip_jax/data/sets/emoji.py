@@ -30,8 +30,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from mlip_jax.config import UserError
 from mlip_jax.data.sets.cache import cache_folder
+from mlip_jax.errors import UserError
 
 ATTRIBUTION = (
     "OpenMoji emoji by the OpenMoji project (https://openmoji.org), CC BY-SA 4.0; "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 _PLACES_SHOWN = 5
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
 SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"

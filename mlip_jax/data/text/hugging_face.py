@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as _Encoder
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 # What transformers 5 takes where the files do not say.
 _PADS = {

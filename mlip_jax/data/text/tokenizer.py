@@ -15,9 +15,9 @@ import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Encoder
 
-from mlip_jax.config import UserError, suggestion
 from mlip_jax.data.text import hugging_face, wordpiece
 from mlip_jax.data.text.captions import check_cleaning, clean, clean_caption, unescape
+from mlip_jax.errors import UserError, suggestion
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
 # fork and warn about it.

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer as _Encoder
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlip_jax.config import UserError
+from mlip_jax.errors import UserError
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.config import UserError, suggestion
+from mlip_jax.errors import UserError, suggestion
 
 _WORD = re.compile(r"[\w']+")  # "man's" is no "man": it tells of a thing, not of a person
 _MOST_QUERIES = 8

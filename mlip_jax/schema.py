@@ -1,4 +1,4 @@
-"""The configuration of a run: every key, its default, and what makes a value wrong.
+"""The configuration of a run: every key and its default.
 
 A file in `configs/` starts from `default()`, changes what its experiment changes and returns the
 result from `get_config(arg)`; `python -m mlip_jax.main --config=FILE[:name=value,...]` finds it.
@@ -13,10 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import RunError, UserError, choose, first_line, suggestion
+from mlip_jax.errors import UserError, suggestion
 from mlip_jax.registry import EVALUATIONS
-
-__all__ = ["RunError", "UserError", "choose", "first_line", "suggestion"]
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
 # another augmentation of the image, another caption of it.
