@@ -35,7 +35,7 @@ SUBCOMMANDS = {
         "mlip_jax.training.verb",
         "train",
         "train a model, evaluate it and write a report (default)",
-        ("--config=FILE [--workdir=DIR] [--config.KEY=VALUE ...]",),
+        ("--config=CONFIG [--workdir=DIR] [--config.KEY=VALUE ...]",),
         (
             "Trains the model that a config describes, evaluates it and writes a report into the "
             "workdir. The same command resumes a run that was stopped.",
@@ -45,7 +45,7 @@ SUBCOMMANDS = {
         ),
         (
             "mlip train --config=mlip",
-            "mlip train --config=mlip --workdir=runs/half \\\n  --config.samples=100000",
+            "mlip train --config=mlip --workdir=runs/half --config.samples=100000",
             "mlip train --config=mlip:size=B/16,data=jsonl:pairs.jsonl",
         ),
     ),
@@ -140,7 +140,7 @@ SUBCOMMANDS = {
         "mlip_jax.planning",
         "plan",
         "estimate the memory and time of training on another machine",
-        ("--config=FILE --topology=NAME [--mesh=AXIS:SIZE,...] [--largest-batch]",),
+        ("--config=CONFIG --topology=NAME [--mesh=AXIS:SIZE,...] [--largest-batch]",),
         (
             "Compiles the training step for a machine that need not be there and prints what it "
             "needs: memory per device, traffic between devices, time per step. It reads no data "
@@ -159,9 +159,9 @@ SUBCOMMANDS = {
         "benchmark",
         "measure how fast configs train on this machine",
         (
-            "--config=FILE [--compare='FILE --config.KEY=VALUE'] [flags]",
-            "--config=FILE --against=open_clip [flags]",
-            "--config=FILE --only=data [flags]",
+            "--config=CONFIG [--compare='CONFIG --config.KEY=VALUE'] [flags]",
+            "--config=CONFIG --against=open_clip [flags]",
+            "--config=CONFIG --only=data [flags]",
         ),
         (
             "Times the training step of a config on this machine and writes the result as JSON "
