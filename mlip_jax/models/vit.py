@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -146,6 +146,17 @@ def _take(
     return jnp.einsum("bkn,bnd->bkd", chosen, tokens, precision=jax.lax.Precision.HIGHEST)
 
 
+class _Merged(NamedTuple):
+    """What leaves the Spatial Stage, the class token included where there is one."""
+
+    tokens: Float[Array, "batch tokens width"]
+    size: Float[Array, "batch tokens"]  # patches behind each token
+    # On request only, see `ImageViews`:
+    origin: Array | None  # which tokens that entered each one stands for
+    last_origin: Array | None  # the same before the last block
+    importance: Array | None
+
+
 class ImageEncoder(nn.Module):
     """ViT of `depth` blocks, the first `frequency_depth` of them a Frequency Stage.
 
@@ -196,14 +207,64 @@ class ImageEncoder(nn.Module):
           inspect: also return where merged tokens come from and the guidance of the first merge;
             for `deterministic` alone.
         """
-        grid = self.image_size // self.patch_size
-        paths = np.linspace(0.0, self.drop_path, self.depth)
-        common = {
+        x = self._frequency_stage(images, deterministic)
+        frequency_tokens = frequency_global = features = None
+        if self.frequency_depth:
+            frequency_tokens = layer_norm("norm_frequency", self.dtype)(x)
+            frequency_global = jnp.mean(frequency_tokens.astype(jnp.float32), axis=1)
+            features = jax.lax.stop_gradient(frequency_tokens)
+        merge_counts = self.merge_counts
+        if not deterministic and self.training_patches < x.shape[1]:
+            kept = random_patches(self, *x.shape[:2], self.training_patches)
+            x = _take(x, kept)
+            features = None if features is None else _take(features, kept)
+            merge_counts = self.training_merge_counts
+        merged = self._spatial_stage(x, features, merge_counts, deterministic, inspect)
+        first, last_origin = self._first_patch, merged.last_origin
+        x = layer_norm("norm_spatial", self.dtype, self.norm_epsilon)(merged.tokens)
+        if first:
+            spatial_global = x[:, 0]
+        else:
+            last_origin = merged.origin
+            spatial_global = AttentionPool(
+                self.heads,
+                self.mlp_ratio,
+                self.activation,
+                self.norm_epsilon,
+                self.dtype,
+                name="pool",
+            )(x, deterministic, merged.size if self.proportional_attention else None)
+        return ImageViews(
+            spatial_global=spatial_global,
+            spatial_tokens=x[:, first:],
+            sizes=merged.size[:, first:],
+            frequency_global=frequency_global,
+            frequency_tokens=frequency_tokens,
+            source=_of_patches(merged.origin, first),
+            importance=merged.importance,
+            last_source=_of_patches(last_origin, first),
+        )
+
+    @property
+    def _first_patch(self) -> int:
+        """The number of the first patch token in the Spatial Stage."""
+        return int(self.pooling == "class")
+
+    def _block_fields(self, block: int) -> dict[str, Any]:
+        """What the blocks of both stages have in common; stochastic depth grows with `block`."""
+        return {
             "mlp_ratio": self.mlp_ratio,
             "activation": self.activation,
             "dropout": self.dropout,
             "dtype": self.dtype,
+            "drop_path": float(np.linspace(0.0, self.drop_path, self.depth)[block]),
         }
+
+    def _frequency_stage(
+        self, images: Array, deterministic: bool
+    ) -> Float[Array, "batch patches width"]:
+        """Patches with their positions, after the Frequency Stage where there is one."""
+        grid = self.image_size // self.patch_size
         x = PatchEmbedding(
             self.width, self.patch_size, self.stem, self.dtype, name="patch_embedding"
         )(images)
@@ -211,27 +272,20 @@ class ImageEncoder(nn.Module):
         x = x + position.astype(self.dtype)
         for index in range(self.frequency_depth):
             x = recomputed(FrequencyBlock, self.remat, deterministic=2)(
-                **common,
-                drop_path=float(paths[index]),
-                transform=self.transform,
-                name=f"frequency_{index}",
+                **self._block_fields(index), transform=self.transform, name=f"frequency_{index}"
             )(x, deterministic)
-        x = rearrange(x, "b r c d -> b (r c) d")
-        frequency_tokens = frequency_global = features = None
-        if self.frequency_depth:
-            frequency_tokens = layer_norm("norm_frequency", self.dtype)(x)
-            frequency_global = jnp.mean(frequency_tokens.astype(jnp.float32), axis=1)
-            features = jax.lax.stop_gradient(frequency_tokens)
+        return rearrange(x, "b r c d -> b (r c) d")
 
-        merge_counts = self.merge_counts
-        if not deterministic and self.training_patches < x.shape[1]:
-            kept = random_patches(self, *x.shape[:2], self.training_patches)
-            x = _take(x, kept)
-            features = None if features is None else _take(features, kept)
-            merge_counts = self.training_merge_counts
-
-        first = int(self.pooling == "class")  # the first patch token
-        if first:
+    def _spatial_stage(
+        self,
+        x: Float[Array, "batch patches width"],
+        features: Float[Array, "batch patches width"] | None,
+        merge_counts: tuple[int, ...],
+        deterministic: bool,
+        inspect: bool,
+    ) -> _Merged:
+        """Attention over the class token, if there is one, and the patches; blocks merge tokens."""
+        if self._first_patch:
             # The class token brings its own position; a sum of two parameters would be one.
             class_token = self.param("class_token", TOKEN_INIT, (self.width,))
             class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
@@ -241,21 +295,19 @@ class ImageEncoder(nn.Module):
         size = jnp.ones(x.shape[:2], jnp.float32)
         origin = last_origin = first_guidance = None
         for index, r in enumerate(merge_counts):
-            block = self.frequency_depth + index
             last_origin = origin
             x, size, features, plan, guidance = recomputed(
                 SpatialBlock, self.remat, deterministic=4
             )(
-                **common,
+                **self._block_fields(self.frequency_depth + index),
                 r=r,
                 heads=self.heads,
-                drop_path=float(paths[block]),
                 guidance=self.guidance,
                 guidance_mix=self.guidance_mix,
                 similarity_mix=self.similarity_mix,
                 importance_penalty=self.importance_penalty,
                 proportional_attention=self.proportional_attention,
-                class_token=bool(first),
+                class_token=bool(self._first_patch),
                 epsilon=self.norm_epsilon,
                 attention_form=self.attention_form,
                 name=f"spatial_{index}",
@@ -264,26 +316,8 @@ class ImageEncoder(nn.Module):
                 origin = merging.source(plan, origin)
                 if first_guidance is None:
                     first_guidance = guidance
-        x = layer_norm("norm_spatial", self.dtype, self.norm_epsilon)(x)
-        if first:
-            spatial_global = x[:, 0]
-        else:
-            last_origin = origin
-            spatial_global = AttentionPool(
-                self.heads,
-                self.mlp_ratio,
-                self.activation,
-                self.norm_epsilon,
-                self.dtype,
-                name="pool",
-            )(x, deterministic, size if self.proportional_attention else None)
-        return ImageViews(
-            spatial_global=spatial_global,
-            spatial_tokens=x[:, first:],
-            sizes=size[:, first:],
-            frequency_global=frequency_global,
-            frequency_tokens=frequency_tokens,
-            source=None if origin is None else origin[:, first:, first:],
-            importance=first_guidance,
-            last_source=None if last_origin is None else last_origin[:, first:, first:],
-        )
+        return _Merged(x, size, origin, last_origin, first_guidance)
+
+
+def _of_patches(origin: Array | None, first: int) -> Array | None:
+    return None if origin is None else origin[:, first:, first:]
