@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mlip_jax.errors import UserError, suggestion
+from mlip_jax.files import decode_json, read_json
 from mlip_jax.registry import EVALUATIONS
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
@@ -312,20 +314,43 @@ def from_json(text: str) -> ConfigDict:
 
     Raises:
       UserError: for a key that this version does not know.
+      ValueError, TypeError: for a text that is no JSON, or values of other types.
     """
+    return from_values(decode_json(text))
+
+
+def from_file(path: Path) -> ConfigDict:
+    """The config in a file that `to_json` has filled.
+
+    Raises:
+      UserError: when it cannot be read, is damaged, or has a key that this version does not know.
+    """
+    values = read_json(path, advice="mend it or remove it")
+    try:
+        return from_values(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
+
+
+def from_values(values: Any) -> ConfigDict:
+    """The config of what its JSON text holds; see `from_json`."""
     config = default()
-    _update(config, json.loads(text), "")
+    _update(config, values, "")
     return config
 
 
-def _update(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
+def _update(config: Any, values: Any, prefix: str) -> None:
+    if not (isinstance(config, ConfigDict) and isinstance(values, Mapping)):
+        where = prefix.rstrip(".") or "the config"
+        wanted = "must" if isinstance(config, ConfigDict) else "must not"
+        raise TypeError(f"{where} {wanted} be an object")
     for key, value in values.items():
         if prefix == _OPTIONS:
             config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
             continue
         if key not in config:
             raise UserError(f"unknown config key {prefix}{key}{suggestion(key, config.keys())}")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) or isinstance(config[key], ConfigDict):
             _update(config[key], value, f"{prefix}{key}.")
         else:
             config[key] = tuple(value) if isinstance(value, list) else value

@@ -187,8 +187,9 @@ def test_a_mistake_is_one_line(tiny, tmp_path, capfd, monkeypatch, arguments, me
 
 # A program that speaks as open_clip_step.py does.
 PEER = """
-import json, sys
+import json, os, sys
 sizes = json.loads(sys.argv[1])
+assert sizes["threads"] == int(os.environ["OMP_NUM_THREADS"]) == 3
 assert sizes["vision_cfg"]["layers"] == 3 and sizes["text_cfg"]["heads"] == 2, sizes
 print(json.dumps({"compiled": False, "parameters": 7, "seconds": 1.5}), flush=True)
 for line in sys.stdin:
@@ -199,6 +200,7 @@ for line in sys.stdin:
 def test_a_peer_is_timed_in_its_own_process(config, tmp_path, monkeypatch):
     (tmp_path / "peer.py").write_text(PEER)
     monkeypatch.setattr(peers, "_PROGRAM", tmp_path / "peer.py")
+    monkeypatch.setattr(peers, "cores", lambda: 3)
     with peers.started(config) as peer:
         timings = peer.run(3)
         result = peer.result(timings)

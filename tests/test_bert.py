@@ -161,10 +161,10 @@ def test_what_is_no_folder_is_refused(folder):
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         reader.read(folder / "nowhere", wanted())
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: cannot be read"):
+    with pytest.raises(UserError, match="config.json: not JSON: .*, line 1, column 2"):
         reader.describe(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json: cannot be read: .*No such file"):
+    with pytest.raises(UserError, match="cannot read .*config.json: No such file"):
         reader.describe(folder)
 
 
@@ -233,7 +233,7 @@ def test_other_names_heads_and_shards(folder):
     with pytest.raises(UserError, match="b.safetensors: cannot be read as safetensors"):
         reader.read(folder, wanted())
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match="index.json: damaged"):
+    with pytest.raises(UserError, match="index.json: expected a JSON object, found a list"):
         reader.read(folder, wanted())
 
 

@@ -268,7 +268,7 @@ def test_an_unreadable_definition_is_named(tmp_path):
     with pytest.raises(UserError, match="list.json: "):
         read_concept(str(path))
     path.write_text("[]")
-    with pytest.raises(UserError, match="expected an object"):
+    with pytest.raises(UserError, match="expected a JSON object, found a list"):
         read_concept(str(path))
     with pytest.raises(UserError, match="'gendre' is neither .*did you mean 'gender'"):
         read_concept("gendre")

@@ -29,7 +29,7 @@ def cache(tmp_path_factory) -> str:
     command = [sys.executable, "-c", BUILD, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.Popen(command, env=environment)
-    while not list(folder.glob("emoji_pairs/building-*/emoji_pairs/*incomplete*")):
+    while not list(folder.glob("emoji_pairs/.1.0.0.*/tfds/emoji_pairs/*incomplete*")):
         assert killed.poll() is None
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
@@ -44,6 +44,7 @@ def cache(tmp_path_factory) -> str:
         assert build.communicate(timeout=120)[0].strip() == str(folder / "emoji_pairs/1.0.0")
         assert build.returncode == 0
     assert os.listdir(folder / "emoji_pairs") == ["1.0.0"]
+    assert all(path.is_file() for path in (folder / "emoji_pairs/1.0.0").iterdir())
     return str(folder)
 
 

@@ -404,8 +404,8 @@ def test_tables_without_the_columns(tmp_path, capsys):
 
 def test_an_index_of_another_kind(tmp_path, capsys):
     for text, message in (
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
+        ("{", "index.json: not JSON: Expecting property name enclosed in double quotes, line 1"),
+        ("[]", "index.json: expected a JSON object, found a list"),
         (json.dumps({"format": "other"}), "it is no index of"),
     ):
         (tmp_path / "index.json").write_text(text)

@@ -16,6 +16,7 @@ from mlip_jax import main as door
 from mlip_jax import schema
 from mlip_jax.cli.command_line import parse
 from mlip_jax.errors import UserError
+from mlip_jax.files import is_draft
 from mlip_jax.search import neighbours, pieces, query, verb
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.identity import digest
@@ -155,7 +156,8 @@ def test_an_index_that_was_cut_short_goes_on(search, photos, monkeypatch, capsys
 
     def cut_short(self, items, embeddings):
         if len(saved) == 1:
-            (self._folder / "draft-000001.npy").write_bytes(b"half of it")
+            (self._folder / ".000001.npy.1").write_bytes(b"half of it")
+            (self._folder.parent / ".embeddings-0.npy.1").write_bytes(b"half of it")
             raise KeyboardInterrupt
         saved.append(items)
         return save(self, items, embeddings)
@@ -173,6 +175,7 @@ def test_an_index_that_was_cut_short_goes_on(search, photos, monkeypatch, capsys
     )
     assert search(f"--images={photos}") == 0
     assert sum(embedded) == COUNT - 8
+    assert not list(filter(is_draft, search.index.rglob("*")))
     whole = search.index.with_name("whole")
     assert search(f"--images={photos}", f"--index={whole}") == 0
     for name in ("embeddings-0.npy", "images-0.jsonl", "offsets-0.npy"):
@@ -280,7 +283,7 @@ def test_more_mistakes_of_the_user(search, photos, tmp_path, capsys):
     about.write_text("{}")
     refused("is no index of this version", "--text=x")
     about.write_text("{")
-    refused("cannot read", "--text=x")
+    refused("index.json: not JSON: ", "--text=x")
 
 
 def test_a_question_that_cannot_be_asked_ends_it_before_anything_is_indexed(

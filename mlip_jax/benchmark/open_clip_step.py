@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -78,9 +77,10 @@ def compiled(step: Step) -> bool:
 
 def main() -> None:
     """Serves until its input ends."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    sizes = json.loads(sys.argv[1])
+    torch.set_num_threads(sizes["threads"])
     start = time.perf_counter()
-    step = Step(json.loads(sys.argv[1]))
+    step = Step(sizes)
     works = compiled(step)
     step()
     parameters = sum(parameter.numel() for parameter in step.model.parameters())

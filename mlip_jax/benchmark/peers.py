@@ -17,6 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import RunError, UserError, suggestion
 from mlip_jax.models import building
 
@@ -90,6 +91,7 @@ def started(config: ConfigDict) -> Iterator[Peer]:
     """Starts open_clip in a process, with as many threads as there are cores."""
     image, text = config.model.image, config.model.text
     sizes = {
+        "threads": cores(),
         "batch_size": config.batch_size,
         "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
         "dtype": building.compute_dtype(config).name,
@@ -120,7 +122,7 @@ def started(config: ConfigDict) -> Iterator[Peer]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))},
+        env={**os.environ, "OMP_NUM_THREADS": str(cores())},
     )
     with process:
         try:

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlip_jax.storage.workdir import environment, write_atomically
+from mlip_jax.files import write_atomically
+from mlip_jax.storage.workdir import environment
 
 _GIB = 2**30
 

@@ -16,7 +16,7 @@ from mlip_jax import schema
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations.results import Results, read_results
 from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names, terminal
-from mlip_jax.storage.workdir import write_atomically
+from mlip_jax.files import write_atomically
 
 FILE_STEM = "comparison"
 _KEYS_SHOWN = 3
@@ -130,7 +130,7 @@ def _read(workdir: Path) -> Run:
         raise UserError(
             f"--compare: {workdir} has no results: run evaluate --workdir={workdir} first"
         )
-    return Run(workdir, schema.from_json(file.read_text(encoding="utf-8")), results)
+    return Run(workdir, schema.from_file(file), results)
 
 
 def _differences(one: Run, other: Run) -> list[str]:

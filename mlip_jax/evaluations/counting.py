@@ -8,7 +8,6 @@ grid of `scores`, so that the counts are those of the grid.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from jax import Array
 from jaxtyping import Float, Float32, Float64, Int, Int32, Int64
 from threadpoolctl import threadpool_limits
 
+from mlip_jax.devices.cores import cores
 from mlip_jax.evaluations.scores import products
 from mlip_jax.progress import track
 
@@ -93,8 +93,7 @@ def count_reaching(
         [np.zeros(len(level), np.int64) for level in side.thresholds] for side in (left, right)
     )
     calls = -(-len(left.grid) // cut.height) * -(-len(right.grid) // (cut.width * cut.blocks))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ThreadPoolExecutor(cores)
+    pool = ThreadPoolExecutor(cores())
     try:
         with threadpool_limits(1, "blas"):  # the pool's threads are as many as the cores
             done = _run(pool, left, right, cut, counts)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mlip_jax.evaluations.results import Results
+from mlip_jax.files import write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.models import building
-from mlip_jax.storage.workdir import write_atomically
 from mlip_jax.validation import validate
 
 FILE_NAME = "merging"

@@ -15,6 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mlip_jax.errors import UserError, suggestion
+from mlip_jax.files import read_json
 
 _DEFAULT = "simple"
 # What sets are called elsewhere -> here.
@@ -110,11 +111,8 @@ def _read_names(file: str) -> list[str] | dict[str, str]:
             f"config.evaluation.class_names={file!r} is neither a file nor one of "
             f"{', '.join(valid)}{suggestion(file, valid)}"
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    found = read_json(path, (list, dict))
     values = found.values() if isinstance(found, dict) else found
-    if not isinstance(found, (dict, list)) or not all(isinstance(name, str) for name in values):
+    if not all(isinstance(name, str) for name in values):
         raise UserError(f"{path}: expected a list of class names, or an object of them")
     return found

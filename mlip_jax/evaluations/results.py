@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.storage.workdir import write_atomically
+from mlip_jax.files import read_json, write_atomically
 
 FILE_NAME = "results.json"
 _KINDS = ("chance", "examples", "protocol", "note")
@@ -79,14 +79,16 @@ def write_results(
 
 
 def read_results(workdir: str | os.PathLike[str], file_name: str = FILE_NAME) -> Results:
-    """The inverse of `write_results`; empty where no results have been written."""
+    """The inverse of `write_results`; empty where no results have been written.
+
+    Raises:
+      UserError: when the file cannot be read, or is damaged.
+    """
     path = Path(workdir) / file_name
     results = Results()
-    if not path.exists():
-        return results
     parts = (results.chance, results.examples, results.protocols, results.notes)
     by_kind = dict(zip(_KINDS, parts, strict=True))
-    for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+    for key, value in read_json(path, missing={}, advice="mend it or remove it").items():
         kind, _, rest = key.partition("/")
         if key == "step":
             results.step = value

@@ -19,6 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
 
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations import average_precision, classifiers
 from mlip_jax.evaluations.classifiers import named, on_one_thread
@@ -129,7 +130,7 @@ def fit(
     if parallel is None:
         parallel = train.size * classes > _LARGE
     # Processes, as threads would share liblinear's random numbers.
-    work = Parallel(n_jobs=-1 if parallel else 1, return_as="generator")
+    work = Parallel(n_jobs=cores() if parallel else 1, return_as="generator")
     done = work(delayed(_fit_class)(train, own == 1, test) for own in targets.T)
     drawn = track(done, "Training SVMs", classes, shown=progress)
     scores, costs, unconverged = zip(*drawn, strict=True)

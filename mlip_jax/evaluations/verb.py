@@ -19,10 +19,10 @@ from mlip_jax.evaluations.compare import compare_workdirs
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
 from mlip_jax.evaluations.sheets import html, markdown, sheet, table
 from mlip_jax.evaluations.suites import apply_suite, check, evaluate
+from mlip_jax.files import read_json, write_atomically
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import model_folders
 from mlip_jax.registry import EVALUATIONS
-from mlip_jax.storage.workdir import write_atomically
 
 _MOVE_A_FIGURE = (
     "compute_dtype",
@@ -143,8 +143,8 @@ def _keep(draft: Path, results: Results) -> None:
 def _kept(draft: Path, step: int | None) -> Results:
     """What an evaluation of the same checkpoint has kept; nothing where there is none."""
     try:
-        found = Results(**json.loads(draft.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        found = Results(**read_json(draft))
+    except (UserError, TypeError):
         return Results(step=step)
     return found if found.step == step else Results(step=step)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,6 +12,7 @@ from rich.console import Console
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations.results import FILE_NAME
 from mlip_jax.export import card
+from mlip_jax.files import whole_folder
 from mlip_jax.inference import Model, load
 from mlip_jax.registry import EXPORT_FORMATS
 
@@ -47,7 +46,7 @@ def export(config: ConfigDict, workdir: str | Path, out: str, format: str = "mli
         raise UserError(f"--out={out} exists already and is not written over: give another name")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     model = load(workdir, config=config)
-    with _whole_or_not(target) as draft:
+    with whole_folder(target) as draft:
         notes = EXPORT_FORMATS[format](draft, model)
         card.write(draft, model, Path(workdir), format, notes)
         figures = Path(workdir) / FILE_NAME
@@ -61,22 +60,3 @@ def export(config: ConfigDict, workdir: str | Path, out: str, format: str = "mli
     size = sum(file.stat().st_size for file in target.iterdir())
     console.print(f"{format} model: {target} ({size / 2**20:,.1f} MiB)")
     return 0
-
-
-@contextmanager
-def _whole_or_not(target: Path) -> Iterator[Path]:
-    """A folder under another name, renamed to `target` at the end, or taken away."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        draft.mkdir()
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot write --out={target}: {error.strerror}") from error
-    try:
-        yield draft
-        try:
-            draft.rename(target)
-        except OSError as error:
-            raise UserError(f"cannot write --out={target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import UserError
 from mlip_jax.inference.batches import Batches
 from mlip_jax.inference.programs import Program, global_view, programs
@@ -154,7 +155,7 @@ class Model:
         size = self._batches.size(len(images))
         if not images:
             return self.encode_image_pixels(self._pixels([]))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             batches = self._decoded(images, size, pool, progress)
             embed = self._programs.embed_pixels
             return self._batches.over(embed, self._variables, batches, size)

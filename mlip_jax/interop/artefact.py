@@ -17,6 +17,7 @@ from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import OWN_FILE, Tokenizer
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 from mlip_jax.interop import foreign, tensors
 
 CONFIG = "mlip_config.json"
@@ -68,14 +69,14 @@ def read_settings(folder: Path) -> tuple[ConfigDict, Preprocessing, dict[str, An
       UserError: for a file that is missing, damaged, or of a later version of this package.
     """
     file = folder / CONFIG
-    values = tensors.load_json(file)
+    values = read_json(file, advice="export the model again")
     if values.get("format") != _FORMAT:
         raise UserError(
             f"{file}: format {values.get('format')!r} is not known here, {_FORMAT} is: use a later "
             "version of mlip_jax"
         )
     try:
-        config = schema.from_json(json.dumps(values["config"]))
+        config = schema.from_values(values["config"])
         return config, foreign.preprocessing_of(values["preprocessing"]), values
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged: {error!r}; export the model again") from None

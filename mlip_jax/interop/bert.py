@@ -11,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 from mlip_jax.interop import tensors
 from mlip_jax.interop.tensors import Recipe
 from mlip_jax.models.bert import EPSILON, TOKEN_TYPES
@@ -48,7 +49,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such folder; expected one with config.json and safetensors")
     file = Path(path) / "config.json"
-    values = tensors.load_json(file)
+    values = read_json(file, advice="get it again")
     for key, (computed, absent) in _COMPUTED.items():
         if (value := values.get(key, absent)) != computed:
             raise UserError(f"{file}: {key} is {value!r}; only {computed!r} is supported")

@@ -15,6 +15,7 @@ from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.errors import UserError
+from mlip_jax.files import decode_json
 from mlip_jax.interop import layouts
 from mlip_jax.interop.layouts import Layout
 from mlip_jax.models import building
@@ -103,7 +104,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
 
 def tokenizer_of(text: str) -> Tokenizer:
     """The inverse of `tokenizer_json`."""
-    values = json.loads(text)
+    values = decode_json(text)
     if _MISSING in values:
         return MissingTokenizer(*values[_MISSING])
     return Tokenizer.from_json(text)

@@ -9,7 +9,8 @@ from typing import Any
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer, folder_tokenizer
 from mlip_jax.errors import UserError, suggestion
-from mlip_jax.interop import clip_layouts, tensors
+from mlip_jax.files import read_json
+from mlip_jax.interop import clip_layouts
 from mlip_jax.interop.foreign import (
     Foreign,
     MissingPreprocessing,
@@ -78,7 +79,7 @@ def describe(folder: Path) -> Foreign:
         here.
     """
     file = folder / "config.json"
-    values = tensors.load_json(file)
+    values = read_json(file, advice="get it again")
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
         near = suggestion(str(kind), MODEL_TYPES)
@@ -205,7 +206,7 @@ def _preprocessing(folder: Path, image_size: int, kind: str) -> Preprocessing:
             reason=f"{folder} has no {_PREPROCESSOR}, which says how images are prepared: add it, "
             "or give load(..., preprocessing=Preprocessing(...))",
         )
-    values = tensors.load_json(file)
+    values = read_json(file, advice="get it again")
     steps = ("do_resize", "do_rescale", "do_normalize")
     check_computed(file, "preprocessor", values, dict.fromkeys(steps, (True, True)))
     factor = number(file, "preprocessor", values, "rescale_factor", 1 / 255)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -11,6 +10,7 @@ from mlip_jax import schema
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 from mlip_jax.interop import artefact, hugging_face, open_clip
 from mlip_jax.interop.artefact import Artefact
 from mlip_jax.interop.foreign import Foreign
@@ -43,15 +43,14 @@ def kind(folder: Path) -> str:
             return "open_clip"
         raise UserError(f"{folder} holds no config.json: it is not {_KINDS}")
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        values = None
-    is_theirs = isinstance(values, dict) and "model_type" in values
+        values = read_json(config)
+    except UserError:  # what reads workdirs tells of it
+        values = {}
+    is_theirs = "model_type" in values
     if has_open_clip:
         own_weights = (folder / open_clip.WEIGHTS[0]).is_file()
         theirs = is_theirs and values["model_type"] in hugging_face.MODEL_TYPES
         return "open_clip" if own_weights or not theirs else "hugging_face"
-    # A damaged config.json is told of by what reads workdirs.
     return "hugging_face" if is_theirs else "workdir"
 
 
@@ -77,11 +76,7 @@ def settings(folder: Path) -> tuple[ConfigDict, Preprocessing]:
     if found != "workdir":
         foreign = describe(folder)
         return foreign.config, foreign.preprocessing
-    file = folder / "config.json"
-    try:
-        config = schema.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    config = schema.from_file(folder / "config.json")
     return config, Preprocessing.of(config)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, RESIZES, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
 from mlip_jax.errors import UserError
-from mlip_jax.interop import clip_layouts, tensors
+from mlip_jax.files import read_json
+from mlip_jax.interop import clip_layouts
 from mlip_jax.interop.foreign import (
     Computed,
     Foreign,
@@ -99,7 +100,7 @@ def describe(folder: Path) -> Foreign:
         here.
     """
     file = folder / CONFIG
-    values = tensors.load_json(file)
+    values = read_json(file, advice="get it again")
     model = section_of(file, values, "model_cfg")
     vision, text = section_of(file, model, "vision_cfg"), section_of(file, model, "text_cfg")
     _refuse_unknown(file, "model_cfg", model, _MODEL)

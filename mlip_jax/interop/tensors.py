@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NO_PICKLES = (
@@ -70,12 +70,12 @@ def _files(path: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"{path}: {_lacking(path)}")
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index, advice="get it again")["weight_map"].values())
         strange = sorted(name for name in names if Path(name).name != name)
         if strange:
             raise UserError(f"{index}: names {strange[0]!r}, which is no file of its folder")
         return [path / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged: {error!r}; get it again") from None
 
 
@@ -142,18 +142,3 @@ def build(
 def same(tensor: np.ndarray) -> np.ndarray:
     """For a `Recipe` that takes a tensor as it is."""
     return tensor
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
-
-    Raises:
-      UserError: when it is missing or damaged.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: damaged: no JSON object; get it again")
-    return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from mlip_jax.files import decode_json
 
 Line = dict[str, Any]
 
@@ -34,7 +35,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
         return history
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = decode_json(text)
             step = line["step"]
             line["samples"] = float(line["samples"])
         except (ValueError, KeyError, TypeError):

@@ -24,6 +24,7 @@ from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
 from mlip_jax.evaluations.sheets import sheet
+from mlip_jax.files import read_json, write_atomically
 from mlip_jax.inference import load
 from mlip_jax.models import building
 from mlip_jax.registry import LOSSES, TEXT_ENCODERS
@@ -128,9 +129,7 @@ def write_report(
         attribution="" if source is None else source.attribution,
     )
     path = workdir / FILE_NAME
-    draft = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    write_atomically(path, page)
     return path
 
 
@@ -269,10 +268,10 @@ def _loss(perspective: ConfigDict) -> str:
 def _environment(workdir: Path) -> list[tuple[str, str]]:
     """What the run recorded of its machine; else the versions that write this page."""
     path = workdir / "environment.json"
-    if path.exists():
-        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return [(key.replace("_", " "), _plain(value)) for key, value in recorded.items()]
-    return list(versions.installed().items())
+    recorded = read_json(path, missing=None)
+    if recorded is None:
+        return list(versions.installed().items())
+    return [(key.replace("_", " "), _plain(value)) for key, value in recorded.items()]
 
 
 def _plain(value: Any) -> str:

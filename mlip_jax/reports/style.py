@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mlip_jax.data.images.preprocessing import decode, flatten
+from mlip_jax.files import write_atomically
 
 INK = "#1f2937"
 QUIET = "#6b7280"
@@ -78,8 +79,10 @@ def picture(axes: Axes) -> None:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> str:
     """Writes a PNG and gives it as a data URI."""
-    figure.savefig(path, dpi=144)
-    return data_uri(Path(path).read_bytes(), "image/png")
+    out = io.BytesIO()
+    figure.savefig(out, dpi=144)
+    write_atomically(Path(path), out.getvalue())
+    return data_uri(out.getvalue(), "image/png")
 
 
 def thumbnail(image: bytes, size: int = 160) -> str:

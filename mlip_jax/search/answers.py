@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import UserError
 from mlip_jax.inference import Model
 from mlip_jax.search import pictures
@@ -51,6 +51,7 @@ class Answers:
       collection: its images.
       model: the one that it was made with.
       top: how many results there are when a request does not say.
+      turns: how many images are decoded at a time.
     """
 
     index: Index
@@ -58,7 +59,9 @@ class Answers:
     model: Model
     top: int
     # Decoding takes memory: browsers ask for many images at a time.
-    turns = threading.BoundedSemaphore(os.cpu_count() or 1)
+    turns: threading.BoundedSemaphore = field(
+        init=False, default_factory=lambda: threading.BoundedSemaphore(cores())
+    )
 
     def get(self, path: str, values: Mapping[str, str]) -> Answer:
         """Answers GET `path`?`values`.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from mlip_jax.errors import RunError, UserError
+from mlip_jax.files import whole_file, write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Collection, Item
@@ -23,13 +24,11 @@ from mlip_jax.search.files import (
     check_folder,
     clean,
     locked,
-    new,
     nothing_left,
     printable,
 )
 from mlip_jax.search.index import FILE_NAME, About, Index, check_model, write_about
 from mlip_jax.search.pieces import Pieces, Unreadable, embedded
-from mlip_jax.storage.workdir import write_atomically
 
 _ROWS = 1 << 16  # copied at a time
 
@@ -164,20 +163,20 @@ def _check_share(outcome: Outcome, share: float, total: int, listed: Path) -> No
 def _write(folder: Path, known: _Known, readable: Sequence[Item], about: About) -> None:
     """The files of an index; nothing names them yet."""
     generation = about.generation
-    with new(folder / f"embeddings-{generation}.npy") as draft:
+    with whole_file(folder / f"embeddings-{generation}.npy") as draft:
         _copy(draft, known, readable)
     offsets = np.zeros(len(readable) + 1, np.int64)
     with (
-        new(folder / f"images-{generation}.jsonl") as draft,
+        whole_file(folder / f"images-{generation}.jsonl") as draft,
         draft.open("w", encoding="ascii") as file,
     ):
         for row, found in enumerate(readable):
             # ASCII: names of files need not be valid Unicode.
             offsets[row + 1] = offsets[row] + file.write(json.dumps(found._asdict()) + "\n")
-    with new(folder / f"offsets-{generation}.npy") as draft, draft.open("wb") as file:
+    with whole_file(folder / f"offsets-{generation}.npy") as draft, draft.open("wb") as file:
         np.save(file, offsets)
     if about.neighbours:
-        with new(folder / f"neighbours-{generation}.usearch") as draft:
+        with whole_file(folder / f"neighbours-{generation}.usearch") as draft:
             embeddings = np.load(folder / f"embeddings-{generation}.npy", mmap_mode="r")
             neighbours.write(embeddings, draft)
 

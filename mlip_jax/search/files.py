@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import remove_drafts
 from mlip_jax.search.index import FILE_NAME, Index
 
 PIECES = "pieces-"  # a folder of what is embedded, until the index is whole
-_LOCK, _DRAFT = ".lock", "draft-"
+_LOCK = ".lock"
 _KINDS = (
     "embeddings-*.npy",
     "images-*.jsonl",
@@ -20,17 +21,7 @@ _KINDS = (
     "neighbours-*.usearch",
     "unreadable-*.jsonl",
 )
-_OWN = (*_KINDS, f"{_DRAFT}*", f"{PIECES}*", FILE_NAME, ".*")
-
-
-@contextlib.contextmanager
-def new(path: Path) -> Iterator[Path]:
-    """A draft that takes its name when it is whole and on the disk."""
-    draft = path.with_name(f"{_DRAFT}{path.name}")
-    yield draft
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
+_OWN = (*_KINDS, f"{PIECES}*", FILE_NAME, ".*")
 
 
 @contextlib.contextmanager
@@ -71,8 +62,8 @@ def check_folder(folder: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Takes away drafts, and the files that index.json does not name."""
-    for draft in (*folder.glob(f"{_DRAFT}*"), *folder.glob(f"{PIECES}*/{_DRAFT}*")):
-        draft.unlink()
+    for place in (folder, *folder.glob(f"{PIECES}*")):
+        remove_drafts(place)
     if not (folder / FILE_NAME).exists():
         return
     generation = Index(folder).about.generation

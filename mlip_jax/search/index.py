@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import decode_json, read_json, write_atomically
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Item
-from mlip_jax.storage.workdir import write_atomically
 
 FILE_NAME = "index.json"
 _FORMAT = 1
@@ -66,15 +66,12 @@ class Index:
         """
         self.folder = folder
         path = folder / FILE_NAME
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
+        values = read_json(path, missing=None, advice="remove the folder and index again")
+        if values is None:
             raise UserError(
                 f"there is no index in {folder}: make one with --images=FOLDER, or name it with "
                 "--index=DIR"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+            )
         self.about = _about(path, values)
         try:
             self.embeddings = np.load(self.file("embeddings", "npy"), mmap_mode="r")
@@ -127,10 +124,10 @@ class Index:
 
 def item(line: bytes) -> Item:
     """An image of its line. Raises ValueError where it is none."""
-    values = json.loads(line)
+    values = decode_json(line, one_line=True)
     try:
         found = Item(values["path"], values["stamp"])
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError("no path and stamp") from error
     if not all(isinstance(value, str) for value in found):
         raise ValueError("no texts")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from mlip_jax.devices.cores import cores
+from mlip_jax.files import whole_file, write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.progress import track
 from mlip_jax.search.collection import Collection, Item, reason
-from mlip_jax.search.files import new
 from mlip_jax.search.index import item
-from mlip_jax.storage.workdir import write_atomically
 
 PIECE = 1024  # images; a kill costs no more
 
@@ -48,7 +47,7 @@ class Pieces:
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{self._next:06}.npy"
         self._next += 1
-        with new(path) as draft, draft.open("wb") as file:
+        with whole_file(path) as draft, draft.open("wb") as file:
             np.save(file, embeddings)
         lines = "".join(json.dumps(found._asdict()) + "\n" for found in items)
         write_atomically(path.with_suffix(".jsonl"), lines)
@@ -101,7 +100,7 @@ def _decoded(
         except OSError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         ahead: list[tuple[Sequence[Item], list[Future]]] = []
         try:
             for start in range(0, len(todo), size):

@@ -6,6 +6,9 @@ import json
 import zlib
 from pathlib import Path
 
+from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
+
 NAME = "files.json"
 # Orbax writes these after the seal: when it commits.
 _UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt", NAME}
@@ -34,9 +37,9 @@ def _files(folder: Path) -> dict[str, list[int]]:
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files, or nothing."""
     try:
-        sealed = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        sealed = read_json(folder / NAME)
         found = _files(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         return str(error)
     for name, expected in sealed.items():
         if name not in found:

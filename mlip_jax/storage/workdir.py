@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from mlip_jax import schema, versions
 from mlip_jax.devices import processes
 from mlip_jax.errors import UserError
+from mlip_jax.files import write_atomically
 
 TOKENIZER = "tokenizer.json"
 _LOCK = ".lock"
@@ -59,10 +60,7 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
     _lock(lock, folder)
     path = folder / "config.json"
     if path.exists():
-        try:
-            old = schema.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
+        old = schema.from_file(path)
         changed = schema.differences(old, config)
         if changed:
             raise UserError(
@@ -105,19 +103,6 @@ def environment() -> dict[str, Any]:
 def origin() -> dict[str, Any]:
     """Versions of this package and what it stands on, and the commit: {"versions", "commit"}."""
     return {"versions": versions.installed(), "commit": _commit()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _lock(file: TextIO, folder: Path) -> None:

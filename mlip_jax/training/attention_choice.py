@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 
 from mlip_jax.devices import parallel, processes
 from mlip_jax.errors import UserError, first_line
+from mlip_jax.files import read_json, write_atomically
 from mlip_jax.models.attention import attend
 from mlip_jax.models.building import compute_dtype, image_encoder, training_patches
 from mlip_jax.registry import TEXT_ENCODERS
 from mlip_jax.schema import ATTENTIONS, views_of
-from mlip_jax.storage.workdir import write_atomically
 
 RECORD = "attention.json"
 _PROBED = ("gpu",)  # platforms
@@ -176,10 +176,10 @@ def _device(mesh: Mesh) -> jax.Device:
 
 def _kept(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): mend it or remove it") from error
+    kept = read_json(path, missing={}, advice="mend it or remove it")
+    if not isinstance(kept.get("forms", {}), dict):
+        raise UserError(f'{path}: "forms" must be an object; mend it or remove it')
+    return kept
 
 
 def _words(forms: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from mlip_jax.errors import RunError
-from mlip_jax.storage.workdir import write_atomically
+from mlip_jax.files import decode_json, write_atomically
 from mlip_jax.training.callbacks import Callback
 
 
@@ -222,7 +222,7 @@ def cut_back(path: Path, step: int) -> None:
 
 def _is_kept(line: str, step: int) -> bool:
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        return line.endswith("\n") and decode_json(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
 

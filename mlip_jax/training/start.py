@@ -21,13 +21,14 @@ from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mlip_jax.devices import parallel
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations import suites
+from mlip_jax.files import write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
-from mlip_jax.storage.workdir import TOKENIZER, open_workdir, write_atomically
+from mlip_jax.storage.workdir import TOKENIZER, open_workdir
 from mlip_jax.training import attention_choice, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback

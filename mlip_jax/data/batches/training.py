@@ -23,7 +23,7 @@ from PIL import Image
 
 from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
-from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, cores, end_with_parent, worker_count
+from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, end_with_parent, worker_count
 from mlip_jax.data.images.augment import augment, by_pillow, short_side, trim
 from mlip_jax.data.images.fast_decoding import decode_pixels
 from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
@@ -31,6 +31,7 @@ from mlip_jax.data.sets.mixtures import neighbours
 from mlip_jax.data.sets.records import Record, Source
 from mlip_jax.data.text import captions
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import UserError
 from mlip_jax.schema import views_of
 

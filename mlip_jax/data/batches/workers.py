@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import UserError
 
 # Batches of a worker that exist at a time: in the making, sent, two received, one with the training
@@ -27,13 +28,6 @@ def _wait_and_end() -> None:
     if parent is not None:
         parent.join()
         os._exit(0)
-
-
-def cores() -> int:
-    """The cores that this process may use: by its affinity, and by a container's quota."""
-    import joblib  # here: it takes its time to import, and workers need no count
-
-    return joblib.cpu_count()
 
 
 def worker_count(workers: int, batch: int = 0) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from mlip_jax.data.prepare.readers import (
     Reader,
     decode_text,
     image_at,
-    kind_of,
     split_of_file,
 )
 from mlip_jax.data.prepare.webdataset import find_files
 from mlip_jax.data.sets.splits import canonical
 from mlip_jax.errors import UserError, first_line
+from mlip_jax.files import decode_json, read_json
 
 _BATCH = 64  # rows that are in memory at a time, where the file allows it
 _BUFFER = 2**20  # bytes; without one, or with pre_buffer, a whole row group is in memory
@@ -83,7 +82,7 @@ class _Columns(Reader):
     def _classes(self, schema: pa.Schema) -> tuple[str, ...]:
         """The names of the classes that numbers stand for, by Hugging Face's metadata."""
         try:
-            told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            told = decode_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         except (KeyError, ValueError, TypeError):
             told = {}
         return _class_names(told, self._chosen["label"])
@@ -242,10 +241,6 @@ class HuggingFace(_Columns):
                 begin += batch.num_rows
 
 
-def _file_of(ref: Any) -> int | None:
-    return None if isinstance(ref, Broken) else ref[0]
-
-
 def _data_files(folder: Path) -> list[Path]:
     state = _json(folder / _STATE)
     if state.get("_indices_data_files"):
@@ -259,17 +254,12 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    values = read_json(path, missing=None)
+    if values is None:
         raise UserError(
             f"{path.parent} is no folder that Hugging Face's save_to_disk has written: it has no "
             f"{path.name}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {kind_of(values)}")
+        )
     return values
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
-from mlip_jax.data.prepare.make import Made, Tally, encoded, write_whole
+from mlip_jax.data.prepare.make import Made, Tally, encoded
 from mlip_jax.data.prepare.readers import Broken
 from mlip_jax.data.sets.class_trees import read_classes
 from mlip_jax.data.sets.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
 from mlip_jax.errors import UserError
+from mlip_jax.files import parse_json, write_atomically
 
 _MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
 _SHOWN = 20
@@ -79,7 +80,7 @@ def write(folder: Path, index: Index, made: Sequence[Made]) -> None:
     sums |= {name: hashlib.sha256(encoded(text)).hexdigest() for name, text in texts.items()}
     texts = {SUMS: "".join(f"{sum_}  {name}\n" for name, sum_ in sums.items()), **texts}
     for name, text in texts.items():
-        write_whole(folder / name, text)
+        write_atomically(folder / name, encoded(text))
 
 
 def broken_lines(made: Sequence[Made]) -> str:
@@ -98,14 +99,18 @@ def read_broken(folder: Path) -> dict[str, list[Broken]]:
       UserError: when the file is damaged.
     """
     path = folder / BROKEN
-    found: dict[str, list[Broken]] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            broken = Broken(entry["record"], entry["reason"])
-            found.setdefault(entry["shard"], []).append(broken)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    found: dict[str, list[Broken]] = {}
+    for number, line in enumerate(lines, start=1):
+        entry = parse_json(line, f"{path}:{number}")
+        texts = [entry.get(key) for key in ("shard", "record", "reason")]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f'{path}:{number}: needs "shard", "record" and "reason", texts')
+        shard, *broken = texts
+        found.setdefault(shard, []).append(Broken(*broken))
     return found
 
 

@@ -25,6 +25,7 @@ from mlip_jax.data.images.preprocessing import UnreadableImage
 from mlip_jax.data.prepare.examine import Examined, examine
 from mlip_jax.data.prepare.readers import Broken, Found, Reader
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Shard, pack
+from mlip_jax.files import decode_json, whole_file, write_atomically
 
 DRAFTS = ".prepare"  # what has been made is noted here until the index is written
 LOCK = ".lock"
@@ -63,9 +64,9 @@ class Made:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Made:
+    def from_json(cls, text: str | bytes) -> Made:
         """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for other texts."""
-        values = json.loads(text)
+        values = decode_json(text)
         shard = values["shard"]
         shard |= {key: tuple(shard[key]) for key in ("sizes", "sums")}
         return cls(Shard(**shard), tuple(Broken(**each) for each in values["broken"]))
@@ -170,7 +171,7 @@ class Maker:
         tally, broken = Tally(), []
         finals = [self._folder / f"{piece.name}{end}" for end in (SHARD_SUFFIX, TEXTS_SUFFIX)]
         with contextlib.ExitStack() as held:
-            drafts = [held.enter_context(_draft(path)) for path in finals]
+            drafts = [held.enter_context(whole_file(path)) for path in finals]
             number = self._write(piece, *drafts, tally, broken)
             shard = Shard(
                 name=piece.name,
@@ -181,12 +182,12 @@ class Maker:
                 made_of=piece.digest,
                 facts=tally.facts(),
             )
-            for draft, path in zip(drafts, finals, strict=True):
-                if number:
-                    _keep(draft, path)
+            if not number:  # no files, then
+                for draft in drafts:
+                    draft.unlink()
         plain = (Broken(encoded(b.name).decode(), encoded(b.reason).decode()) for b in broken)
         made = Made(shard, tuple(plain))
-        write_whole(self._folder / DRAFTS / f"{piece.name}.json", made.to_json())
+        write_atomically(self._folder / DRAFTS / f"{piece.name}.json", made.to_json())
         return made
 
     def _write(
@@ -220,33 +221,6 @@ class Maker:
             return examine(example.image, self._resize)
         except UnreadableImage as error:
             return Broken(place, str(error))
-
-
-@contextlib.contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """A name for what is not finished; nothing is left under it in the end."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _keep(draft: Path, path: Path) -> None:
-    """Gives a finished file its name when it is on the disk."""
-    descriptor = os.open(draft, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    draft.rename(path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    with _draft(path) as draft:
-        draft.write_bytes(encoded(text))
-        _keep(draft, path)
 
 
 def encoded(text: str) -> bytes:

@@ -13,10 +13,9 @@ from mlip_jax.data.prepare.readers import Broken, Found, Reader, image_at, split
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoImage,
-    entries,
     is_id,
     is_text,
-    read_json,
+    read_entries,
     slim,
 )
 from mlip_jax.data.sets.files import ImageSource, find_images
@@ -60,7 +59,7 @@ class CocoCaptions(Reader):
     def refs(self) -> Iterator[tuple[str, Any]]:
         """Path and captions of each image; a Broken for each entry that is wrong."""
         for file, split in zip(self._files, self._splits, strict=True):
-            images, annotations = entries(file, read_json(file, slim), "images", "annotations")
+            images, annotations = read_entries(file, slim, "images", "annotations")
             self._count += len(images)
             places: dict[Any, int] = {}
             captions: list[list[str]] = []

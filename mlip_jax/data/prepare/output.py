@@ -21,11 +21,11 @@ from mlip_jax.data.prepare.make import (
     WORKERS_BYTE,
     Made,
     checksum,
-    write_whole,
 )
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.shards import INDEX, SHARD_SUFFIX
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json, remove_drafts, write_atomically
 
 _JOB = "job.json"
 
@@ -60,7 +60,7 @@ def taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
         elif there - {DRAFTS}:
             raise UserError(f"{folder} is not empty and holds no prepared set: give another --out")
         (folder / DRAFTS).mkdir(exist_ok=True)
-        write_whole(noted, json.dumps(job))
+        write_atomically(noted, json.dumps(job))
         try:
             yield
         except BaseException:
@@ -79,8 +79,8 @@ def _take_away(folder: Path, new: Sequence[Path]) -> None:
 
 def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
     try:
-        former = json.loads(noted.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        former = read_json(noted)
+    except UserError:
         former = dict(shards.read_index(folder).job)
     words = {"files": "the source's files have changed"}
     changed = [
@@ -97,9 +97,8 @@ def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
 
 def done_before(folder: Path, console: Console) -> dict[str, Made]:
     """The shards that are there, whole; drafts of a killed run are removed."""
-    for draft in (*folder.glob(".*.*"), *(folder / DRAFTS).glob(".*")):
-        if draft.is_file():
-            draft.unlink()
+    remove_drafts(folder)
+    remove_drafts(folder / DRAFTS)
     done: dict[str, Made] = {}
     if (folder / INDEX).is_file():
         index = shards.read_index(folder)
@@ -114,7 +113,7 @@ def done_before(folder: Path, console: Console) -> dict[str, Made]:
         if path.name == _JOB:
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            made = Made.from_json(path.read_text(encoding="utf-8"))
+            made = Made.from_json(path.read_bytes())
             whole = all(
                 (folder / name).stat().st_size == size for name, size, _ in made.shard.files()
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +13,10 @@ from typing import Any, NamedTuple
 from mlip_jax.data.sets.files import read_file
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import canonical
+from mlip_jax.files import NotJson, decode_json, kind_of
 
 MOST_TEXT = 16 * 2**20  # bytes of a text or a JSON object
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-_KIND = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", bytes: "bytes"}
 
 
 @dataclass(frozen=True)
@@ -103,15 +102,7 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], bool]:
       ValueError: when it is none, or has a key twice.
     """
     text, latin = decode_text(data)
-    try:
-        values = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not JSON of any use: nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, found {kind_of(values)}")
-    return values, latin
+    return decode_json(text, one_line=True, object_pairs_hook=_once), latin
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,7 +110,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is in it twice")
+        raise NotJson(f"the key {twice!r} is in it twice")
     return found
 
 
@@ -169,8 +160,3 @@ def image_at(folder: Path, file: str) -> bytes:
         raise OSError(f"cannot read the image {file}: {reason}") from None
     except ValueError as error:  # a zero byte in the path
         raise OSError(f"cannot read the image {file!r}: {error}") from None
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in words."""
-    return _KIND.get(type(value), "a number" if isinstance(value, (int, float)) else "something")

@@ -13,11 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mlip_jax.data.batches.workers import cores
 from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.containers import SUFFIXES
-from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum, write_whole
+from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum
 from mlip_jax.data.prepare.opened_sets import OpenedSet
 from mlip_jax.data.prepare.pool import make_all
 from mlip_jax.data.prepare.readers import Broken, Reader
@@ -25,7 +24,9 @@ from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.opening import named
 from mlip_jax.data.sets.shards import BROKEN, Index
 from mlip_jax.data.sets.splits import canonical
+from mlip_jax.devices.cores import cores
 from mlip_jax.errors import RunError, UserError, suggestion
+from mlip_jax.files import write_atomically
 from mlip_jax.registry import DATASETS, READERS
 
 _WITH_IMAGES = (*SUFFIXES, ".parquet", ".arrow")
@@ -201,7 +202,7 @@ def _judge(made: Sequence[Made], share: float, source: str, folder: Path) -> Non
     if not records:
         raise UserError(f"--source={source} has no record of use: {_broken_line(broken, records)}")
     if len(broken) > share * (records + len(broken)):
-        write_whole(folder / BROKEN, card.broken_lines(made))
+        write_atomically(folder / BROKEN, card.broken_lines(made))
         raise UserError(
             f"{_broken_line(broken, records)}; more than --max-skipped-share={share:g} allows (all "
             f"of them are in {folder / BROKEN}). The same command with a larger share keeps the "

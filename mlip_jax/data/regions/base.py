@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, Wanted, split_of
 from mlip_jax.data.text.captions import usable
 from mlip_jax.errors import UserError
+from mlip_jax.files import parse_json
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -198,12 +198,7 @@ def _lines(path: Path) -> Iterable[str]:
 
 
 def _row(place: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg}, column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected a JSON object")
+    row = parse_json(line, place)
     file = next((row[key] for key in _IMAGE_KEYS if key in row), None)
     if not isinstance(file, str) or not file:
         raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlip_jax.data.regions.base import FileRegions, Query, check_box, clean_regions
-from mlip_jax.data.sets.coco_json import entries, is_id, is_text, read_json
+from mlip_jax.data.sets.coco_json import is_id, is_text, read_entries
 from mlip_jax.data.sets.splits import Scheme, Wanted
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 
 # The standard splits of RefCOCO and RefCOCO+ are UNC's, of RefCOCOg UMD's.
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")
@@ -95,7 +96,7 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_refs(file: Path) -> list[dict[str, Any]]:
-    content = _unpickle(file) if file.suffix == ".p" else read_json(file, lambda entry: entry)
+    content = _unpickle(file) if file.suffix == ".p" else read_json(file, list)
     if not isinstance(content, list) or not content:
         raise UserError(f"{file}: expected a list of expressions")
     for index, ref in enumerate(content):
@@ -130,7 +131,7 @@ def _unpickle(file: Path) -> Any:
 
 def _queries(refs_file: Path, refs: Mapping[int, dict[str, Any]], file: Path) -> Iterator[Query]:
     """One a sentence, the files by their names alone."""
-    images, annotations = entries(file, read_json(file, _slim), "images", "annotations")
+    images, annotations = read_entries(file, _slim, "images", "annotations")
     names = {}
     for index, image in enumerate(images):
         if not (isinstance(image, _Image) and is_id(image.id) and is_text(image.file_name)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +12,7 @@ from mlip_jax.data.sets.files import ClassSource, Images
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.splits import STANDARD, canonical
 from mlip_jax.errors import UserError, suggestion
+from mlip_jax.files import NotJson, decode_json
 
 CLASSES_FILE = "classes.json"
 
@@ -130,11 +130,9 @@ def read_classes(file: str, content: bytes) -> Mapping[str, str] | Sequence[str]
       UserError: for anything else, or a class that is listed twice.
     """
     try:
-        values = json.loads(content, object_pairs_hook=lambda pairs: _once(file, pairs))
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON: {error.msg}, line {error.lineno}") from None
+        values = decode_json(content, object, object_pairs_hook=lambda pairs: _once(file, pairs))
+    except NotJson as error:
+        raise UserError(f"{file}: {error}") from None
     if not isinstance(values, (list, dict)) or not values:
         raise UserError(
             f"{file}: expected a list of classes or an object {{class folder: class name}}"

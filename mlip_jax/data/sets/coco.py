@@ -9,11 +9,10 @@ from pathlib import Path
 
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
-    entries,
     is_id,
     numbered,
     place_of,
-    read_json,
+    read_entries,
     slim,
 )
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles
@@ -77,7 +76,7 @@ def _find(folder: Path, part: str) -> tuple[Path, str]:
 
 def _grouped(file: Path) -> tuple[list[str], list[list[str]]]:
     """The images' file names, and as many lists of captions."""
-    images, annotations = entries(file, read_json(file, slim), "images", "annotations")
+    images, annotations = read_entries(file, slim, "images", "annotations")
     places = numbered(file, images)
     captions: list[list[str]] = [[] for _ in images]
     for index, annotation in enumerate(annotations):

@@ -5,12 +5,12 @@ The files have up to half a GB: of each object only what is needed is kept, as s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 
 
 class CocoImage(NamedTuple):
@@ -37,22 +37,6 @@ class CocoCategory(NamedTuple):
     name: Any
 
 
-def read_json(file: Path, slim: Callable[[dict[str, Any]], Any]) -> Any:
-    """A JSON file's content, each object of it replaced by what `slim` makes of it.
-
-    Raises:
-      UserError: when it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"), object_hook=slim)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON: {error.msg}, line {error.lineno}") from None
-
-
 def slim(entry: dict[str, Any]) -> Any:
     """What is needed of an object of a COCO file; None for segmentations, licences and the like."""
     if "images" in entry or "annotations" in entry:
@@ -64,6 +48,15 @@ def slim(entry: dict[str, Any]) -> Any:
             entry.get("id"), entry["file_name"], entry.get("split"), entry.get("objects")
         )
     return CocoCategory(entry.get("id"), entry["name"]) if "name" in entry else None
+
+
+def read_entries(file: Path, slim: Callable[[dict[str, Any]], Any], *keys: str) -> list[list[Any]]:
+    """The lists that a JSON file must hold, each object in them as `slim` makes it.
+
+    Raises:
+      UserError: when the file cannot be read, is not JSON, or lacks a list.
+    """
+    return entries(file, read_json(file, object, object_hook=slim), *keys)
 
 
 def entries(file: Path, content: Any, *keys: str) -> list[list[Any]]:

@@ -19,13 +19,13 @@ from mlip_jax.data.sets.coco_json import (
     is_text,
     numbered,
     place_of,
-    read_json,
     slim,
 )
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource, find_images
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import STANDARD, canonical, split_of
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 
 _OFFICIAL = re.compile(r"instances_(\w+)\.json$")
 
@@ -110,7 +110,7 @@ def _splits(file: Path, images: Sequence[CocoImage]) -> list[str]:
 
 
 def _read(file: Path) -> _Objects:
-    content = read_json(file, slim)
+    content = read_json(file, object, object_hook=slim)
     if isinstance(content, dict) and "annotations" in content:
         return _from_annotations(file, content)
     return _from_lists(file, *entries(file, content, "images"))

@@ -15,10 +15,8 @@ import importlib
 import importlib.resources
 import io
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -32,6 +30,7 @@ from rich.progress import track
 
 from mlip_jax.data.sets.cache import cache_folder
 from mlip_jax.errors import UserError
+from mlip_jax.files import remove_drafts, whole_folder
 
 ATTRIBUTION = (
     "OpenMoji emoji by the OpenMoji project (https://openmoji.org), CC BY-SA 4.0; "
@@ -248,15 +247,17 @@ def directory(cache_dir: str) -> Path:
 
 
 def _build(place: Path) -> None:
-    for left_over in place.parent.glob("building-*"):
-        shutil.rmtree(left_over)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=place.parent) as temporary:
+    remove_drafts(place.parent)
+    with whole_folder(place) as draft:
         # TFDS announces its own progress on standard output.
         with contextlib.redirect_stdout(io.StringIO()):
             tfds.disable_progress_bar()
-            builder = EmojiPairs(data_dir=temporary, file_format="array_record")
+            builder = EmojiPairs(data_dir=str(draft / "tfds"), file_format="array_record")
             builder.download_and_prepare()
-        os.replace(builder.data_path, place)
+        # The set alone; TFDS makes folders for downloads too.
+        for file in list(builder.data_path.iterdir()):
+            shutil.move(file, draft)
+        shutil.rmtree(draft / "tfds")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from mlip_jax.data.sets.records import Record, Skipped
 from mlip_jax.data.sets.splits import STANDARD, Choice, split_of
 from mlip_jax.data.text.captions import usable
 from mlip_jax.errors import UserError
+from mlip_jax.files import kind_of, parse_json
 
 
 class JsonlSource:
@@ -216,14 +216,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _parse(place: str, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise UserError(f"{place}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg}, column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected a JSON object, found {_kind(row)}")
+    row = parse_json(line, place)
     file = _image_key(row)
     if not isinstance(file, str) or not file:
         raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')
@@ -238,7 +231,7 @@ def _parse(place: str, line: bytes) -> dict[str, Any]:
             raise UserError(f'{place}: "{key}" must be a list of texts')
     for key in ("caption", "label"):
         if not isinstance(row.get(key) or "", str):
-            raise UserError(f'{place}: "{key}" must be a text, found {_kind(row[key])}')
+            raise UserError(f'{place}: "{key}" must be a text, found {kind_of(row[key])}')
     if row.get("label") is not None and row.get("labels") is not None:
         raise UserError(f'{place}: has both "label" and "labels"')
     if not all(text.strip() for text in _labels(row)):
@@ -249,7 +242,7 @@ def _parse(place: str, line: bytes) -> dict[str, Any]:
 def _row(file: BinaryIO, span: np.ndarray) -> dict[str, Any]:
     start, length = (int(number) for number in span)
     file.seek(start)
-    return json.loads(file.read(length))
+    return parse_json(file.read(length), f"{file.name} at byte {start}")
 
 
 def _texts(row: dict[str, Any], cleaning: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -271,12 +264,6 @@ def _captions(row: dict[str, Any]) -> list[str]:
 
 def _image_key(row: dict[str, Any]) -> Any:
     return next((row[key] for key in IMAGE_KEYS if key in row), None)
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(
-        type(value), "a number"
-    )
 
 
 KIND = by_path(open_jsonl)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.data.sets.coco_json import entries, is_text, read_json
+from mlip_jax.data.sets.coco_json import is_text, read_entries
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles, find_images
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
@@ -53,7 +53,7 @@ def open_karpathy(file: Path, opening: Opening) -> CaptionSource:
       MissingSplit: when no image is of this split.
       UserError: for a missing file, or "FILE: images[INDEX] ..." for a malformed entry.
     """
-    (images,) = entries(file, read_json(file, _slim), "images")
+    (images,) = read_entries(file, _slim, "images")
     for index, image in enumerate(images):
         _check(f"{file}: images[{index}]", image)
     splits = {image.split for image in images}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import decode_json, read_json
 
 INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
 SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"
@@ -82,8 +83,13 @@ def read_index(folder: Path) -> Index:
       UserError: when there is none, or it is damaged.
     """
     path = folder / INDEX
+    content = read_json(path, missing=None)
+    if content is None:
+        raise UserError(
+            f"{folder} holds no prepared set: it has no {INDEX}. Prepare it by python -m "
+            f"mlip_jax.main prepare --source=KIND:PATH --out={folder}"
+        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError(f"it is no index of a {FORMAT}")
         version = content.pop("version")
@@ -95,14 +101,7 @@ def read_index(folder: Path) -> Index:
         )
         tuples = {key: tuple(content.pop(key)) for key in ("class_keys", "class_names", "notes")}
         return Index(shards=shards, **tuples, **content)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} holds no prepared set: it has no {INDEX}. Prepare it by python -m "
-            f"mlip_jax.main prepare --source=KIND:PATH --out={folder}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
@@ -132,9 +131,9 @@ def said(line: bytes, image: bytes = b"") -> Example:
     Raises:
       ValueError: when it is none.
     """
+    values = decode_json(line, one_line=True)
     try:
-        values = json.loads(line)
         texts = {key: tuple(values.get(key, ())) for key in _KEYS}
         return Example(values["name"], image, **texts)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"no record of a {FORMAT}: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 
 # What transformers 5 takes where the files do not say.
 _PADS = {
@@ -79,6 +79,8 @@ def _encoder(folder: Path) -> _Encoder:
             return _Encoder.from_str(whole.read_text(encoding="utf-8"))
         if words.is_file() and merges.is_file():
             return _clip(words, merges)
+    except UserError:
+        raise
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{folder}: its tokenizer cannot be read: {error}") from None
     other = next((file.name for file in folder.glob("*.model")), None)
@@ -91,7 +93,7 @@ def _encoder(folder: Path) -> _Encoder:
 
 def _clip(words: Path, merges: Path) -> _Encoder:
     """CLIP's, as transformers makes it of the two files."""
-    vocabulary = json.loads(words.read_text(encoding="utf-8"))
+    vocabulary = read_json(words, advice="get it again")
     lines = merges.read_text(encoding="utf-8").split("\n")
     pairs = [
         tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")
@@ -122,13 +124,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json; special tokens as plain texts."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            found |= json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from None
+        found |= read_json(folder / name, missing={}, advice="get it again")
     return {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
         for key, value in found.items()

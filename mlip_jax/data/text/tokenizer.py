@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as _Encoder
 from mlip_jax.data.text import hugging_face, wordpiece
 from mlip_jax.data.text.captions import check_cleaning, clean, clean_caption, unescape
 from mlip_jax.errors import UserError, suggestion
+from mlip_jax.files import decode_json
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
 # fork and warn about it.
@@ -139,7 +140,7 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """The inverse of `to_json`."""
-        values = json.loads(text)
+        values = decode_json(text)
         if "encoder" not in values:
             return cls(_Encoder.from_str(text))
         affixes = values.get("affixes")

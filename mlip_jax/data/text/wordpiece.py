@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer as _Encoder
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlip_jax.errors import UserError
+from mlip_jax.files import read_json
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
@@ -124,14 +124,9 @@ def _text(file: Path) -> str:
 
 def _options(file: Path) -> dict[str, Any]:
     """How Hugging Face's config of a BERT tokenizer, if it exists, has texts normalised."""
-    if not file.exists():
+    values = read_json(file, missing=None)
+    if values is None:
         return {}
-    try:
-        values = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
     options = {}
     for key, (option, default) in _HUGGING_FACE.items():
         options[option] = value = values.get(key, default)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_jax.errors import UserError, suggestion
+from mlip_jax.files import read_json
 
 _WORD = re.compile(r"[\w']+")  # "man's" is no "man": it tells of a thing, not of a person
 _MOST_QUERIES = 8
@@ -73,7 +74,7 @@ def read_concept(spec: str) -> tuple[Concept, str]:
     path, json_and_at, place = spec.partition(".json@")
     if json_and_at or spec.endswith(".json"):
         file = Path(f"{path}.json" if json_and_at else spec).expanduser()
-        return _concept(_parse(file), str(file)), place
+        return _concept(read_json(file), str(file)), place
     name, _, place = spec.partition("@")
     built_in = resources.files(__package__) / "concepts.json"
     named = {values["name"]: values for values in json.loads(built_in.read_text(encoding="utf-8"))}
@@ -94,21 +95,12 @@ def _words(caption: str) -> list[str]:
     return _WORD.findall(caption.lower())
 
 
-def _parse(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"config.evaluation.concepts: {file}: {error}") from None
-
-
-def _concept(values: Any, file: str) -> Concept:
+def _concept(values: dict[str, Any], file: str) -> Concept:
     """Checks what a file holds."""
 
     def refuse(key: str, expected: str) -> UserError:
         return UserError(f"{file}: {key!r}: expected {expected}, not {values.get(key)!r}")
 
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected an object with the keys {', '.join(_NEEDED)}")
     for key in values:
         if key not in _NEEDED + _OPTIONAL:
             raise UserError(f"{file}: unknown key {key!r}{suggestion(key, _NEEDED + _OPTIONAL)}")

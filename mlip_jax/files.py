@@ -1,0 +1,233 @@
+"""Files that users keep, written whole or not at all; and JSON, read with one kind of error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlip_jax.errors import UserError
+
+_DRAFT = re.compile(r"\..+\.[0-9]+")  # .NAME.PROCESS, as `_draft` makes it
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    bytes: "bytes",
+    type(None): "null",
+}
+_REQUIRED = object()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: it is on the disk before it takes its name.
+
+    Args:
+      path: the file; one that is there is replaced.
+      content: bytes, or a text that is written in UTF-8.
+
+    Raises:
+      OSError: when it cannot be written. What was there stays.
+    """
+    with whole_file(path) as draft:
+        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a draft to write, which becomes the file when the block ends without an error.
+
+    Nothing is left of it otherwise, nor where the block removes the draft itself.
+
+    Raises:
+      OSError: when the draft cannot take the file's place.
+    """
+    draft = _draft(path)
+    try:
+        yield draft
+        if draft.exists():
+            _sync(draft)
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Gives a draft folder to fill, which is renamed when the block ends without an error.
+
+    Nothing is left of it otherwise. The folder above `target` is made where it is missing.
+
+    Raises:
+      UserError: when the folder cannot be made, or something stands in its place.
+      OSError: when the disk is full.
+    """
+    draft = _draft(target)
+    try:
+        with _told(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Of a killed process that had this one's number.
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        with _told(target):
+            draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a name is that of a draft: of a process at work, or left by one that was killed."""
+    return bool(_DRAFT.fullmatch(path.name))
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what killed processes left in a folder, in which no other process may write now."""
+    for path in filter(is_draft, folder.glob(".*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+
+
+class NotJson(ValueError):
+    """Why a text is no JSON of the kind that is expected."""
+
+
+def read_json(
+    path: Path,
+    kind: type | tuple[type, ...] = dict,
+    *,
+    missing: Any = _REQUIRED,
+    advice: str = "",
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
+    """The content of a JSON file.
+
+    Args:
+      path: the file, in UTF-8 with or without a mark, or in UTF-16 or UTF-32.
+      kind: what it must hold, such as `dict` or `(list, dict)`; `object` for anything.
+      missing: what to give where there is no file; without it that is an error.
+      advice: what the user can do about a file that is damaged.
+      object_hook: makes something else of each object, as for `json.loads`.
+
+    Raises:
+      UserError: "PATH: what is wrong", with line and column where there are any; "cannot read
+        PATH: ..." for a file that is missing or cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        if missing is not _REQUIRED and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return missing
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        return decode_json(content, kind, object_hook=object_hook)
+    except NotJson as error:
+        raise UserError(f"{path}: {error}{advice and f'; {advice}'}") from None
+
+
+def parse_json(line: str | bytes, place: str, kind: type | tuple[type, ...] = dict) -> Any:
+    """The value of a line of JSON.
+
+    Args:
+      line: the text.
+      place: where it stands, such as "FILE:LINE".
+      kind: what it must hold.
+
+    Raises:
+      UserError: "PLACE: what is wrong", with the column where there is one.
+    """
+    try:
+        return decode_json(line, kind, one_line=True)
+    except NotJson as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def decode_json(
+    text: str | bytes,
+    kind: type | tuple[type, ...] = dict,
+    *,
+    one_line: bool = False,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value of a JSON text. NaN and Infinity are numbers, as Python writes them.
+
+    Args:
+      text: in Unicode, or encoded as for `read_json`.
+      kind: what it must hold, such as `dict`; `object` for anything.
+      one_line: whether errors need no line.
+      object_hook: as for `json.loads`.
+      object_pairs_hook: as for `json.loads`; may raise NotJson.
+
+    Raises:
+      NotJson: what is wrong, with its place in the text where there is one.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = _decoded(text)
+        value = json.loads(text, object_hook=object_hook, object_pairs_hook=object_pairs_hook)
+    except UnicodeDecodeError:
+        raise NotJson("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        place = "" if one_line else f"line {error.lineno}, "
+        raise NotJson(f"not JSON: {error.msg}, {place}column {error.colno}") from None
+    except RecursionError:
+        raise NotJson("nested too deeply to be read") from None
+    except NotJson:
+        raise
+    except ValueError:  # Python converts no more than some thousands of digits
+        raise NotJson("holds a whole number of too many digits") from None
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(_KINDS[each].split()[-1] for each in kinds)
+        raise NotJson(f"expected a JSON {wanted}, found {kind_of(value)}")
+    return value
+
+
+def _decoded(content: bytes) -> str:
+    start = content[:2]
+    if start.isascii() and 0 not in start:  # as nearly all lines of large files begin
+        return content.decode()
+    return content.decode(json.detect_encoding(content))
+
+
+def kind_of(value: Any) -> str:
+    """What a plain value is, in words."""
+    return _KINDS.get(type(value), "something else")
