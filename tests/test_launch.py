@@ -14,7 +14,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [".ci/run", *(f"launch/{path.name}" for path in sorted(ROOT.glob("launch/*.sh")))]
+SCRIPTS = [
+    str(path.relative_to(ROOT))
+    for pattern in (".ci/*", "launch/*.sh")
+    for path in sorted(ROOT.glob(pattern))
+]
 TPU = {
     "TPU_NAME": "slice",
     "PROJECT_ID": "project",

@@ -157,17 +157,6 @@ class Checkpoints:
             raise RunError(f"every checkpoint in {self._folder} is damaged: give a new --workdir")
         return None
 
-    def latest_step(self) -> int | None:
-        """The newest step that is saved, or None."""
-        return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The kept step with the highest value of the metric `best`, or None."""
-        self.wait()
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        rated = [step for step, found in metrics.items() if found and self._best in found]
-        return max(rated, key=lambda step: (self._score(metrics[step]), step), default=None)
-
     def wait(self) -> None:
         """Returns when the save under way is on disk.
 

@@ -74,14 +74,14 @@ def check_cleaning(cleaning: str) -> None:
 
 
 def usable(texts: Iterable[str] | None, cleaning: str = "none") -> tuple[str, ...]:
-    """Texts, cleaned, without runs of white space, repetitions and those that are empty.
+    """Texts, cleaned by `clean`, without runs of white space, repetitions and empty ones.
 
     Args:
       texts: captions or tags; None is none.
       cleaning: one of CLEANINGS.
     """
-    clean = clean_caption if cleaning == "clip_lite" else _single_spaces
-    return tuple(dict.fromkeys(filter(None, map(clean, texts or ()))))
+    cleaned = (_single_spaces(clean(text, cleaning)) for text in texts or ())
+    return tuple(dict.fromkeys(filter(None, cleaned)))
 
 
 def _single_spaces(text: str) -> str:

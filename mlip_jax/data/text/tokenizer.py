@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.data.text import hugging_face, wordpiece
-from mlip_jax.data.text.captions import check_cleaning, clean, clean_caption, unescape
+from mlip_jax.data.text.captions import check_cleaning, clean, unescape
 from mlip_jax.errors import UserError, suggestion
 from mlip_jax.files import decode_json
 
@@ -194,8 +194,10 @@ def load_tokenizer(
             "the tokenizer 'wordpiece' is trained on captions, and none were given: pass "
             "captions=source.captions, or name a vocabulary by wordpiece:PATH"
         )
-    clean = clean_caption if cleaning == "clip_lite" else str
-    return Tokenizer(wordpiece.train(lambda: map(clean, captions()), vocab_size), cleaning)
+    encoder = wordpiece.train(
+        lambda: (clean(caption, cleaning) for caption in captions()), vocab_size
+    )
+    return Tokenizer(encoder, cleaning)
 
 
 def folder_tokenizer(
