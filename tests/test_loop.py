@@ -172,7 +172,7 @@ def test_another_seed_is_another_start(train, tmp_path, monkeypatch):
     monkeypatch.setattr(start, "compile_step", lambda *_: None)
     monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
     monkeypatch.setattr(loop, "run_steps", lambda *arguments: (arguments[2], None))
-    monkeypatch.setattr(loop, "finish", lambda _, state, __: starts.append(state.params) or 0)
+    monkeypatch.setattr(loop, "finish", lambda _, state, __: starts.append(state.params) or (0, {}))
     for seed in (0, 1):
         assert train(seed=seed, workdir=tmp_path / str(seed))[0] == 0
     one, other = ([np.asarray(x) for x in jax.tree.leaves(params)] for params in starts)
