@@ -247,7 +247,7 @@ PROGRAM = textwrap.dedent(
     """
     import resource, sys, time
     import jax.numpy as jnp
-    from mlip_jax.schema import RunError
+    from mlip_jax.errors import RunError
     from mlip_jax.storage.checkpoint import Checkpoints
 
     class Slow(Checkpoints):
@@ -318,10 +318,10 @@ def test_a_workdir_keeps_config_environment_and_its_lock(tmp_path):
             [
                 sys.executable,
                 "-c",
-                "import sys; from mlip_jax import config; "
+                "import sys; from mlip_jax import errors, schema; "
                 "from mlip_jax.storage.workdir import open_workdir\n"
-                "try:\n    open_workdir(sys.argv[1], config.default()).__enter__()\n"
-                "except config.UserError as error:\n    print(error)",
+                "try:\n    open_workdir(sys.argv[1], schema.default()).__enter__()\n"
+                "except errors.UserError as error:\n    print(error)",
                 folder,
             ],
             capture_output=True,

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from mlip_jax import config as config_lib
+from mlip_jax import schema as config_lib
 from mlip_jax.data.batches import training, workers
 from mlip_jax.data.batches.training import SkipCounter, evaluation_batches, train_batches
 from mlip_jax.data.batches.workers import worker_count

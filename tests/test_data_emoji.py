@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip_jax import config as config_lib
+from mlip_jax import schema as config_lib
 from mlip_jax.data.images.preprocessing import decode
 from mlip_jax.data.sets import emoji
 from mlip_jax.data.sets.opening import open_source, open_validation

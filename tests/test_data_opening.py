@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlip_jax import config as config_lib
+from mlip_jax import schema as config_lib
 from mlip_jax.data.sets.opening import open_evaluation, open_source, open_validation
 from mlip_jax.data.sets.records import MissingSplit
 from mlip_jax.errors import UserError

@@ -387,7 +387,7 @@ def torn(pairs, tmp_path):
 
 
 def test_unreadable_pictures_are_left_out_and_counted(train, torn, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "finish", lambda *_: 0)
+    monkeypatch.setattr(loop, "finish", lambda *_: (0, {}))
     overrides = {"data.train": f"jsonl:{torn}", "data.validation": ""}
     code, told = train(**overrides, **{"data.max_skipped_share": 0.1})
     assert code == 0

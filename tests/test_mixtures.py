@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlip_jax import config as config_lib
 from mlip_jax import main as door
+from mlip_jax import schema as config_lib
 from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.training import train_batches
 from mlip_jax.data.sets import mixtures

@@ -99,6 +99,7 @@ def _open(
     network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
+    model = Model(config, None, tokenizer, preprocessing, home)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     # A run that goes on has its weights, and its files may be gone by then.
@@ -118,7 +119,7 @@ def _open(
         tokenizer=tokenizer,
         preprocessing=preprocessing,
         home=home,
-        model=Model(config, None, tokenizer, preprocessing, home),
+        model=model,
         checkpoints=stack.enter_context(checkpoints),
         console=Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet),
         stop=stop,
