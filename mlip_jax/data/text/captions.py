@@ -80,7 +80,9 @@ def usable(texts: Iterable[str] | None, cleaning: str = "none") -> tuple[str, ..
       texts: captions or tags; None is none.
       cleaning: one of CLEANINGS.
     """
-    cleaned = (_single_spaces(clean(text, cleaning)) for text in texts or ())
+    if not texts:
+        return ()
+    cleaned = [_single_spaces(clean(text, cleaning)) for text in texts]
     return tuple(dict.fromkeys(filter(None, cleaned)))
 
 
