@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from mlip_jax import schema
 from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
 from mlip_jax.errors import UserError, suggestion
+from mlip_jax.files import read_json
 from mlip_jax.recipes.config_files import import_file, load_config
 from mlip_jax.validation import validate
 
@@ -165,10 +165,9 @@ def _holds_model(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _MODEL_FILES):
         return True
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "model_type" in read_json(folder / "config.json")
+    except UserError:
         return False
-    return isinstance(values, dict) and "model_type" in values
 
 
 def _override(config: ConfigDict, arguments: list[str]) -> None:
