@@ -85,6 +85,7 @@ setup(
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",
+            "mypy>=2.1",
             "psutil>=5.9",
             "pytest>=8.2",
             "pytest-xdist>=3.8",

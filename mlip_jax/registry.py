@@ -41,8 +41,8 @@ class Table(Mapping[str, Thing], Generic[Thing]):
         """Takes what messages call such a thing, and the built-in ones as "module:attribute"."""
         self.kind = kind
         self._places = dict(places)
-        self._own: dict[str, Thing] = {}
-        self._files: dict[str, str] = {}  # of the things in _own, the file that registered each
+        self._registered: dict[str, Thing] = {}
+        self._files: dict[str, str] = {}  # name -> the file that registered it
 
     def register(self, name: str, thing: Thing) -> Thing:
         """Adds a thing under a new name, and returns it.
@@ -59,12 +59,12 @@ class Table(Mapping[str, Thing], Generic[Thing]):
                 f"a {self.kind} named {name!r} is already registered by {holder}: choose another "
                 "name"
             )
-        self._own[name], self._files[name] = thing, file
+        self._registered[name], self._files[name] = thing, file
         return thing
 
     def unregister(self, name: str) -> None:
         """Takes a registered thing away again; built-in ones stay."""
-        del self._own[name], self._files[name]
+        del self._registered[name], self._files[name]
 
     def __getitem__(self, name: str) -> Thing:
         """The thing.
@@ -72,12 +72,13 @@ class Table(Mapping[str, Thing], Generic[Thing]):
         Raises:
           UserError: for a name that is not in the table; it names the nearest.
         """
-        if name in self._own:
-            return self._own[name]
+        if name in self._registered:
+            return self._registered[name]
         if name not in self._places:
             raise UserError(f"unknown {self.kind} {name!r}: {self.expected(name)}")
         module, _, attribute = self._places[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        thing: Thing = getattr(importlib.import_module(module), attribute)
+        return thing
 
     def expected(self, name: object) -> str:
         """What a message says after a wrong name: all names, and the nearest."""
@@ -92,13 +93,13 @@ class Table(Mapping[str, Thing], Generic[Thing]):
             )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self._places
+        return name in self._registered or name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places | self._own)
+        return iter(self._places | self._registered)
 
     def __len__(self) -> int:
-        return len(self._places | self._own)
+        return len(self._places | self._registered)
 
 
 LOSSES: Table[Loss] = Table(

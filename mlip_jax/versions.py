@@ -46,11 +46,12 @@ def named_in_errors() -> Iterator[None]:
 
 
 def _untested() -> str:
-    found = installed().get("jax", "")
+    version = installed().get("jax", "")
     first, last = TESTED_JAX
-    if not found or _numbers(first) <= _numbers(found) and _numbers(found)[:2] <= _numbers(last):
+    numbers = _numbers(version)
+    if not version or _numbers(first) <= numbers and numbers[:2] <= _numbers(last):
         return ""
-    return f"mlip_jax was tested with jax {first} to {last}; installed is jax {found}"
+    return f"mlip_jax was tested with jax {first} to {last}; installed is jax {version}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def families(monkeypatch):
         )
 
     for name in list(EVALUATIONS):
-        monkeypatch.setitem(EVALUATIONS._own, name, make(name))
+        monkeypatch.setitem(EVALUATIONS._registered, name, make(name))
     return asked
 
 

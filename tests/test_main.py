@@ -203,7 +203,7 @@ def test_a_mistake_in_a_config_file_is_named(calls, capsys, text, message):
 def test_a_damaged_workdir_config_is_named(calls, capsys):
     Path("config.json").write_text("{")
     assert main("evaluate", "--workdir=.") == 2
-    assert_one_line(capsys, "config.json is damaged")
+    assert_one_line(capsys, "config.json: not JSON")
 
 
 ENDS = [

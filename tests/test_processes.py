@@ -422,3 +422,11 @@ def test_a_process_feeds_the_rows_of_its_devices():
     mesh = parallel.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}), 8)
     assert list(parallel.local_rows(mesh, 8)) == list(range(8))
     assert parallel.home_mesh(mesh) is mesh
+
+
+def test_jaxs_private_state_is_where_it_is_looked_for(monkeypatch):
+    state = processes._state()
+    assert state.process_id == 0 and state.client is None  # one process: nothing was started
+    monkeypatch.setattr("jax._src.distributed.global_state", object())
+    with pytest.raises(RunError, match="several processes cannot run with JAX .*no client or pro"):
+        processes._state()

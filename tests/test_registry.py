@@ -48,7 +48,7 @@ def nothing_stays(on_one_device, monkeypatch):
     on_one_device(monkeypatch)
     yield
     for table in TABLES.values():
-        for name in list(table._own):
+        for name in list(table._registered):
             table.unregister(name)
 
 

@@ -150,14 +150,9 @@ def _find_config(verb: str, default: str, file: str | None, workdir: str | None)
         # Light as it is, this module cannot import what reads other libraries' folders.
         folders = importlib.import_module("mlip_jax.interop.model_folders")
         return folders.settings(Path(workdir))[0]
-    try:
-        return schema.from_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{workdir} is no workdir of a run: it has no config.json; check --workdir"
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    if not path.exists():
+        raise UserError(f"{workdir} is no workdir of a run: it has no config.json; check --workdir")
+    return schema.from_file(path)
 
 
 def _holds_model(folder: Path) -> bool:

@@ -44,7 +44,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         return
     limit = _seconds(environment, START_SECONDS, _START)
     heartbeat = _seconds(environment, HEARTBEAT_SECONDS, _HEARTBEAT)
-    if str(jax.config.jax_platforms).startswith("cpu"):
+    if str(jax.config.values["jax_platforms"]).startswith("cpu"):
         os.environ[_THREADS] = "1"
         # A program out of the cache has lost the order of its messages (jaxlib 0.10).
         jax.config.update("jax_enable_compilation_cache", False)

@@ -207,7 +207,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     Processes that share rows, by the tensor axis, each feed them.
     """
     shards = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    spans = sorted({rows.indices(batch_size)[:2] for (rows,) in shards})
+    spans = sorted({index[0].indices(batch_size)[:2] for index in shards if index})
     return np.concatenate([np.arange(*span) for span in spans])
 
 

@@ -19,13 +19,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-
-# JAX's key-value store has no public name yet; Orbax reaches for it in the same place.
-from jax._src import distributed
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mlip_jax.devices import parallel
 from mlip_jax.errors import RunError, UserError
+from mlip_jax.versions import TESTED_JAX
 
 _PATIENCE = 0.5  # seconds in JAX's C++ at a time, so that Python hears signals between them
 
@@ -43,10 +41,12 @@ _ON_SIGNAL = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _T = TypeVar("_T")
 
 
-@_ON_SIGNAL
-def _on_abort(_: int) -> None:
+def _write_last_words(_: int) -> None:
     os.write(2, f"error: {_last_words}\n".encode())
     os._exit(1)
+
+
+_on_abort = _ON_SIGNAL(_write_last_words)  # kept: C holds no reference to it
 
 
 def end_aborts_with(line: str) -> None:
@@ -78,15 +78,15 @@ def together() -> Iterator[None]:
             if _is_lost(error):
                 _on_abort(signal.SIGABRT)
             code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-            announce(_FAILED, json.dumps([distributed.global_state.process_id, code, str(error)]))
+            announce(_FAILED, json.dumps([_state().process_id, code, str(error)]))
             atexit.register(leave, code)
             raise
 
 
-def _follow(told: str) -> None:
+def _follow(message: str) -> None:
     """Ends this process as another one said that it ends."""
-    process, code, line = json.loads(told)
-    if process != distributed.global_state.process_id:
+    process, code, line = json.loads(message)
+    if process != _state().process_id:
         line = " ".join(f"error: process {process}: {line}".split())
         os.write(2, f"{line}\n".encode())
         os._exit(code)
@@ -96,7 +96,7 @@ def leave(code: int) -> None:
     """Ends this process at once, without JAX's farewell, to which others may not come any more."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.distributed.is_initialized() and not distributed.global_state.process_id:
+    if jax.distributed.is_initialized() and not _state().process_id:
         time.sleep(2 * _PATIENCE)  # the others still have to hear why, and from this process
     os._exit(code)
 
@@ -125,29 +125,51 @@ def by_first(function: Callable[[], _T]) -> _T:
     """
     if jax.process_count() == 1:
         return function()
-    key, client = f"mlip_jax/by_first/{next(_calls)}", distributed.global_state.client
+    key, store = f"mlip_jax/by_first/{next(_calls)}", _state().client
     if jax.process_index() == 0:
         try:
             value = function()
         except (UserError, RunError) as error:
-            client.key_value_set_bytes(key, pickle.dumps((None, error)))
+            store.key_value_set_bytes(key, pickle.dumps((None, error)))
             raise
-        client.key_value_set_bytes(key, pickle.dumps((value, None)))
+        store.key_value_set_bytes(key, pickle.dumps((value, None)))
         return value
-    while (told := _look_up(key)) is None:
+    while (answer := _look_up(key)) is None:
         pass
-    value, error = pickle.loads(told)
-    if error is not None:
-        raise error
+    value, raised = pickle.loads(answer)
+    if raised is not None:
+        raise raised
     return value
+
+
+def _state() -> Any:
+    """This process's number and its client of the key-value store that all processes share.
+
+    The one private part of JAX in use: the store has no public name yet (Orbax reaches for it in
+    the same place), and the public `jax.process_index` waits for every process's devices.
+
+    Raises:
+      RunError: when this version of JAX keeps them elsewhere.
+    """
+    try:
+        from jax._src import distributed
+
+        state = distributed.global_state
+        if not hasattr(state, "client") or not hasattr(state, "process_id"):
+            raise ImportError("no client or process_id in jax._src.distributed.global_state")
+    except (ImportError, AttributeError) as error:
+        raise RunError(
+            f"several processes cannot run with JAX {jax.__version__}, which keeps their state in "
+            f"another place ({error}): install JAX {' to '.join(TESTED_JAX)}"
+        ) from error
+    return state
 
 
 def _look_up(key: str) -> bytes | None:
     """What is stored by a key; None if nothing is, after some patience."""
     try:
-        return distributed.global_state.client.blocking_key_value_get_bytes(
-            key, int(1000 * _PATIENCE)
-        )
+        value: bytes = _state().client.blocking_key_value_get_bytes(key, int(1000 * _PATIENCE))
+        return value
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
@@ -158,7 +180,7 @@ def announce(word: str, text: str = "") -> None:
     """Says a word, and a text with it, to all processes that listen for it, this one included."""
     if jax.distributed.is_initialized():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            distributed.global_state.client.key_value_set(_WORDS + word, text, allow_overwrite=True)
+            _state().client.key_value_set(_WORDS + word, text, allow_overwrite=True)
 
 
 @contextlib.contextmanager
@@ -169,9 +191,9 @@ def hearing(word: str, act: Callable[[str], None]) -> Iterator[None]:
     def listen() -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while not left.is_set():
-                told = _look_up(_WORDS + word)
-                if told is not None:
-                    act(told.decode())
+                text = _look_up(_WORDS + word)
+                if text is not None:
+                    act(text.decode())
                     return
 
     thread = threading.Thread(target=listen, daemon=True)
@@ -201,13 +223,15 @@ def to_first(tree: Any, home: Mesh) -> Any:
     def bring(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array | None:
         # One by one: whole copies of all would need the memory of a whole model on each device.
         if not leaf.is_fully_replicated:
-            leaf = jax.jit(_same, out_shardings=parallel.replicated(leaf.sharding.mesh))(leaf)
+            sharding = leaf.sharding
+            assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+            leaf = jax.jit(_same, out_shardings=parallel.replicated(sharding.mesh))(leaf)
             # Two programs at a time might send their messages in another order elsewhere.
             leaf.block_until_ready()
         if jax.process_index():
             return None
-        sharding = parallel.sharding_of(parallel.path_name(path), leaf.shape, home)
-        return jax.device_put(np.asarray(leaf.addressable_data(0)), sharding)
+        at_home = parallel.sharding_of(parallel.path_name(path), leaf.shape, home)
+        return jax.device_put(np.asarray(leaf.addressable_data(0)), at_home)
 
     return jax.tree_util.tree_map_with_path(bring, tree)
 

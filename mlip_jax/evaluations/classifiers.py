@@ -10,7 +10,7 @@ import scipy.linalg
 from jaxtyping import Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
-from mlip_jax.data.sets.records import Source
+from mlip_jax.data.sets.records import MultiLabel, Source
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations.sets import EmbeddedSet, Sets
 
@@ -179,7 +179,7 @@ def _fault(source: Source, multi_label: bool) -> str | None:
     """What is wrong with the set, as the end of a sentence."""
     if not source.class_names:
         return "has no class labels"
-    if hasattr(source, "targets") and not multi_label:
+    if isinstance(source, MultiLabel) and not multi_label:
         return "has several classes an image: name it in config.evaluation.svm instead"
     return None
 

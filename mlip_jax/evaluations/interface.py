@@ -13,7 +13,9 @@ from jaxtyping import Float, UInt8
 class Encoder(Protocol):
     """A model as functions of images and of texts; embeddings are L2-normalised rows."""
 
-    preprocess: Callable[[Any], UInt8[np.ndarray, "size size 3"]]
+    @property
+    def preprocess(self) -> Callable[[Any], UInt8[np.ndarray, "size size 3"]]:
+        """Brings an image, encoded or not, to the size and the colours that the model takes."""
 
     def encode_image_pixels(
         self, images: UInt8[np.ndarray, "images size size 3"]

@@ -18,7 +18,7 @@ from mlip_jax.data.sets.opening import (
     own_set,
     split_spec,
 )
-from mlip_jax.data.sets.records import MissingSplit, Source
+from mlip_jax.data.sets.records import MissingSplit, MultiLabel, Source
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.progress import track
@@ -52,14 +52,14 @@ class EmbeddedSet:
         Of a set with one class an image, a single 1 a row; rows of -1 have no class at all.
         """
         classes = len(self.source.class_names)
-        if hasattr(self.source, "targets"):
+        if isinstance(self.source, MultiLabel):
             return self.source.targets()[self.indices]
         return np.where(self.labels[:, None] == np.arange(classes), 1, -1).astype(np.int8)
 
     @property
     def multi_label(self) -> bool:
         """Whether an image may show several classes, so that `labels` are all -1."""
-        return hasattr(self.source, "targets")
+        return isinstance(self.source, MultiLabel)
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> EmbeddedSet:
         """The set with some of its images alone."""

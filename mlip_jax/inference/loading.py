@@ -62,24 +62,24 @@ def load(
     keep_compiled()
     folder = Path(path).expanduser()
     kind = model_folders.kind(folder)
-    found = model_folders.read(folder, step)
-    asked = schema.from_json(schema.to_json(found.config if config is None else config))
+    saved_model = model_folders.read(folder, step)
+    asked = schema.from_json(schema.to_json(saved_model.config if config is None else config))
     overrides = dict(overrides or {})
     if image_size is not None:
         overrides["model.image.image_size"] = image_size
     for key, value in overrides.items():
         schema.set_key(asked, key, value)
-    variables = dict(found.variables)
-    tokenizer = tokenizer or found.tokenizer
+    variables = dict(saved_model.variables)
+    tokenizer = tokenizer or saved_model.tokenizer
     if config is not None or overrides:
         validate(asked)
         if building.image_encoder(asked).patch_tokens:
             variables["params"] = positions.fit(variables["params"], building.grid(asked))
     if config is not None or overrides or kind != "workdir":
         _check_parameters(asked, variables["params"], tokenizer, folder)
-    prepared = _sized(preprocessing or found.preprocessing, asked.model.image.image_size)
+    prepared = _sized(preprocessing or saved_model.preprocessing, asked.model.image.image_size)
     model = Model(asked, variables, tokenizer, prepared)
-    model.step, model.about = found.step, found.about
+    model.step, model.about = saved_model.step, saved_model.about
     return model
 
 
@@ -101,8 +101,8 @@ def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, fol
     for path, leaf in jax.tree_util.tree_leaves_with_path(needed):
         name = parallel.path_name(path)
         if saved.get(name) != list(leaf.shape):
-            found = f"is {saved[name]}" if name in saved else "does not exist"
+            there = f"is {saved[name]}" if name in saved else "does not exist"
             raise UserError(
-                f"the checkpoint in {folder} is of another model: tensor {name} {found} there and "
+                f"the checkpoint in {folder} is of another model: tensor {name} {there} there and "
                 f"is {list(leaf.shape)} in this config's model"
             )

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.images.preprocessing import ImageLike, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.devices.cores import cores
 from mlip_jax.errors import UserError
@@ -24,8 +24,6 @@ from mlip_jax.inference.batches import Batches
 from mlip_jax.inference.programs import Program, global_view, programs
 from mlip_jax.models import building
 from mlip_jax.progress import track
-
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 class Model:
@@ -225,7 +223,7 @@ class Model:
           ValueError: when there are not as many texts as images.
         """
         images, texts = _listed(images), _listed(texts)
-        _check_pairs(images, texts)
+        _check_pairs(len(images), len(texts))
         return self._batched(self._programs.score_pairs, self._pixels(images), self.tokenize(texts))
 
     def saliency(
@@ -249,7 +247,7 @@ class Model:
           ValueError: when there are not as many texts as images.
         """
         images, texts = np.asarray(images, np.uint8), _listed(texts)
-        _check_pairs(images, texts)
+        _check_pairs(len(images), len(texts))
         return self._batched(self._programs.saliency, images, self.tokenize(texts))
 
     def inspect(self, images: UInt8[np.ndarray, "images size size 3"]) -> dict[str, Any]:
@@ -324,9 +322,9 @@ class Model:
             )
 
 
-def _check_pairs(images: Sequence[Any], texts: Sequence[str]) -> None:
-    if len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
+def _check_pairs(images: int, texts: int) -> None:
+    if images != texts:
+        raise ValueError(f"{images} images and {texts} texts are no pairs")
 
 
 def _listed(items: Sequence[Any]) -> list[Any]:

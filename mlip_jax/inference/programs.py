@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize
-from mlip_jax.models.two_tower import TwoTower, level
+from mlip_jax.models.two_tower import Embeddings, TwoTower, level
 from mlip_jax.models.vit import ImageViews
 
 
@@ -34,13 +35,13 @@ class Programs(NamedTuple):
     They hold no variables, so that models of one architecture may share them.
     """
 
-    embed_array: Callable[..., jax.Array]  # of images that are normalised
-    embed_pixels: Callable[..., jax.Array]
-    embed_texts: Callable[..., jax.Array]
-    score_pairs: Callable[..., jax.Array]
-    inspect: Callable[..., ImageViews]
-    image_features: Callable[..., jax.Array]
-    saliency: Callable[..., jax.Array]
+    embed_array: jax.stages.Wrapped  # of images that are normalised
+    embed_pixels: jax.stages.Wrapped
+    embed_texts: jax.stages.Wrapped
+    score_pairs: jax.stages.Wrapped
+    inspect: jax.stages.Wrapped  # its images' ImageViews; the others return an array
+    image_features: jax.stages.Wrapped
+    saliency: jax.stages.Wrapped
 
 
 def global_view(network: TwoTower) -> str:
@@ -74,7 +75,7 @@ def programs(
     mix = config.evaluation.frequency_mix if "frequency_global" in network.critics else 0.0
 
     def embed_array(variables: Any, images: jax.Array) -> jax.Array:
-        embeddings = network.apply(variables, images, method="embed_images")
+        embeddings: Embeddings = network.apply(variables, images, method="embed_images")
         if not mix or view == "frequency_global":
             return embeddings[view]
         # Both views share the texts' space, so that a sum of scores is the score of a sum.
@@ -84,32 +85,41 @@ def programs(
         return embed_array(variables, preprocessing.normalize(images))
 
     def embed_texts(variables: Any, token_ids: jax.Array) -> jax.Array:
-        return network.apply(variables, token_ids, method="embed_texts")["text_global"]
+        embeddings: Embeddings = network.apply(variables, token_ids, method="embed_texts")
+        return embeddings["text_global"]
 
     def score_pairs(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
         pixels = preprocessing.normalize(images)
-        embeddings, scales, _ = network.apply(variables, pixels, token_ids)
+        outputs: tuple[Embeddings, dict[str, Array], dict[str, Array]]
+        outputs = network.apply(variables, pixels, token_ids)
+        embeddings, scales, _ = outputs
         image, text = embeddings[view], embeddings["text_global"]
         if pairwise:
-            return network.apply(variables, view, image, text[None], method="score_pairs")[0]
+            scores: Array = network.apply(variables, view, image, text[None], method="score_pairs")
+            return scores[0]
         return scales[view] * jnp.sum(image * text, axis=-1)
 
     def inspect(variables: Any, images: jax.Array) -> ImageViews:
         pixels = preprocessing.normalize(images)
-        return network.apply(variables, pixels, method="inspect_images")
+        views: ImageViews = network.apply(variables, pixels, method="inspect_images")
+        return views
 
     def image_features(variables: Any, images: jax.Array) -> jax.Array:
         return inspect(variables, images).spatial_global.astype(jnp.float32)
 
     def saliency(variables: Any, images: jax.Array, token_ids: jax.Array) -> jax.Array:
         layers, side = building.evidence_layers(config), building.grid(config)
-        texts = None if pairwise else embed_texts(variables, token_ids)
 
-        def score() -> jax.Array:
-            if pairwise:
-                return score_pairs(variables, images, token_ids)
+        def by_critic() -> jax.Array:
+            return score_pairs(variables, images, token_ids)
+
+        def by_cosine(texts: jax.Array) -> jax.Array:
             return jnp.sum(embed_pixels(variables, images) * texts, axis=-1)
 
+        if pairwise:
+            score = by_critic
+        else:
+            score = functools.partial(by_cosine, embed_texts(variables, token_ids))
         source = inspect(variables, images).last_source
         return _on_grid(grad_cam(score, layers), source, side)
 
@@ -130,9 +140,10 @@ def _on_grid(
     side: int,
 ) -> Float[Array, "batch side side"]:
     """The sum of maps over tokens, merged by `source` where they are fewer, as one over patches."""
-    total = 0.0
+    total: Array | float = 0.0
     for tokens in maps.values():
         if tokens.shape[1] != side * side:
+            assert source is not None  # or nothing has been merged
             tokens = jnp.einsum("bt,btp->bp", tokens, source)
         total = total + tokens
     return jax.nn.relu(total).reshape(-1, side, side)

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
+
+Implementation = Literal["xla", "cudnn"]
 
 
 @jax.custom_vjp
@@ -70,7 +74,7 @@ def attend(
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(qkv.dtype), v)
         first = weights[:, :, 0]
     else:
-        out = _by_jax(q, k, v, form, mask, size)
+        out = _by_jax(q, k, v, cast(Implementation, form), mask, size)
         mask = None if mask is None else mask[:, :, :1]
         first = _weights(q[:, :, :1], k, mask, size)[:, :, 0]
     out = rearrange(out, "b h t d -> b t (h d)")
@@ -99,7 +103,7 @@ def _by_jax(
     q: Float[Array, "batch heads tokens head"],
     k: Float[Array, "batch heads tokens head"],
     v: Float[Array, "batch heads tokens head"],
-    implementation: str,
+    implementation: Implementation,
     mask: Bool[Array, "#batch 1 #tokens tokens"] | None,
     size: Float[Array, "batch tokens"] | None,
 ) -> Float[Array, "batch heads tokens head"]:

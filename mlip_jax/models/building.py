@@ -169,7 +169,9 @@ def with_attention(network: TwoTower, forms: Mapping[str, str]) -> TwoTower:
       forms: of some towers ("image", "text"); see `models.attention`.
     """
     towers = {"image": network.image, "text": network.text}
-    changed = {name: {**towers[name], "attention_form": form} for name, form in forms.items()}
+    changed: dict[str, Any] = {
+        name: {**towers[name], "attention_form": form} for name, form in forms.items()
+    }
     return network.clone(**changed)
 
 
@@ -202,7 +204,7 @@ def initialise(network: TwoTower, config: ConfigDict, key: Array) -> dict[str, A
     # Two examples: shapes only, parameters do not depend on the values.
     images = jnp.zeros((2, size, size, 3), jnp.float32)
     token_ids = jnp.zeros((2, config.model.text.context_length), jnp.int32)
-    return network.init(
+    variables = network.init(
         key,
         images,
         token_ids,
@@ -210,3 +212,4 @@ def initialise(network: TwoTower, config: ConfigDict, key: Array) -> dict[str, A
         token_ids if "other_caption" in network.critics else None,
         method="touch",
     )
+    return dict(variables)

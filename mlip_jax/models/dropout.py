@@ -24,6 +24,7 @@ def row_keys(module: nn.Module, rows: int) -> Key[Array, "rows"]:
       rows: how many rows it has; a multiple of the network's when each has several views, which
         then lie beside one another.
     """
+    assert module.scope is not None  # it is being applied
     numbers = module.scope.root.get_variable(ROWS, NUMBER, jnp.arange(rows))
     views = rows // len(numbers)
     numbers = (numbers[:, None] * views + jnp.arange(views)).reshape(-1)

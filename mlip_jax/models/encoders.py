@@ -16,7 +16,7 @@ from mlip_jax.models.bert import BertEncoder
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.resnet import ResNet
 from mlip_jax.models.text import TextEncoder
-from mlip_jax.models.vit import ImageEncoder
+from mlip_jax.models.vit import ImageEncoder, Merging
 from mlip_jax.schema import ACTIVATIONS, GUIDANCES, flatten
 
 # Keys of config.model.image and .text that describe no encoder.
@@ -82,11 +82,11 @@ class TextEncoderKind:
 
 
 def _vit_fields(config: ConfigDict, training: bool) -> dict[str, Any]:
-    image = _without(config.model.image, *_NOT_OF_IMAGE, "architecture")
-    frequency, merging = image.pop("frequency"), image.pop("merging")
+    image = _without(config.model.image, *_NOT_OF_IMAGE, "architecture", "merging")
+    frequency = image.pop("frequency")
     return {
         **image,
-        **{name: merging[name] for name in merging if name not in ("rate", "schedule")},
+        "merging": Merging(**_without(config.model.image.merging, "rate", "schedule")),
         "frequency_depth": frequency["depth"],
         "transform": frequency["transform"],
         "merge_counts": building.merge_counts(config),

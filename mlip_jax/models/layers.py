@@ -62,8 +62,8 @@ def half_product(
 
     def product(x: Array, kernel: Array, sums: jnp.dtype) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        found = jnp.dot(rows, kernel, preferred_element_type=sums).astype(x.dtype)
-        return found.reshape(*x.shape[:-1], kernel.shape[-1])
+        product = jnp.dot(rows, kernel, preferred_element_type=sums).astype(x.dtype)
+        return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
     return jax.lax.platform_dependent(
         x,
@@ -82,8 +82,8 @@ def _half_product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[
 
     def over_axes(x: Array, gradient: Array) -> Array:
         axes = tuple(range(x.ndim - 1))
-        found = jnp.tensordot(x, gradient, (axes, axes), preferred_element_type=jnp.float32)
-        return found.astype(x.dtype)
+        product = jnp.tensordot(x, gradient, (axes, axes), preferred_element_type=jnp.float32)
+        return product.astype(x.dtype)
 
     def over_rows(x: Array, gradient: Array) -> Array:
         return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     """The output slot of every token, and how many slots there are (a Python int)."""
 
     slot: Int[Array, "batch tokens"]
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which no plan needs
 
 
 def schedule(rate: float, tokens: int, blocks: int, spread: str) -> tuple[int, ...]:

@@ -144,13 +144,14 @@ class ResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(_STAGES[self.depth]):
             channels = self.width << stage
-            if _is_bottleneck(self.depth):
-                layout = (1, 3, 1), (channels, channels, _EXPANSION * channels)
-            else:
-                layout = (3, 3), (channels, channels)
+            bottleneck = _is_bottleneck(self.depth)
+            sides = (1, 3, 1) if bottleneck else (3, 3)
+            inner = (channels, channels)
+            widths = (*inner, _EXPANSION * channels) if bottleneck else inner
             for block in range(blocks):
                 x = recomputed(ResidualBlock, self.remat, deterministic=2)(
-                    *layout,
+                    sides,
+                    widths,
                     stride=2 if stage and not block else 1,
                     dtype=self.dtype,
                     name=_block_name(stage, block),

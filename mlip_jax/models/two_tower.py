@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -48,6 +48,11 @@ class TwoTower(nn.Module):
     frozen: tuple[str, ...]
     dtype: jnp.dtype
 
+    if TYPE_CHECKING:
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any:
+            """What the method returns; Flax's type takes it for variables as well."""
+
     def setup(self) -> None:
         self.image_encoder = self._encoder(IMAGE_ENCODERS, self.image)
         self.text_encoder = self._encoder(TEXT_ENCODERS, self.text)
@@ -72,9 +77,9 @@ class TwoTower(nn.Module):
             for view in scaled
         }
         self.biases = {
-            view: self.param(f"bias_{view}", nn.initializers.constant(self.critics[view][1]), ())
+            view: self.param(f"bias_{view}", nn.initializers.constant(bias), ())
             for view in scaled
-            if self.critics[view][1] is not None
+            if (bias := self.critics[view][1]) is not None
         }
         self.priors = (
             {side: PriorDiscriminator(self.dtype) for side in ("image", "text")}
@@ -192,9 +197,15 @@ class TwoTower(nn.Module):
         one = jnp.broadcast_to(one, (*other.shape[:2], one.shape[-1]))
         return self.pair_critics[view](one, other)
 
-    def touch(self, *inputs: Array | None) -> None:
+    def touch(
+        self,
+        images: Array,
+        token_ids: Array,
+        images_2: Array | None = None,
+        token_ids_2: Array | None = None,
+    ) -> None:
         """Calls all that has parameters, so that initialisation finds it; takes a batch."""
-        embeddings, _, _ = self(*inputs)
+        embeddings, _, _ = self(images, token_ids, images_2, token_ids_2)
         for view in self.pair_critics:
             self.score_pairs(view, embeddings[view], embeddings[PERSPECTIVES[view]][None])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,6 +46,47 @@ class ImageViews(NamedTuple):
     last_source: Float[Array, "batch tokens patches"] | None = None
 
 
+@dataclass(frozen=True)
+class Merging:
+    """How blocks merge tokens: the keys of config.model.image.merging but for how many.
+
+    Attributes:
+      guidance: where importance comes from: "none", "spatial", "frequency" or "both".
+      guidance_mix: alpha, the weight of frequency against spatial importance.
+      similarity_mix: beta, the weight of the keys' similarity against the frequency features'.
+      importance_penalty: gamma, what an important token loses of its similarity.
+      proportional_attention: a token's logits grow by the log of the patches behind it.
+    """
+
+    guidance: str
+    guidance_mix: float
+    similarity_mix: float
+    importance_penalty: float
+    proportional_attention: bool
+
+    @property
+    def by_frequency(self) -> bool:
+        """Whether frequency features have a say in what is merged."""
+        return self.guidance in ("frequency", "both")
+
+    def importance(
+        self, class_attention: Float[Array, "batch tokens"], features: Array | None
+    ) -> Float[Array, "batch patches"] | None:
+        """The importance of the patch tokens, from what the class token attends to, and features.
+
+        None where merging has no guidance.
+        """
+        if self.guidance == "none":
+            return None
+        spatial = frequency = None
+        if self.guidance in ("spatial", "both"):
+            spatial = class_attention[:, 1:]
+        if self.by_frequency:
+            assert features is not None  # such a guidance needs frequency blocks
+            frequency = frequency_importance(features)
+        return merging.importance(spatial, frequency, self.guidance_mix)
+
+
 class SpatialBlock(nn.Module):
     """A pre-LN transformer block that merges `r` tokens between attention and MLP, as ToMe does."""
 
@@ -54,11 +96,7 @@ class SpatialBlock(nn.Module):
     activation: str
     dropout: float
     drop_path: float
-    guidance: str
-    guidance_mix: float
-    similarity_mix: float
-    importance_penalty: float
-    proportional_attention: bool
+    merging: Merging
     dtype: jnp.dtype
     class_token: bool = True  # the first token is one
     epsilon: float = EPSILON  # of the norms
@@ -76,19 +114,19 @@ class SpatialBlock(nn.Module):
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
         y, keys, class_attention = Attention(
             self.heads, self.dropout, self.dtype, self.attention_form, name="attention"
-        )(y, deterministic, size=size if self.proportional_attention else None)
+        )(y, deterministic, size=size if self.merging.proportional_attention else None)
         x = x + DropPath(self.drop_path)(y, deterministic)
         plan = guidance = None
         if self.r:
-            guidance = self._importance(class_attention, features)
+            guidance = self.merging.importance(class_attention, features)
             plan = merging.match(
                 keys,
                 self.r,
                 guidance=guidance,
-                features=features if self.guidance in ("frequency", "both") else None,
+                features=features if self.merging.by_frequency else None,
                 class_token=self.class_token,
-                similarity_mix=self.similarity_mix,
-                importance_penalty=self.importance_penalty,
+                similarity_mix=self.merging.similarity_mix,
+                importance_penalty=self.merging.importance_penalty,
             )
             x, merged_size = merging.merge(plan, x, size)
             if features is not None:
@@ -99,18 +137,6 @@ class SpatialBlock(nn.Module):
             y, deterministic
         )
         return x + DropPath(self.drop_path)(y, deterministic), size, features, plan, guidance
-
-    def _importance(
-        self, class_attention: Float[Array, "batch tokens"], features: Array | None
-    ) -> Float[Array, "batch patches"] | None:
-        if self.guidance == "none":
-            return None
-        spatial = frequency = None
-        if self.guidance in ("spatial", "both"):
-            spatial = class_attention[:, 1:]
-        if self.guidance in ("frequency", "both"):
-            frequency = frequency_importance(features)
-        return merging.importance(spatial, frequency, self.guidance_mix)
 
 
 def frequency_importance(
@@ -180,11 +206,7 @@ class ImageEncoder(nn.Module):
     merge_counts: tuple[int, ...]  # tokens to merge, one number a spatial block
     training_patches: int
     training_merge_counts: tuple[int, ...]  # the same, of the patches in training
-    guidance: str
-    guidance_mix: float
-    similarity_mix: float
-    importance_penalty: float
-    proportional_attention: bool
+    merging: Merging
     dtype: jnp.dtype
     remat: bool = False  # blocks are computed again for their gradient
     pre_norm: bool = False  # a norm before the Spatial Stage, as CLIP's ViTs have
@@ -215,7 +237,7 @@ class ImageEncoder(nn.Module):
             features = jax.lax.stop_gradient(frequency_tokens)
         merge_counts = self.merge_counts
         if not deterministic and self.training_patches < x.shape[1]:
-            kept = random_patches(self, *x.shape[:2], self.training_patches)
+            kept = random_patches(self, x.shape[0], x.shape[1], self.training_patches)
             x = _take(x, kept)
             features = None if features is None else _take(features, kept)
             merge_counts = self.training_merge_counts
@@ -233,7 +255,7 @@ class ImageEncoder(nn.Module):
                 self.norm_epsilon,
                 self.dtype,
                 name="pool",
-            )(x, deterministic, merged.size if self.proportional_attention else None)
+            )(x, deterministic, merged.size if self.merging.proportional_attention else None)
         return ImageViews(
             spatial_global=spatial_global,
             spatial_tokens=x[:, first:],
@@ -302,11 +324,7 @@ class ImageEncoder(nn.Module):
                 **self._block_fields(self.frequency_depth + index),
                 r=r,
                 heads=self.heads,
-                guidance=self.guidance,
-                guidance_mix=self.guidance_mix,
-                similarity_mix=self.similarity_mix,
-                importance_penalty=self.importance_penalty,
-                proportional_attention=self.proportional_attention,
+                merging=self.merging,
                 class_token=bool(self._first_patch),
                 epsilon=self.norm_epsilon,
                 attention_form=self.attention_form,

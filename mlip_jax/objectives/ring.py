@@ -50,7 +50,8 @@ def shards(mesh: Mesh | None) -> int:
 
 def pairs(images: Side, texts: Side) -> Bool[Array, "images texts"]:
     """True where an image meets its own text."""
-    return images.fixed["row"][:, None] == texts.fixed["row"]
+    same: Array = images.fixed["row"][:, None] == texts.fixed["row"]
+    return same
 
 
 def mean_loss(
@@ -104,7 +105,7 @@ def mean_loss(
         losses, (of_images, of_texts, of_shared) = everywhere(*arguments)
         of_shared = jax.tree.map(jnp.sum, of_shared)
         gradient = jax.tree.map(
-            lambda found, leaf: (found / batch).astype(leaf.dtype),
+            lambda gradient, leaf: (gradient / batch).astype(leaf.dtype),
             (of_images, of_texts, of_shared),
             learned,
         )
@@ -199,8 +200,8 @@ def around(
             texts = texts._replace(learned=_float32(texts.learned))
             return visit(images, texts, shared, kept)
 
-        kept, found = jax.lax.scan(tile, kept, texts)
-        return following, kept, merge(arrived, found)
+        kept, of_texts = jax.lax.scan(tile, kept, texts)
+        return following, kept, merge(arrived, of_texts)
 
     _, kept, sums = jax.lax.fori_loop(0, devices, hop, (texts, kept, none))
     return kept, send(sums)

@@ -100,7 +100,7 @@ def over_shifts(
     """
     check_shifts(shifts, image.shape[0])
 
-    def local(image: Array, text: Array, scale: Array) -> Array:
+    def local(image: Array, text: Array, scale: Array | float) -> Array:
         scores = shifted_scores(image, _followed(text, shifts, mesh), scale, shifts)
         loss = of_pairs(scores)
         return loss if shards(mesh) == 1 else jax.lax.pmean(loss, AXES)
@@ -144,7 +144,8 @@ def tokens_over_shifts(
         scores = tokenwise.shifted_scores(
             image, packed[..., :-1], weights, packed[..., -1] > 0, shifts
         )
-        return jax.lax.pmean(tokenwise.directed(of_pairs, scale * scores), AXES)
+        loss: Array = jax.lax.pmean(tokenwise.directed(of_pairs, scale * scores), AXES)
+        return loss
 
     specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)

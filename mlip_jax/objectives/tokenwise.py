@@ -137,4 +137,4 @@ def directed(
     of_pairs: Callable[[Array], Scalar], scores: Float[Array, "2 shifts1 images"]
 ) -> Scalar:
     """The mean of a loss's two directions, from scaled scores as `shifted_scores` gives them."""
-    return sum(of_pairs(direction) for direction in scores) / 2
+    return (of_pairs(scores[0]) + of_pairs(scores[1])) / 2

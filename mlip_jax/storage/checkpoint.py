@@ -29,6 +29,7 @@ from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
+_LEAVES_LATE_WRITES_ALONE = "leaves_late_writes_alone"
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
 
 
@@ -288,7 +289,7 @@ def restore_fields(
         tree = handler.metadata(path / "state").tree
         wanted = {name: tree[name] for name in fields if tree.get(name)}
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-            found = checkpointer.restore(
+            restored = checkpointer.restore(
                 path / "state",
                 args=ocp.args.PyTreeRestore(
                     item=wanted,
@@ -301,15 +302,17 @@ def restore_fields(
         handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             extras = checkpointer.restore(path / "extras", args=ocp.args.JsonRestore())
-        return {name: found.get(name, {}) for name in fields}, extras
+        return {name: restored.get(name, {}) for name in fields}, extras
     raise RunError(f"no checkpoint in {folder} can be read: all are damaged")
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
     """Has Orbax wait for no other process of the run: they need not read too."""
-    own = jax.process_index()
+    process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone-{own}"
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"alone-{process}",
     )
 
 
@@ -334,7 +337,7 @@ def _leave_late_writes_alone() -> None:
     others then find it closed and complain from threads of their own, past the line that says why.
     """
     former = sys.unraisablehook
-    if getattr(former, "leaves_late_writes_alone", False):
+    if getattr(former, _LEAVES_LATE_WRITES_ALONE, False):
         return
 
     def hook(unraisable: Any) -> None:
@@ -342,7 +345,7 @@ def _leave_late_writes_alone() -> None:
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             former(unraisable)
 
-    hook.leaves_late_writes_alone = True
+    setattr(hook, _LEAVES_LATE_WRITES_ALONE, True)
     sys.unraisablehook = hook
 
 

@@ -24,7 +24,7 @@ def keep_compiled(cache_dir: str = "") -> None:
     Args:
       cache_dir: the folder of the data cache, see `mlip_jax.data.sets.cache`; it holds "compiled".
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder(cache_dir) / "compiled" / _host()
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -21,7 +21,7 @@ def write(folder: Path) -> None:
 
 def _files(folder: Path) -> dict[str, list[int]]:
     """Relative path -> [size, CRC-32] of the files that the seal covers."""
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name in _UNSEALED:
@@ -30,20 +30,20 @@ def _files(folder: Path) -> dict[str, list[int]]:
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 size, checksum = size + len(block), zlib.crc32(block, checksum)
-        found[name] = [size, checksum]
-    return found
+        files[name] = [size, checksum]
+    return files
 
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files, or nothing."""
     try:
         sealed = read_json(folder / NAME)
-        found = _files(folder)
+        present = _files(folder)
     except (OSError, UserError) as error:
         return str(error)
     for name, expected in sealed.items():
-        if name not in found:
+        if name not in present:
             return f"{name} is missing"
-        if found[name] != expected:
+        if present[name] != expected:
             return f"{name} has changed since it was written"
     return ""

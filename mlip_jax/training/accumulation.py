@@ -13,6 +13,7 @@ device. That is also why the tensor axis shares rows here, and not columns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,8 +72,8 @@ def value_and_gradient(
         """This device's gradient, [1, ...]."""
 
         def add(total: Any, part: tuple[Any, Embeddings]) -> tuple[Any, None]:
-            own, cotangent = part
-            _, pull = jax.vjp(lambda params: _smooth(embed(params, own)), params)
+            part_rows, cotangent = part
+            _, pull = jax.vjp(lambda params: _smooth(embed(params, part_rows)), params)
             return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
 
         none = jax.tree.map(jnp.zeros_like, params)
@@ -83,9 +84,9 @@ def value_and_gradient(
         # Gathered here, where both passes can share them. Within them nothing varies that should
         # not, but a gradient of what is the same everywhere would be summed in every part.
         whole = jax.lax.with_sharding_constraint(params, parallel.replicated(mesh))
-        spread = {"mesh": mesh, "out_specs": _ROWS, "check_vma": False}
-        embed_parts = jax.shard_map(embed_parts, in_specs=(_WHOLE, _ROWS), **spread)
-        pull_back = jax.shard_map(pull_back, in_specs=(_WHOLE, _ROWS, _ROWS), **spread)
+        spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=_ROWS, check_vma=False)
+        embed_parts = spread(embed_parts, in_specs=(_WHOLE, _ROWS))
+        pull_back = spread(pull_back, in_specs=(_WHOLE, _ROWS, _ROWS))
     else:
         whole = params
     embeddings = embed_parts(whole, rows)
@@ -94,7 +95,9 @@ def value_and_gradient(
         lambda params, smooth: objective(params, embeddings | smooth), argnums=(0, 1), has_aux=True
     )(params, smooth)
     of_devices = pull_back(whole, rows, cotangents)
-    gradient = jax.tree.map(lambda own, found: own + jnp.sum(found, axis=0), gradient, of_devices)
+    gradient = jax.tree.map(
+        lambda direct, parts: direct + jnp.sum(parts, axis=0), gradient, of_devices
+    )
     if mesh:
         shardings = parallel.tree_shardings(gradient, mesh, rules)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings)

@@ -78,10 +78,10 @@ def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
         rows = max(config.batch_size * views_of(config, view) // shards, 1)
         return Shape(rows, tokens, heads, tower.width // tower.heads, **more)
 
-    found = {}
+    shapes = {}
     if image_encoder(config).patch_tokens:
         merging = image.merging
-        found["image"] = shape(
+        shapes["image"] = shape(
             image,
             "augmented_image",
             training_patches(config) + (image.pooling == "class"),
@@ -90,8 +90,8 @@ def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
         )
     if TEXT_ENCODERS[text.architecture].attention_forms:
         mask = "causal" if text.causal else "keys"
-        found["text"] = shape(text, "other_caption", text.context_length, mask=mask)
-    return found
+        shapes["text"] = shape(text, "other_caption", text.context_length, mask=mask)
+    return shapes
 
 
 def named(config: ConfigDict, platform: str) -> str:
@@ -206,8 +206,8 @@ def _probe(towers: dict[str, Shape], dtype: jnp.dtype, candidates: list[str]) ->
             except Exception as error:  # of JAX, XLA or cuDNN, of many types
                 left_out.append(f"; not {form}: {_line(error)}")
         seconds = contest.seconds()
-        forms[tower] = min(seconds, key=seconds.get, default="plain")
-        figures = ", ".join(f"{form} {1e3 * found:.3g} ms" for form, found in seconds.items())
+        forms[tower] = min(seconds, key=lambda form: seconds[form], default="plain")
+        figures = ", ".join(f"{form} {1e3 * median:.3g} ms" for form, median in seconds.items())
         lines.append(f"  {tower}, {shape}, forth and back: {figures}{''.join(left_out)}")
     return Choice(forms, [f"attention: {_words(forms)}, by a probe", *lines])
 
@@ -251,7 +251,7 @@ class _Contest:
                     last = program()
                 jax.block_until_ready(last)
                 times[form].append((time.perf_counter() - start) / _CALLS)
-        return {form: statistics.median(found) for form, found in times.items()}
+        return {form: statistics.median(rounds) for form, rounds in times.items()}
 
     def _program(self, form: str) -> Callable[[], Any]:
         shape = self._shape
@@ -259,7 +259,7 @@ class _Contest:
         def forth_and_back(qkv: Array, gradient: Array, valid: Array, size: Array) -> Any:
             mask = valid if shape.mask else None
             if shape.mask == "causal":
-                mask = mask & jnp.tril(jnp.ones((shape.tokens, shape.tokens), bool))
+                mask = valid & jnp.tril(jnp.ones((shape.tokens, shape.tokens), bool))
 
             def attention(qkv: Array) -> tuple[Array, Array | None]:
                 sizes = size if shape.sized else None

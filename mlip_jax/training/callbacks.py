@@ -51,11 +51,11 @@ class Callbacks:
     """
 
     def __init__(
-        self, writers: Sequence[Callback], own: Sequence[Callback], stop: Callable[[], None]
+        self, writers: Sequence[Callback], of_user: Sequence[Callback], stop: Callable[[], None]
     ) -> None:
         """Takes what asks the run to stop, which is called when a user's callback raises."""
         self._writers = writers
-        self._own = list(own)
+        self._of_user = list(of_user)
         self._stop = stop
         self._error: RunError | None = None
 
@@ -63,7 +63,7 @@ class Callbacks:
         """Calls the method `event` of all of them."""
         for writer in self._writers:
             getattr(writer, event)(*arguments)
-        for callback in list(self._own):
+        for callback in list(self._of_user):
             with self._kept(callback, event):
                 getattr(callback, event)(*arguments)
 
@@ -77,7 +77,7 @@ class Callbacks:
         try:
             yield
         except Exception as error:
-            self._own.remove(callback)
+            self._of_user.remove(callback)
             if self._error is None:
                 name = type(callback).__name__
                 self._error = RunError(

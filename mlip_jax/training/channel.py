@@ -28,7 +28,7 @@ class Channel:
         self._several = jax.process_count() > 1
         self._rows = parallel.batch_sharding(mesh)
         self._devices = NamedSharding(mesh, PartitionSpec(parallel.AXES))
-        self._told: Any = np.zeros(0, np.int32), np.zeros(0, bool)
+        self._last: Any = np.zeros(0, np.int32), np.zeros(0, bool)
 
     def through(self, train_step: Step) -> Step:
         """The step with the channel in it."""
@@ -37,9 +37,9 @@ class Channel:
 
         def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
             rows = dict(batch)
-            told = {key: rows.pop(key) for key in (_SKIPPED, _ASKED)}
+            messages = {key: rows.pop(key) for key in (_SKIPPED, _ASKED)}
             state, metrics = train_step(state, rows)
-            return state, metrics | told
+            return state, metrics | messages
 
         return step
 
@@ -56,7 +56,7 @@ class Channel:
     def tell(self, skipped: Int[np.ndarray, " rows"], asked: bool) -> dict[str, jax.Array]:
         """What to add to the batch, to tell of this process's rows and whether it is to stop."""
         if not self._several:
-            self._told = skipped, np.zeros(0, bool)
+            self._last = skipped, np.zeros(0, bool)
             return {}
         place = jax.make_array_from_process_local_data
         return {
@@ -72,13 +72,13 @@ class Channel:
         Returns:
           The unreadable images' indices, -1 for readable ones, and whether to stop.
         """
-        former = self._told
+        former = self._last
         if not self._several:
             return former[0], asked
-        self._told = metrics.pop(_SKIPPED), metrics.pop(_ASKED)
+        self._last = metrics.pop(_SKIPPED), metrics.pop(_ASKED)
         skipped, several_asked = jax.device_get(former)
         return skipped, bool(several_asked.any())
 
     def last(self) -> Int[np.ndarray, " rows"]:
         """The unreadable images of the last step, which no other has come after to tell of."""
-        return jax.device_get(self._told[0])
+        return jax.device_get(self._last[0])

@@ -126,8 +126,8 @@ def run_steps(
         for done in range(start + 1, run.steps + 1):
             with clock.waiting():
                 batch = next(batches)
-            told = run.channel.tell(batch.pop("skipped"), run.stop.asked)
-            state, metrics = step(state, parallel.global_batch(batch, run.mesh) | told)
+            messages = run.channel.tell(batch.pop("skipped"), run.stop.asked)
+            state, metrics = step(state, parallel.global_batch(batch, run.mesh) | messages)
             # The host stays one step ahead of the devices, so that they never wait for it, and no
             # further, so that batches do not pile up.
             jax.block_until_ready(before)

@@ -148,13 +148,13 @@ class MetricWriter(Callback):
         if not self._active:
             return
         self._write(step, metrics)
-        told = describe(metrics)
+        text = describe(metrics)
         if self._bar:
-            self._bar.update(self._task, description=told)
+            self._bar.update(self._task, description=text)
             return
         rate = (time.monotonic() - self._started) / max(step - self._start, 1)
         left = time.strftime("%H:%M:%S", time.gmtime(rate * max(self._total - step, 0)))
-        self._print(f"step {step}/{self._total}  {told}  left {left}")
+        self._print(f"step {step}/{self._total}  {text}  left {left}")
 
     def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes an evaluation's figures, such as "retrieval/SET/text_to_image_recall@1".
@@ -186,7 +186,11 @@ class MetricWriter(Callback):
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         now = time.time()
-        line = {"step": step, "samples": step * self._batch_size, "time": round(now, 3)}
+        line: dict[str, float | None] = {
+            "step": step,
+            "samples": step * self._batch_size,
+            "time": round(now, 3),
+        }
         line |= {key: float(v) if math.isfinite(v) else None for key, v in scalars.items()}
         left = json.dumps(line).encode() + b"\n"
         whole = self._lines.tell()

@@ -67,8 +67,8 @@ def scale_by_muon(eps: float, rms: float) -> optax.GradientTransformation:
         def step(ahead: Array, now: Array) -> Array:
             mean = _MOMENTUM * ahead + (1 - _MOMENTUM) * now
             matrix = mean.reshape(-1, mean.shape[-1])
-            found = orthogonalize(matrix, state.ns_coeffs, eps).reshape(mean.shape)
-            return math.sqrt(max(matrix.shape)) * rms * found
+            orthogonal = orthogonalize(matrix, state.ns_coeffs, eps).reshape(mean.shape)
+            return math.sqrt(max(matrix.shape)) * rms * orthogonal
 
         updates = jax.tree.map(step, ahead, now)
         return updates, MuonState(count, momentum, state.ns_coeffs)

@@ -49,7 +49,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.samples // self.config.batch_size
+        return int(self.config.samples // self.config.batch_size)
 
     def due(self, done: int, every_samples: int) -> bool:
         """Whether the step that was just done is the first past a multiple of `every_samples`."""

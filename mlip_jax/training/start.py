@@ -103,7 +103,7 @@ def _open(
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     # A run that goes on has its weights, and its files may be gone by then.
-    taken = {} if has_checkpoints(workdir) else pretrained.read(config, abstract.evaluated)
+    weights = {} if has_checkpoints(workdir) else pretrained.read(config, abstract.evaluated)
     folder = stack.enter_context(open_workdir(workdir, config))
     keep = config.checkpoint
     checkpoints = Checkpoints(
@@ -131,7 +131,7 @@ def _open(
         write_atomically(folder / TOKENIZER, tokenizer.to_json())
         if source.attribution:
             write_atomically(folder / "attribution.txt", source.attribution + "\n")
-    return Opened(run, network, optimizer, abstract, taken)
+    return Opened(run, network, optimizer, abstract, weights)
 
 
 def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
@@ -156,6 +156,7 @@ def _restore(opened: Opened) -> TrainState | None:
     restored = run.checkpoints.restore(opened.abstract)
     if restored is None:
         return None
+    state: TrainState
     state, extras = restored
     done = int(state.step)
     goes_on = done < run.steps
@@ -191,20 +192,20 @@ def _compile(opened: Opened) -> Step:
 
 def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages.Compiled:
     """Compiles the step before any data is read; the state is donated."""
-    told = run.channel.shapes(run.config.batch_size)
-    lowered = lower_step(run.channel.through(train_step), abstract, run.config, run.mesh, told)
+    more = run.channel.shapes(run.config.batch_size)
+    lowered = lower_step(run.channel.through(train_step), abstract, run.config, run.mesh, more)
     return lowered.compile()
 
 
 def _initialise(opened: Opened) -> TrainState:
     """A fresh state on the run's devices; says what it starts from."""
-    run, taken = opened.run, opened.pretrained
+    run, weights = opened.run, opened.pretrained
     # Pretrained arrays are arguments: captured, they would be constants of the program.
     init = jax.jit(
-        lambda taken: initial_state(opened.network, opened.optimizer, run.config, taken),
+        lambda weights: initial_state(opened.network, opened.optimizer, run.config, weights),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, opened.abstract),
     )
-    state = init(taken)
-    for line in pretrained.summary(run.config, taken, opened.abstract.evaluated):
+    state: TrainState = init(weights)
+    for line in pretrained.summary(run.config, weights, opened.abstract.evaluated):
         run.console.print(line)
     return state

@@ -60,8 +60,8 @@ def initial_state(
     """
     variables = building.initialise(model, config, jax.random.key(config.seed))
     if pretrained:
-        taken = traverse_util.flatten_dict(dict(pretrained))
-        variables = traverse_util.unflatten_dict(traverse_util.flatten_dict(variables) | taken)
+        replaced = traverse_util.flatten_dict(dict(pretrained))
+        variables = traverse_util.unflatten_dict(traverse_util.flatten_dict(variables) | replaced)
     params = variables["params"]
     lookahead = config.optimizer.lookahead.period > 0
 

@@ -153,7 +153,10 @@ class Objective:
         """The loss of the whole batch, and what is told of it."""
 
         def critic(view: str, one: Array, other: Array) -> Array:
-            return self.model.apply({"params": params}, view, one, other, method="score_pairs")
+            scores: Array = self.model.apply(
+                {"params": params}, view, one, other, method="score_pairs"
+            )
+            return scores
 
         scales, biases = self.model.apply({"params": params}, method="scales_and_biases")
         loss, losses = perspectives.total_loss(
@@ -234,9 +237,9 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     size, rows = model.image.image_size, parallel.batch_sharding(mesh)
     image = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8, sharding=rows)
     token_ids = jax.ShapeDtypeStruct((batch, model.text.context_length), np.int32, sharding=rows)
-    found = {"image": image, "token_ids": token_ids}
+    shapes = {"image": image, "token_ids": token_ids}
     if config.perspectives.augmented_image.weight > 0:
-        found["image_2"] = image
+        shapes["image_2"] = image
     if config.perspectives.other_caption.weight > 0:
-        found["token_ids_2"] = token_ids
-    return found
+        shapes["token_ids_2"] = token_ids
+    return shapes

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -50,8 +50,8 @@ def train_batches(
     tokenizer: Tokenizer,
     *,
     start_step: int,
-    rows: Sequence[int] | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+    rows: Sequence[int] | np.ndarray | None = None,
+) -> Generator[dict[str, np.ndarray]]:
     """The training batches of one process, from a step on, without end.
 
     The source is shuffled anew in each epoch, and so is each set of a mixture. Close the iterator,
@@ -110,7 +110,7 @@ def batch_bytes(config: ConfigDict, rows: int) -> int:
     return views_of(config, "augmented_image") * rows * 3 * config.model.image.image_size**2
 
 
-def _until_closed(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+def _until_closed(batches: grain.IterDataset) -> Generator[dict[str, np.ndarray]]:
     iterator, receiver = iter(batches), Receiver()
     try:
         for batch in iterator:
@@ -146,10 +146,11 @@ class _Example:
         record, image, skipped = self._readable(int(index))
         # The same draws in the same order, whether second views follow or not.
         pixels, flipped = self._view(image, rng)
-        said = record.captions, record.tags, self._caption, rng
-        texts = captions.compose_two(*said) if self._two_captions else (captions.compose(*said),)
+        words = record.captions, record.tags, self._caption, rng
+        texts: tuple[str, ...]
+        texts = captions.compose_two(*words) if self._two_captions else (captions.compose(*words),)
         if flipped:
-            texts = [captions.swap_sides(text) for text in texts]
+            texts = tuple(captions.swap_sides(text) for text in texts)
         example = {"image": pixels, "skipped": skipped}
         example |= zip(("caption", "caption_2"), texts, strict=False)
         if self._two_images:
@@ -164,10 +165,11 @@ class _Example:
     def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
         """The record, or the next one of its set whose image can be read."""
         first_error = None
-        own = neighbours(self._source, index)
-        for step in range(min(_MAX_REPLACEMENTS, len(own))):
+        same_set = neighbours(self._source, index)
+        for step in range(min(_MAX_REPLACEMENTS, len(same_set))):
             try:
-                record, image = self._decoded(own[(index - own.start + step) % len(own)])
+                place = (index - same_set.start + step) % len(same_set)
+                record, image = self._decoded(same_set[place])
             except OSError as error:
                 first_error = first_error or error
                 continue
@@ -182,13 +184,12 @@ class _Example:
             return self._kept[index]
         record = self._source[index]
         if self._by_pillow:
-            image = flatten(decode(record.image, at_least=self._at_least), "white")
-            if self._trimmed:
-                image = trim(image)
-            area = image.width * image.height
+            picture = flatten(decode(record.image, at_least=self._at_least), "white")
+            image: _Decoded = trim(picture) if self._trimmed else picture
+            area = picture.width * picture.height
         else:
-            image = decode_pixels(record.image, self._at_least)
-            area = image.shape[0] * image.shape[1]
+            pixels = decode_pixels(record.image, self._at_least)
+            image, area = pixels, pixels.shape[0] * pixels.shape[1]
         record = replace(record, image=b"")
         # A small set is decoded once, which about halves the work of its later epochs.
         if 3 * area * len(self._source) <= _KEPT_BYTES:

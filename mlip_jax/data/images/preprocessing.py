@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import jax
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+# Of the host or of a device.
+Pixels = TypeVar("Pixels", np.ndarray, "jax.Array")
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -68,7 +77,8 @@ def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
         image = open_image(data)
         if at_least and image.format == "JPEG":
             short = min(image.size)
-            image.draft(None, tuple(side * at_least // short for side in image.size))
+            width, height = (side * at_least // short for side in image.size)
+            image.draft(None, (width, height))
         image.load()
         return eight_bits(image)
     except UnidentifiedImageError:  # its message names the address of a buffer
@@ -156,7 +166,7 @@ class Preprocessing:
         mean, std = NORMALIZATIONS[image.normalization]
         return cls(image.image_size, mean, std, transparency="white")
 
-    def __call__(self, image: bytes | str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    def __call__(self, image: ImageLike) -> np.ndarray:
         """The square that the model sees, uint8 [image_size, image_size, 3].
 
         Args:
@@ -194,7 +204,7 @@ class Preprocessing:
         high = short if height <= width else short * height // width
         return wide, high
 
-    def normalize(self, images: np.ndarray) -> np.ndarray:
+    def normalize(self, images: Pixels) -> Pixels:
         """uint8 [..., height, width, 3] -> float32 of the same shape, as the model takes it."""
         mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
         return (images.astype(np.float32) / np.float32(255) - mean) / std
@@ -225,10 +235,10 @@ def _margin(excess: int, rounding: str) -> int:
     return round(excess / 2) if rounding == "round" else excess // 2
 
 
-def _open(image: bytes | str | Path | Image.Image | np.ndarray) -> Image.Image:
+def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, bytes):
         return decode(image)
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, os.PathLike)):
         try:
             return decode(Path(image).expanduser().read_bytes())
         except UnreadableImage as error:

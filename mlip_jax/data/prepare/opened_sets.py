@@ -20,7 +20,7 @@ from mlip_jax.data.sets.coco_json import (
 )
 from mlip_jax.data.sets.files import ImageSource, find_images
 from mlip_jax.data.sets.opening import open_evaluation, open_source, split_spec
-from mlip_jax.data.sets.records import MissingSplit, Source
+from mlip_jax.data.sets.records import MissingSplit, MultiLabel, Source
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import ALL, canonical
 from mlip_jax.errors import UserError
@@ -117,7 +117,7 @@ class OpenedSet(Reader):
             self._open_all(base, split)
         source = self._parts[0][1]
         self.class_names = source.class_names
-        self.multi_label = hasattr(source, "targets")
+        self.multi_label = isinstance(source, MultiLabel)
         self.attribution = source.attribution
 
     def _open_all(self, base: str, split: str) -> None:
@@ -157,7 +157,7 @@ class OpenedSet(Reader):
         for number, (split, source) in enumerate(self._parts):
             # By the name it is noticed when another file has come to stand here.
             has_files = isinstance(source, ImageSource)
-            targets = source.targets() if self.multi_label else itertools.repeat(None)
+            targets = source.targets() if isinstance(source, MultiLabel) else itertools.repeat(None)
             for index, row in zip(range(len(source)), targets, strict=False):
                 shown = () if row is None else tuple(map(int, np.flatnonzero(row == 1)))
                 difficult = () if row is None else tuple(map(int, np.flatnonzero(row == 0)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int8
 
 from mlip_jax.errors import UserError
 
@@ -74,13 +77,7 @@ class Skipped:
 
 
 class Source(Protocol):
-    """What every kind of set offers.
-
-    A set whose images may show several classes each has a method more, by which it is told from
-    others: `targets() -> Int8[np.ndarray, "images classes"]`, 1 where an image shows a class, -1
-    where not, and 0 where it shows it only so that it is too difficult to count. It reads no image.
-    The label of its records is -1, and their captions are the classes that they show, or "".
-    """
+    """What every kind of dataset offers; see `MultiLabel` too."""
 
     name: str
     split: str  # "train", "validation", or the split's own name where that was asked for
@@ -99,3 +96,17 @@ class Source(Protocol):
 
     def captions(self) -> Iterator[str]:
         """Every caption and tag of the split, in the order of its records; no image is decoded."""
+
+
+@runtime_checkable
+class MultiLabel(Protocol):
+    """What a dataset offers besides when its images may show several classes each.
+
+    The label of its records is -1, and their captions are the classes that they show, or "".
+    """
+
+    def targets(self) -> Int8[np.ndarray, "images classes"]:
+        """1 where an image shows a class, -1 where not, 0 where it is too difficult to count.
+
+        It reads no image.
+        """
