@@ -1,4 +1,4 @@
-"""What a set of images with captions gives, whatever it is kept in."""
+"""What a dataset of images with captions gives, whatever it is kept in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Record:
 
 
 class MissingSplit(UserError):
-    """The set exists, but not the split that was asked for."""
+    """The dataset exists, but not the split that was asked for."""
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Skipped:
 
 
 class Source(Protocol):
-    """What every kind of set offers.
+    """What every kind of dataset offers.
 
-    A set whose images may show several classes each has a method more, by which it is told from
+    A dataset whose images may show several classes each has a method more, by which it is told from
     others: `targets() -> Int8[np.ndarray, "images classes"]`, 1 where an image shows a class, -1
     where not, and 0 where it shows it only so that it is too difficult to count. It reads no image.
     The label of its records is -1, and their captions are the classes that they show, or "".
@@ -84,9 +84,9 @@ class Source(Protocol):
 
     name: str
     split: str  # "train", "validation", or the split's own name where that was asked for
-    parts: tuple[str, ...]  # the set's own splits that this is made of
+    parts: tuple[str, ...]  # the dataset's own splits that this is made of
     class_names: tuple[str, ...]
-    attribution: str  # to be shown wherever the set is used; "": none known
+    attribution: str  # to be shown wherever the dataset is used; "": none known
     notes: tuple[str, ...]  # what was left out on opening, a line each
 
     def __len__(self) -> int: ...
