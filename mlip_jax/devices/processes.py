@@ -83,9 +83,9 @@ def together() -> Iterator[None]:
             raise
 
 
-def _follow(told: str) -> None:
+def _follow(message: str) -> None:
     """Ends this process as another one said that it ends."""
-    process, code, line = json.loads(told)
+    process, code, line = json.loads(message)
     if process != distributed.global_state.process_id:
         line = " ".join(f"error: process {process}: {line}".split())
         os.write(2, f"{line}\n".encode())
@@ -134,9 +134,9 @@ def by_first(function: Callable[[], _T]) -> _T:
             raise
         client.key_value_set_bytes(key, pickle.dumps((value, None)))
         return value
-    while (told := _look_up(key)) is None:
+    while (stored := _look_up(key)) is None:
         pass
-    value, error = pickle.loads(told)
+    value, error = pickle.loads(stored)
     if error is not None:
         raise error
     return value
@@ -169,9 +169,9 @@ def hearing(word: str, act: Callable[[str], None]) -> Iterator[None]:
     def listen() -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while not left.is_set():
-                told = _look_up(_WORDS + word)
-                if told is not None:
-                    act(told.decode())
+                message = _look_up(_WORDS + word)
+                if message is not None:
+                    act(message.decode())
                     return
 
     thread = threading.Thread(target=listen, daemon=True)
