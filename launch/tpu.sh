@@ -28,11 +28,11 @@ cd "$(dirname "$0")/.."
 . launch/common.sh
 usage="usage: launch/tpu.sh [--dry-run] create|setup|run|logs|delete|all [flags of the main job]"
 : "${SPOT:=false}" "${RESTARTS:=100}" "${POLL:=60}"
-patience=5 # calls over the network that fail in a row before the script gives up
-taken=69   # in place of an exit code, and not one of the job's: the slice was taken away
+patience=5   # calls over the network that fail in a row before the script gives up
+preempted=69 # in place of an exit code, and not one of the job's: the slice was taken away
 
-verb=${1:-}
-[[ $verb =~ ^(create|setup|run|logs|delete|all)$ ]] || fail 2 "$usage"
+subcommand=${1:-}
+[[ $subcommand =~ ^(create|setup|run|logs|delete|all)$ ]] || fail 2 "$usage"
 shift
 check SPOT 'true|false' "true or false"
 check RESTARTS '[0-9]+' "a whole number"
@@ -40,17 +40,17 @@ check POLL '[0-9]+' "a whole number of seconds"
 need TPU_NAME mlip
 need PROJECT_ID my-project
 need ZONE us-west4-a
-if [[ $verb == create || $verb == all || ($verb == run && $SPOT == true) ]]; then
+if [[ $subcommand == create || $subcommand == all || ($subcommand == run && $SPOT == true) ]]; then
   need ACCELERATOR_TYPE v5litepod-16
   need RUNTIME_VERSION v2-alpha-tpuv5-lite
 fi
-if [[ $verb == run || $verb == all ]]; then
+if [[ $subcommand == run || $subcommand == all ]]; then
   [[ " $* " == *" --workdir="* ]] ||
-    fail 2 "$verb needs --workdir=DIR, a folder that all workers see: a bucket or a shared disk"
-elif [[ $verb == delete ]]; then
+    fail 2 "$subcommand needs --workdir=DIR, a folder that all workers see: a bucket or a shared disk"
+elif [[ $subcommand == delete ]]; then
   [[ $* == --yes ]] || fail 2 "delete destroys $TPU_NAME and its disks; if you mean it, add --yes"
 elif (($#)); then
-  fail 2 "$verb takes no flags: $*"
+  fail 2 "$subcommand takes no flags: $*"
 fi
 
 place=("--project=$PROJECT_ID" "--zone=$ZONE")
@@ -163,19 +163,19 @@ exit_code() {
   return "$result"
 }
 
-# Starts the job or finds it running; returns its exit code when it ends, or $taken.
+# Starts the job or finds it running; returns its exit code when it ends, or $preempted.
 watch() {
   local start failed=0 line code=0
   start="$worker start$(printf ' %q' "$@")"
   until do_or_tell "${ssh[@]}" --worker=all "--command=$start"; do
-    if gone; then return "$taken"; fi
+    if gone; then return "$preempted"; fi
     if ((++failed >= patience)); then fail 1 "cannot start the job on $TPU_NAME"; fi
     pause
   done
   failed=0
   while true; do
     pause
-    if gone; then return "$taken"; fi
+    if gone; then return "$preempted"; fi
     if line=$(ask ended "${ssh[@]}" --worker=0 "--command=$worker look"); then
       failed=0
       if [[ $line == ended ]]; then break; fi
@@ -189,7 +189,7 @@ watch() {
   if ((code != 0 && code != 75)); then
     # Workers that are shut down one after the other can end in any way.
     pause
-    if gone; then return "$taken"; fi
+    if gone; then return "$preempted"; fi
   fi
   return "$code"
 }
@@ -208,14 +208,14 @@ run() {
   for ((attempt = 0; ; attempt++)); do
     code=0
     watch "$@" || code=$?
-    if ((code == taken)) && [[ $SPOT != true ]]; then
+    if ((code == preempted)) && [[ $SPOT != true ]]; then
       fail 1 "$TPU_NAME is no longer there; delete it and create it again"
     fi
-    if ((code != taken && code != 75)) || ((attempt >= RESTARTS)); then
+    if ((code != preempted && code != 75)) || ((attempt >= RESTARTS)); then
       $dry_run || say "exit code $code; it stays, and costs, until: launch/tpu.sh delete --yes"
       exit "$code"
     fi
-    if ((code == taken)); then
+    if ((code == preempted)); then
       say "taken away; asking for another ($((attempt + 1)) of $RESTARTS)"
       delete
       create_and_setup
@@ -225,11 +225,11 @@ run() {
   done
 }
 
-case $verb in
+case $subcommand in
   all)
     create_and_setup
     run "$@"
     ;;
   setup) setup ;;
-  *) "$verb" "$@" ;;
+  *) "$subcommand" "$@" ;;
 esac

@@ -1,4 +1,4 @@
-"""The embedded data set. One build serves all tests here."""
+"""The embedded dataset. One build serves all tests here."""
 
 import importlib
 import multiprocessing
@@ -126,11 +126,11 @@ def test_missing_package(tmp_path, monkeypatch):
         return original(name)
 
     monkeypatch.setattr(importlib, "import_module", without_resvg)
-    with pytest.raises(UserError, match="^the data set 'emoji' needs .* pip install resvg-py$"):
+    with pytest.raises(UserError, match="^the dataset 'emoji' needs .* pip install resvg-py$"):
         open_source("emoji", "train", cache_dir=str(tmp_path))
 
 
 def test_cache_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot build the data set 'emoji' in"):
+    with pytest.raises(UserError, match="cannot build the dataset 'emoji' in"):
         open_source("emoji", "train", cache_dir=str(tmp_path / "file"))

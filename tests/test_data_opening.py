@@ -234,7 +234,7 @@ def test_folder_without_images(tmp_path):
         ("jsonl:/no/such.jsonl", "cannot read /no/such.jsonl: No such file"),
         ("csv:/no/such.csv", "cannot read /no/such.csv"),
         ("folder:/no/such", "no such folder: /no/such"),
-        ("tfds:no_such_set_at_all", "cannot open the data set 'tfds:no_such_set_at_all'"),
+        ("tfds:no_such_set_at_all", "cannot open the dataset 'tfds:no_such_set_at_all'"),
     ],
 )
 def test_unknown_sets(spec, message):

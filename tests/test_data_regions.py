@@ -109,7 +109,7 @@ def test_a_box_that_reaches_out_is_found_with_the_image(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("composition", "unknown set of regions 'composition'.*did you mean 'compositions'"),
+        ("composition", "unknown dataset of regions 'composition'.*did you mean 'compositions'"),
         ("refcocos:/x", "did you mean 'refcoco:'"),
         ("regions:", "expected compositions, refcoco:FOLDER or regions:FILE"),
         ("compositions#test", "compositions#test: expected train or validation"),
@@ -222,7 +222,7 @@ BAD_REFER = [
     ({"annotations__0__image_id": 7}, r"annotations\[0\] is of the image 7, which is not among"),
     ({"annotations__1__id": None}, r'annotations\[1\] needs "id"'),
     ({"images__1__file_name": ""}, r'images\[1\] needs "id" and "file_name"'),
-    ({"images__0__file_name": "three.png"}, "the image three.png is not to be found: looked in"),
+    ({"images__0__file_name": "three.png"}, "cannot find the image three.png: looked in"),
 ]
 
 
@@ -236,7 +236,7 @@ def test_what_is_wrong_in_refer_is_said(tmp_path, changes, message):
 
 def test_what_refer_lacks_is_said(tmp_path):
     spec = refer(tmp_path / "refcoco")
-    with pytest.raises(UserError, match="the image one.png is not to be found"):
+    with pytest.raises(UserError, match="cannot find the image one.png"):
         open_region_set(spec)
     (tmp_path / "refcoco" / "instances.json").unlink()
     with pytest.raises(UserError, match="has no instances.json"):

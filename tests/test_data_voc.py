@@ -96,7 +96,7 @@ def test_names_that_clean_to_nothing_drop_no_image(tmp_path):
             {"cat_test.txt": None, "dog_test.txt": None},
             "has no test split, only train, val, trainv",
         ),
-        ({"cat_test.txt": "", "dog_test.txt": ""}, "the test split of the set .* is empty"),
+        ({"cat_test.txt": "", "dog_test.txt": ""}, "the test split of the dataset .* is empty"),
     ],
 )
 def test_wrong_lists(tmp_path, lists, message):

@@ -454,7 +454,7 @@ REFUSED = [
     ),
     ({"mesh.data": 3}, "mesh .* does not fit the 8 devices"),
     ({"data.train": "jsonl:absent.jsonl"}, "absent.jsonl"),
-    ({"data.train": "emojy"}, "unknown data set 'emojy'.*did you mean 'emoji'"),
+    ({"data.train": "emojy"}, "unknown dataset 'emojy'.*did you mean 'emoji'"),
     ({"data.validation": "folder:absent"}, "absent"),
     ({"evaluation.retrieval": "('jsonl:absent.jsonl',)"}, "absent.jsonl"),
     ({"evaluation.zero_shot": "('validation','folder:absent')"}, "absent"),

@@ -322,7 +322,7 @@ def test_usage_and_examples_use_flags_that_there_are(name):
         assert program == "mlip"
         values = flags.define()
         rest = values(["mlip", *flags.complete(words)], known_only=True)[1:]
-        assert flags.given(used, values)
+        assert flags.options(used, values)
         known = {f"--config.{key}" for key in schema.flatten(schema.default().to_dict())}
         assert {word.partition("=")[0] for word in rest} <= known
 

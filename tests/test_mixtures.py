@@ -160,7 +160,7 @@ def test_validation_is_that_of_the_first_set_that_has_one(sets, pairs):
     assert open_validation(data).name == "pairs" and own_set(data) == f"jsonl:{pairs}"
     data.train = mix((sets[0], 1), (f"jsonl:{pairs}#validation", 1))
     assert open_validation(data) is None
-    with pytest.raises(UserError, match="is for training: name one set"):
+    with pytest.raises(UserError, match="is for training: name one dataset"):
         open_evaluation(data.train)
 
 
@@ -174,7 +174,7 @@ def test_malformed_mixtures(text):
 
 
 def test_a_mistake_in_a_part_names_it():
-    with pytest.raises(UserError, match="unknown data set 'emojy'.*did you mean 'emoji'"):
+    with pytest.raises(UserError, match="unknown dataset 'emojy'.*did you mean 'emoji'"):
         open_source("mix:emoji*1+emojy*1", "train")
 
 

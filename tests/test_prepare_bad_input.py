@@ -105,8 +105,8 @@ def test_truncated_and_damaged_tars_lose_only_what_is_damaged(tmp_path):
 @pytest.mark.parametrize(
     ("size", "place_told", "message"),
     [
-        (b"77777777777\0", "/0.txt", "says to have 8,589,934,591 bytes"),
-        (b"\x80" + b"\xff" * 11, "/0.txt", "says to have 309,485,009,821,345,068,724,781,055"),
+        (b"77777777777\0", "/0.txt", "its header says 8,589,934,591 bytes"),
+        (b"\x80" + b"\xff" * 11, "/0.txt", "its header says 309,485,009,821,345,068,724,781,055"),
         (b"-0000001000\0", " at byte 1536", "the tar file is damaged: 1,024 bytes are passed over"),
     ],
 )
@@ -189,12 +189,12 @@ def test_json_members(tmp_path):
     assert found["lone"].captions == ("? x",) and set(found) == {"a", "c", "lone"}
     told = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
     assert told["half"].startswith("not JSON") and "nested too deeply" in told["deep"]
-    assert told["twice"] == "the key 'caption' is in it twice"
+    assert told["twice"] == "the key 'caption' occurs twice"
     assert told["number"] == "the caption must be a text, found a number"
 
 
 def bomb(width, height):
-    """A PNG that says to have so many pixels."""
+    """A PNG whose header says so many pixels."""
 
     def chunk(kind, data):
         body = kind + data
@@ -235,7 +235,7 @@ def test_images_of_every_kind(tmp_path):
     assert set(kept) == {"0.jpg", "cmyk.jpg", "deep.png", "moving.gif"}
     assert all(kept[name] == (folder / name).read_bytes() for name in kept)
     told = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
-    assert all("says to have" in told[f"bomb{side}.png"] for side in (9_500, 60_000))
+    assert all("header says" in told[f"bomb{side}.png"] for side in (9_500, 60_000))
     assert "truncated" in told["truncated.jpg"] and told["wide.bmp"] == "the image is empty"
     for name in ("text.jpg", "script.jpg", "b?se.jpg"):
         assert told[name] == "the image cannot be decoded: not an image of a known format"
@@ -340,11 +340,11 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     assert run(source, f"--out={tmp_path / 'mine'}") == 2
-    assert "is not empty and holds no prepared set" in capsys.readouterr().err
+    assert "is not empty and holds no prepared dataset" in capsys.readouterr().err
     out = prepare(tmp_path, source.removeprefix("--source="))
     before = contents(out)
     assert run(source, f"--out={out}", "--resize=10") == 2
-    assert "prepared otherwise (resize: 0 -> 10)" in capsys.readouterr().err
+    assert "prepared differently (resize: 0 -> 10)" in capsys.readouterr().err
     assert contents(out) == before
     (tmp_path / "file").write_text("")
     assert run(source, f"--out={tmp_path / 'file'}") == 2
@@ -374,7 +374,7 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, capsys):
             "--config goes with the subcommands train, evaluate",
         ),
         (("--out=x", "--sourc=folder:y"), "did you mean 'source'"),
-        (("--out=x", "--check"), "x holds no prepared set"),
+        (("--out=x", "--check"), "x holds no prepared dataset"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -388,7 +388,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, arguments,
 def test_tables_without_the_columns(tmp_path, capsys):
     for text, message in (
         ("a,b\n1,2\n", "needs a column file (or image, path)"),
-        ("file,caption,caption\n", "the column 'caption' is there twice"),
+        ("file,caption,caption\n", "the column 'caption' occurs twice"),
         ("", "found nothing"),
     ):
         (tmp_path / "t.csv").write_text(text)
@@ -425,7 +425,7 @@ def test_what_cannot_begin_leaves_nothing(tmp_path, capsys):
     (tmp_path / "none.csv").write_text("image,caption\n")
     refused("has no records", f"csv:{tmp_path / 'none.csv'}")
     (tmp_path / "no.parquet").write_text("no parquet")
-    refused("has no record of use", f"parquet:{tmp_path / 'no.parquet'}", LENIENT)
+    refused("has no usable record", f"parquet:{tmp_path / 'no.parquet'}", LENIENT)
 
 
 def test_what_is_broken_is_listed_even_if_it_is_too_much(tmp_path):

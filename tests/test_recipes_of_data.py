@@ -21,9 +21,7 @@ def test_a_set_that_is_not_there_says_what_to_put_where(name, tmp_path, capsys, 
     monkeypatch.setenv("MLIP_JAX_CACHE", str(tmp_path))
     assert door.main(["mlip", f"--config={ROOT}/configs/mlip.py:data={name}"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(
-        f"error: the set {name!r} is looked for in {tmp_path / name}, which lacks"
-    )
+    assert told.startswith(f"error: the dataset {name!r} belongs in {tmp_path / name}, which lacks")
     assert public.instructions(name, tmp_path / name) in told and told.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

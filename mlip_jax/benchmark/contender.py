@@ -145,12 +145,12 @@ def _compile(
     limit = device_memory()
     if compiled is not None and need <= limit:
         return compiled, memory
-    found = _fitting(network, optimizer, config, mesh, abstract, limit)
+    fitting_batch = _fitting(network, optimizer, config, mesh, abstract, limit)
     needs = f"{need / GIB:.1f} GiB a device" if need else "more memory a device than there is"
     raise UserError(
         f"the step at config.batch_size={config.batch_size} needs {needs}, and there are "
         f"{limit / GIB:.1f} GiB: "
-        + (f"--config.batch_size={found} fits" if found else "no batch fits")
+        + (f"--config.batch_size={fitting_batch} fits" if fitting_batch else "no batch fits")
         + "; --config.accumulation and --config.model.image.remat=True need less"
     )
 
@@ -182,8 +182,8 @@ def device_memory() -> float:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"])
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole / jax.local_device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory / jax.local_device_count()
 
 
 def _peak_memory() -> int | None:
@@ -219,7 +219,7 @@ def _real(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.
 
 
 def open_input(config: ConfigDict) -> tuple[Source, Tokenizer]:
-    """The set to train on, and the tokenizer of a run of the config."""
+    """The dataset to train on, and the tokenizer of a run of the config."""
     text = config.model.text
     source = open_training(config.data, text.cleaning)
     tokenizer = load_tokenizer(

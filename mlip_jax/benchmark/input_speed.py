@@ -85,22 +85,22 @@ def _pillow(source: Source, size: int) -> float:
     return len(files) / statistics.median(seconds)
 
 
-def print_input(console: Console, found: InputResult) -> None:
+def print_input(console: Console, result: InputResult) -> None:
     """Two lines."""
-    ratio = found.per_core / found.pillow_per_core
-    cores = f"{found.cores} cores" if found.cores > 1 else "1 core"
+    ratio = result.per_core / result.pillow_per_core
+    cores = f"{result.cores} cores" if result.cores > 1 else "1 core"
     console.print(
-        f"input: {found.images_per_second:,.0f} images/s on {cores}, {found.per_core:,.0f} a core"
+        f"input: {result.images_per_second:,.0f} images/s on {cores}, {result.per_core:,.0f} a core"
     )
     console.print(
-        f"Pillow, decode and resize alone: {found.pillow_per_core:,.0f} images/s a core; the input "
-        f"is {ratio:.2f}x"
+        f"Pillow, decode and resize alone: {result.pillow_per_core:,.0f} images/s a core; the "
+        f"input is {ratio:.2f}x"
     )
 
 
-def print_step(console: Console, found: InputResult) -> None:
+def print_step(console: Console, result: InputResult) -> None:
     """A line: what the step takes of the input."""
     console.print(
-        f"the step takes {found.step:,.0f} images/s: {found.step / found.per_core:,.1f} cores "
+        f"the step takes {result.step:,.0f} images/s: {result.step / result.per_core:,.1f} cores "
         "of input"
     )

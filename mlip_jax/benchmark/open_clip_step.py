@@ -55,8 +55,8 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         half = torch.autocast(self.device.type, torch.bfloat16)
         with half if self._half else contextlib.nullcontext():
-            found = self.forward(self._images, self._texts)
-            loss = self._loss(**found)
+            outputs = self.forward(self._images, self._texts)
+            loss = self._loss(**outputs)
         loss.backward()
         self._optimizer.step()
         if self.device.type == "cuda":
@@ -81,11 +81,11 @@ def main() -> None:
     torch.set_num_threads(sizes["threads"])
     start = time.perf_counter()
     step = Step(sizes)
-    works = compiled(step)
+    is_compiled = compiled(step)
     step()
     parameters = sum(parameter.numel() for parameter in step.model.parameters())
     seconds = time.perf_counter() - start
-    say({"compiled": works, "parameters": parameters, "seconds": seconds})
+    say({"compiled": is_compiled, "parameters": parameters, "seconds": seconds})
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
@@ -95,9 +95,9 @@ def main() -> None:
         say({"seconds": times})
 
 
-def say(told: dict[str, Any]) -> None:
+def say(message: dict[str, Any]) -> None:
     """A line for the process that started this one."""
-    print(json.dumps(told), flush=True)
+    print(json.dumps(message), flush=True)
 
 
 if __name__ == "__main__":

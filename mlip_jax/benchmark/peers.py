@@ -55,9 +55,9 @@ class Peer:
     def __init__(self, config: ConfigDict, process: subprocess.Popen[str]) -> None:
         self._config = config
         self._process = process
-        told = self._read()
-        self.name = "open_clip, torch.compile" if told["compiled"] else "open_clip, eager"
-        self._parameters, self._seconds = told["parameters"], told["seconds"]
+        report = self._read()
+        self.name = "open_clip, torch.compile" if report["compiled"] else "open_clip, eager"
+        self._parameters, self._seconds = report["parameters"], report["seconds"]
 
     def run(self, steps: int) -> list[Timing]:
         """Trains some steps."""

@@ -109,22 +109,22 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         if any(cells):
             table.add_row(words, *cells)
 
-    row("global batch", *(f"{found.batch_size:,}" for found in results))
-    row("compute", *(found.dtype for found in results))
-    row("parameters", *(f"{found.parameters:,}" for found in results))
-    row("step, median", *(_milliseconds(found.step_seconds) for found in results))
-    row("  lower quartile", *(_milliseconds(found.step_seconds_low) for found in results))
-    row("  upper quartile", *(_milliseconds(found.step_seconds_high) for found in results))
-    row("images a second", *(f"{found.images_per_second:,.1f}" for found in results))
+    row("global batch", *(f"{result.batch_size:,}" for result in results))
+    row("compute", *(result.dtype for result in results))
+    row("parameters", *(f"{result.parameters:,}" for result in results))
+    row("step, median", *(_milliseconds(result.step_seconds) for result in results))
+    row("  lower quartile", *(_milliseconds(result.step_seconds_low) for result in results))
+    row("  upper quartile", *(_milliseconds(result.step_seconds_high) for result in results))
+    row("images a second", *(f"{result.images_per_second:,.1f}" for result in results))
     if several:
         first = results[0].images_per_second
-        row("  over the first", *(f"{found.images_per_second / first:.2f}x" for found in results))
-    row("model FLOPs a step", *(_or_nothing(found.model_flops, "{:.3g}") for found in results))
-    row("  utilisation", *(_or_nothing(found.utilisation, "{:.1%}") for found in results))
-    row("wait for data", *(f"{found.data_wait:.1%}" for found in results))
-    row("memory a device", *(_gib(found.memory) for found in results))
-    row("  most held so far", *(_gib(found.peak_memory) for found in results))
-    row("compilation", *(f"{found.compile_seconds:.1f} s" for found in results))
+        row("  over the first", *(f"{result.images_per_second / first:.2f}x" for result in results))
+    row("model FLOPs a step", *(_or_nothing(result.model_flops, "{:.3g}") for result in results))
+    row("  utilisation", *(_or_nothing(result.utilisation, "{:.1%}") for result in results))
+    row("wait for data", *(f"{result.data_wait:.1%}" for result in results))
+    row("memory a device", *(_gib(result.memory) for result in results))
+    row("  peak so far", *(_gib(result.peak_memory) for result in results))
+    row("compilation", *(f"{result.compile_seconds:.1f} s" for result in results))
     console.print(table)
 
 
@@ -142,10 +142,10 @@ def _or_nothing(value: float | None, shape: str) -> str:
 
 def write_json(path: Path, results: Sequence[Result], **more: Any) -> None:
     """The results, what else was found, and the machine."""
-    found = {
+    content = {
         "results": [asdict(result) for result in results],
         **more,
         "environment": environment(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(found, indent=2) + "\n")
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The verb: one config timed, or several in turns, or one beside another program."""
+"""The subcommand: one config timed, or several in turns, or one beside another program."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def benchmark(
             *(side.result(times, peak) for side, times in zip(ours, timings, strict=False)),
             *(side.result(times) for side, times in zip(theirs, timings[len(ours) :], strict=True)),
         ]
-    found: dict[str, Any] = {"matrix_peak": peak}
+    extra: dict[str, Any] = {"matrix_peak": peak}
     console.print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; products of matrices run at "
         f"{peak / 1e12:,.2f} TFLOP/s, measured"
@@ -97,9 +97,9 @@ def benchmark(
     if measured:
         measured = dataclasses.replace(measured, step=results[0].images_per_second)
         input_speed.print_step(console, measured)
-        found["input"] = dataclasses.asdict(measured)
+        extra["input"] = dataclasses.asdict(measured)
     path = Path(workdir) / f"benchmark-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
-    write_json(path, results, **found)
+    write_json(path, results, **extra)
     console.print(f"written: {path}")
     return 0
 

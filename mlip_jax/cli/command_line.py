@@ -61,36 +61,38 @@ def parse(arguments: Sequence[str]) -> Command | str:
     subcommand = arguments.pop(0) if named else subcommands.DEFAULT
     subcommands.check(subcommand)
     values = table.define()
-    rest = _read(values, table.complete(arguments), known_only=True)
+    remaining = _read(values, table.complete(arguments), known_only=True)
     if table.read(subcommand, values, "version"):
         return pages.version()
     if table.read(subcommand, values, "help"):
         # `mlip --help SUBCOMMAND` is about that subcommand too.
-        asked = [subcommand] if named else [one for one in rest if one in subcommands.SUBCOMMANDS]
-        return pages.page(asked[0]) if asked else pages.overview()
-    for argument in rest:
+        topics = (
+            [subcommand] if named else [one for one in remaining if one in subcommands.SUBCOMMANDS]
+        )
+        return pages.page(topics[0]) if topics else pages.overview()
+    for argument in remaining:
         flag = _FLAG.match(argument)
         if flag and not _OVERRIDE.match(argument):
             raise table.unknown(flag["name"])
-    options = table.given(subcommand, values)
+    options = table.options(subcommand, values)
     for file in options.pop("import", ()):
         import_file(file)
     if subcommand == "evaluate" and "compare" in options:
-        return _comparison(options, rest)
+        return _comparison(options, remaining)
     if not table.takes(subcommand, "config"):
-        if rest:
+        if remaining:
             raise UserError(
-                f"{subcommand} takes no {rest[0]!r}: it takes flags alone, and no config"
+                f"{subcommand} takes no {remaining[0]!r}: it takes flags alone, and no config"
             )
         return Command(subcommand, None, None, options)
     file, folder = options.pop("config", None), options.pop("workdir", None)
     config = _find_config(subcommand, subcommands.DEFAULT, file, folder)
-    _override(config, rest)
+    _override(config, remaining)
     validate(config)
     workdir = Path(folder or Path("runs") / config.name)
     if subcommand == "benchmark":
         options["title"] = file or str(workdir)
-        options["compare"] = [_another(text, rest) for text in options.get("compare", ())]
+        options["compare"] = [_another(text, remaining) for text in options.get("compare", ())]
     environment = {
         flag.variable: str(options.pop(flag.keyword))
         for flag in table.FLAGS
@@ -99,25 +101,25 @@ def parse(arguments: Sequence[str]) -> Command | str:
     return Command(subcommand, config, workdir, options, environment)
 
 
-def _comparison(options: Mapping[str, Any], rest: list[str]) -> Command:
+def _comparison(options: Mapping[str, Any], remaining: list[str]) -> Command:
     for flag in table.FLAGS:
         if flag.keyword in options and flag.name not in ("compare", "workdir"):
             raise UserError(f"--compare shows results side by side and takes no --{flag.name}")
-    if rest:
-        raise UserError(f"--compare takes no {rest[0]!r}: separate the workdirs by commas")
+    if remaining:
+        raise UserError(f"--compare takes no {remaining[0]!r}: separate the workdirs by commas")
     workdir = Path(options["workdir"]) if "workdir" in options else None
     workdirs = tuple(one for text in options["compare"] for one in text.split(",") if one)
     return Command("evaluate", None, workdir, {"compare": workdirs})
 
 
-def _another(text: str, rest: list[str]) -> tuple[str, ConfigDict]:
-    """A config to time beside the first: "FILE --config.KEY=VALUE ..."; `rest` holds too."""
+def _another(text: str, shared: list[str]) -> tuple[str, ConfigDict]:
+    """A config to time beside the first: "FILE --config.KEY=VALUE ...", after `shared`."""
     try:
         file, *overrides = shlex.split(text) or [""]
     except ValueError as error:  # a quote that does not end
         raise UserError(f"--compare={text}: {error}") from None
     config = load_config(file)
-    _override(config, [*rest, *overrides])
+    _override(config, [*shared, *overrides])
     validate(config)
     return text, config
 
@@ -131,20 +133,24 @@ def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = Fal
         raise UserError(str(error)) from error
 
 
-def _find_config(verb: str, default: str, file: str | None, workdir: str | None) -> ConfigDict:
+def _find_config(
+    subcommand: str, default: str, file: str | None, workdir: str | None
+) -> ConfigDict:
     if file:
         return load_config(file)
-    if verb == default:
+    if subcommand == default:
         raise UserError(
             "no config: say which experiment to run, such as --config=mlip (--help shows more)"
         )
     if not workdir:
-        raise UserError(f"{verb} needs a run to look at: add --workdir=DIR (or --config=FILE)")
+        raise UserError(
+            f"{subcommand} needs a run to look at: add --workdir=DIR (or --config=FILE)"
+        )
     path = Path(workdir) / "config.json"
     if _holds_model(Path(workdir)):
-        if verb not in _OF_ANY_MODEL:
+        if subcommand not in _OF_ANY_MODEL:
             raise UserError(
-                f"{verb} needs the workdir of a run, and {workdir} holds a model alone; "
+                f"{subcommand} needs the workdir of a run, and {workdir} holds a model alone; "
                 f"{', '.join(_OF_ANY_MODEL)} take that"
             )
         # Light as it is, this module cannot import what reads other libraries' folders.
@@ -179,10 +185,10 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
         extra = _read(values, arguments)
     except UserError as error:
         # absl: "flag --config.KEY=VALUE: reason"
-        told = re.match(r"flag --config\.(?P<key>[^=]+)=(?P<value>.*?): ", str(error))
-        if not told:
+        match = re.match(r"flag --config\.(?P<key>[^=]+)=(?P<value>.*?): ", str(error))
+        if not match:
             raise
-        raise UserError(_wrong_type(told["key"], told["value"], known)) from error
+        raise UserError(_wrong_type(match["key"], match["value"], known)) from error
     if extra:
         raise UserError(
             f"unexpected argument {extra[0]!r}: the subcommand comes first, flags after it"
@@ -211,8 +217,8 @@ def _unknown_key(key: str, known: list[str]) -> str:
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"config.{key} is a section: override one of its keys, such as config.{inside[0]}"
-    whole = [name for name in known if name.endswith(f".{key}")]  # right, but for its sections
-    near = f"; did you mean {whole[0]!r}?" if whole else suggestion(key, known)
+    full_keys = [name for name in known if name.endswith(f".{key}")]  # right, but for its sections
+    near = f"; did you mean {full_keys[0]!r}?" if full_keys else suggestion(key, known)
     return f"unknown config key config.{key}{near}"
 
 

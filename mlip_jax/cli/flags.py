@@ -435,7 +435,7 @@ def complete(arguments: Iterable[str]) -> list[str]:
 
 
 def define() -> flags.FlagValues:
-    """All flags as absl knows them; their texts are read by `read` and `given`."""
+    """All flags as absl knows them; their texts are read by `read` and `options`."""
     values = flags.FlagValues()
     for flag in FLAGS:
         flags.DEFINE_multi_string(flag.name, [], "", flag_values=values)
@@ -452,27 +452,27 @@ def read(subcommand: str, values: flags.FlagValues, name: str) -> Any:
       UserError: for a text that is no value of the flag.
     """
     use = _BY_NAME[name].uses[subcommand]
-    found = []
+    parsed = []
     for text in values[name].value:
         try:
-            found.append(use.kind.read(text))
+            parsed.append(use.kind.read(text))
         except ValueError:
             raise UserError(
                 f"--{name}={text}: expected {use.kind.expected or f'--{name}={use.metavar}'}"
                 f"{suggestion(text, use.kind.choices)}"
             ) from None
-    if not found:
+    if not parsed:
         return None
-    return tuple(found) if use.kind.repeated else found[-1]
+    return tuple(parsed) if use.kind.repeated else parsed[-1]
 
 
-def given(subcommand: str, values: flags.FlagValues) -> dict[str, Any]:
+def options(subcommand: str, values: flags.FlagValues) -> dict[str, Any]:
     """The flags that are given, by keyword.
 
     Raises:
       UserError: for a flag of other subcommands, a wrong value, or a flag that is missing.
     """
-    found = {}
+    options = {}
     for flag in FLAGS:
         if flag.name in PAGES:
             continue
@@ -484,11 +484,11 @@ def given(subcommand: str, values: flags.FlagValues) -> dict[str, Any]:
                 f"with {subcommand}"
             )
         if values[flag.name].value:
-            found[flag.keyword] = read(subcommand, values, flag.name)
+            options[flag.keyword] = read(subcommand, values, flag.name)
     for flag in taken_by(subcommand):
-        if flag.uses[subcommand].missing and flag.keyword not in found:
+        if flag.uses[subcommand].missing and flag.keyword not in options:
             raise UserError(f"{subcommand} needs {flag.uses[subcommand].missing}")
-    return found
+    return options
 
 
 def unknown(name: str) -> UserError:

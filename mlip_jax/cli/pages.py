@@ -39,22 +39,22 @@ def overview() -> str:
 def page(name: str) -> str:
     """The page of a subcommand."""
     subcommand = SUBCOMMANDS[name]
-    taken = [flag.name for flag in flags.taken_by(name)]
+    names = [flag.name for flag in flags.taken_by(name)]
     return _page(
         _usage(f"mlip {name}", subcommand.usage),
         _paragraphs(subcommand.description),
-        _section("Flags", _flags(name, taken)),
+        _section("Flags", _flags(name, names)),
         _examples(subcommand.examples),
     )
 
 
 def version() -> str:
     """The line of --version; JAX is not imported for it."""
-    found = versions.installed()
-    jax = found.get("jax", "(not installed)")
+    installed = versions.installed()
+    jax = installed.get("jax", "(not installed)")
     # By name: the import contract counts what the package imports only when it loads a model.
     package = importlib.import_module("mlip_jax")
-    return f"mlip_jax {package.__version__}, jax {jax}, Python {found['python']}\n"
+    return f"mlip_jax {package.__version__}, jax {jax}, Python {installed['python']}\n"
 
 
 def _page(*parts: str) -> str:
@@ -105,7 +105,7 @@ def _flags(subcommand: str, names: Iterable[str]) -> Iterable[tuple[str, str]]:
     by_name = {flag.name: flag for flag in flags.taken_by(subcommand)}
     for name in names:
         flag = by_name[name]
-        yield _written(flag, flag.uses[subcommand]), _told(flag, flag.uses[subcommand])
+        yield _written(flag, flag.uses[subcommand]), _description(flag, flag.uses[subcommand])
         if name == "config":
             yield _OVERRIDE
 
@@ -116,7 +116,7 @@ def _written(flag: flags.Flag, use: flags.Use) -> str:
     return f"-h, {written}" if flag.name == "help" else written
 
 
-def _told(flag: flags.Flag, use: flags.Use) -> str:
+def _description(flag: flags.Flag, use: flags.Use) -> str:
     choices = f": {', '.join(use.kind.choices)}" if len(use.kind.choices) > 1 else ""
     default = "" if use.default is None else f" (default: {use.default})"
     return f"{use.help}{choices}{default}"

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of this run; call it before any device is used.
 
-    Without several processes in the environment nothing is done. They are told of by
+    Without several processes in the environment nothing is done. They are described by
     MLIP_COORDINATOR ("host:port" of process 0), MLIP_PROCESSES and MLIP_PROCESS_ID, which the flags
     --coordinator, --processes and --process-id set; without these as JAX finds them under SLURM and
     Open MPI, on TPU slices and in indexed jobs of Kubernetes. MLIP_START_SECONDS (300) is how long
@@ -38,9 +38,9 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
       UserError: for variables that are missing or make no sense.
       RunError: when the coordinator does not answer in time.
     """
-    given = _given(environment)
-    cluster = None if given else _cluster(environment)
-    if jax.distributed.is_initialized() or not (given or cluster):
+    explicit = _explicit_processes(environment)
+    cluster = None if explicit else _cluster(environment)
+    if jax.distributed.is_initialized() or not (explicit or cluster):
         return
     limit = _seconds(environment, START_SECONDS, _START)
     heartbeat = _seconds(environment, HEARTBEAT_SECONDS, _HEARTBEAT)
@@ -50,14 +50,14 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     # It takes SIGTERM away from whoever listens.
     jax.config.update("jax_enable_preemption_service", False)
-    if given and given["process_id"]:
-        _wait_for(given["coordinator_address"], limit)
-    where = given.get("coordinator_address", f"as {cluster} names it")
+    if explicit and explicit["process_id"]:
+        _wait_for(explicit["coordinator_address"], limit)
+    where = explicit.get("coordinator_address", f"as {cluster} names it")
     processes.end_aborts_with(f"not all processes of this run came to {where} within {limit} s")
     try:
         jax.distributed.initialize(
-            **given,
-            cluster_detection_method="deactivate" if given else cluster,
+            **explicit,
+            cluster_detection_method="deactivate" if explicit else cluster,
             initialization_timeout=limit,
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=heartbeat,
@@ -95,18 +95,18 @@ def _check_cpus() -> None:
         )
 
 
-def _given(environment: Mapping[str, str]) -> dict[str, Any]:
+def _explicit_processes(environment: Mapping[str, str]) -> dict[str, Any]:
     """What MLIP_* variables say, as JAX takes it; {} where they say nothing or "one process"."""
     names = (COORDINATOR, PROCESSES, PROCESS_ID)
-    found = {name: environment[name] for name in names if environment.get(name)}
-    if not found:
+    values = {name: environment[name] for name in names if environment.get(name)}
+    if not values:
         return {}
-    if missing := [name for name in names if name not in found]:
-        raise UserError(f"{', '.join(found)} without {', '.join(missing)}: set all three or none")
-    address = found[COORDINATOR]
+    if missing := [name for name in names if name not in values]:
+        raise UserError(f"{', '.join(values)} without {', '.join(missing)}: set all three or none")
+    address = values[COORDINATOR]
     if not re.fullmatch(r"\S+:\d{1,5}", address):
         raise UserError(f"{COORDINATOR}={address!r}: expected host:port, such as 10.0.0.1:8476")
-    count, index = (_whole(name, found[name]) for name in (PROCESSES, PROCESS_ID))
+    count, index = (_whole_number(name, values[name]) for name in (PROCESSES, PROCESS_ID))
     if not 0 <= index < count:
         raise UserError(
             f"{PROCESS_ID}={index} of {PROCESSES}={count}: the processes are 0 to {count - 1}"
@@ -142,7 +142,7 @@ def _has_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _whole(name: str, text: str) -> int:
+def _whole_number(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -150,7 +150,7 @@ def _whole(name: str, text: str) -> int:
 
 
 def _seconds(environment: Mapping[str, str], name: str, default: int) -> int:
-    seconds = _whole(name, environment.get(name) or str(default))
+    seconds = _whole_number(name, environment.get(name) or str(default))
     if seconds < 1:
         raise UserError(f"{name}={seconds} must be at least 1 second")
     return seconds
@@ -168,6 +168,6 @@ def _wait_for(address: str, limit: int) -> None:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"no coordinator at {address} within {limit} s ({error}): start process 0 "
-                    f"there, or mend {COORDINATOR}"
+                    f"there, or correct {COORDINATOR}"
                 ) from error
         time.sleep(0.2)

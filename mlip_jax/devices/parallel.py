@@ -48,14 +48,14 @@ def make_mesh(
     sizes = [int(shape[axis]) for axis in AXES]
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh ({given}): each axis at least 1, and at most one -1")
+        raise UserError(f"config.mesh ({axes}): each axis at least 1, and at most one -1")
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
     if math.prod(sizes) != count:
-        raise UserError(f"config.mesh ({given}) does not fit the {count} devices here")
+        raise UserError(f"config.mesh ({axes}) does not fit the {count} devices here")
     shards = sizes[0] * sizes[1]
     if batch_size % shards:
         below = batch_size // shards * shards
@@ -88,13 +88,13 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
-def sharding_rules(given: Sequence[str], params: Any) -> tuple[Rule, ...]:
+def sharding_rules(config_rules: Sequence[str], params: Any) -> tuple[Rule, ...]:
     """The rules of a run: those of config.sharding, then `RULES`.
 
     Args:
-      given: each "PATTERN=AXES": what is found in a parameter's path, and a mesh axis for each axis
-        of the array with spaces between, "-" for one that stays whole, nothing for an array that
-        does.
+      config_rules: each "PATTERN=AXES": what is found in a parameter's path, and a mesh axis for
+        each axis of the array with spaces between, "-" for one that stays whole, nothing for an
+        array that does.
       params: the parameters that they are for.
 
     Raises:
@@ -104,7 +104,7 @@ def sharding_rules(given: Sequence[str], params: Any) -> tuple[Rule, ...]:
     shapes = {
         path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    return (*(_rule(text, shapes) for text in given), *RULES)
+    return (*(_rule(text, shapes) for text in config_rules), *RULES)
 
 
 def _rule(text: str, shapes: Mapping[str, tuple[int, ...]]) -> Rule:

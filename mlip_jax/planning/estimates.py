@@ -108,7 +108,7 @@ class Estimate:
 
 
 def estimate(config: ConfigDict, machine: Machine) -> Estimate:
-    """Compiles the step of a config, sharded over config.mesh, and reads what the compiler tells.
+    """Compiles the step of a config, sharded over config.mesh, and reads the compiler's figures.
 
     Args:
       config: validated. Its compute dtype "auto" is that of the machine, not of this host.
@@ -155,7 +155,7 @@ def largest_batch(
     config: ConfigDict,
     machine: Machine,
     first: Estimate | None = None,
-    tried: Callable[[Estimate], None] = lambda _: None,
+    on_try: Callable[[Estimate], None] = lambda _: None,
 ) -> Estimate | None:
     """The largest global batch that fits, by bisection over multiples of what must divide it.
 
@@ -165,13 +165,13 @@ def largest_batch(
       config: its batch size is where the search starts.
       machine: with chips; CPUs have no memory of their own.
       first: the estimate of the config itself, if there is one.
-      tried: is told every try.
+      on_try: called with the estimate of every try.
 
     Returns:
       The estimate at that batch size; None when not even the smallest fits.
     """
     first = first or estimate(config, machine)
-    tried(first)
+    on_try(first)
     unit = parallel.batch_shards(first.mesh, config.accumulation)
 
     def attempt(multiple: int) -> Estimate:
@@ -179,23 +179,23 @@ def largest_batch(
         other.batch_size = multiple * unit
         # A schedule needs a step; how many there are changes no shape.
         other.samples = max(other.samples, other.batch_size)
-        found = estimate(other, machine)
-        tried(found)
-        return found
+        attempted = estimate(other, machine)
+        on_try(attempted)
+        return attempted
 
     at = first.batch_size // unit
     best, fitting, refused = (first, at, None) if first.fits else (None, 0, at)
     while refused is None:
-        found = attempt(2 * fitting)
-        if found.fits:
-            best, fitting = found, 2 * fitting
+        attempted = attempt(2 * fitting)
+        if attempted.fits:
+            best, fitting = attempted, 2 * fitting
         else:
             refused = 2 * fitting
     while refused - fitting > 1:
         middle = (fitting + refused) // 2
-        found = attempt(middle)
-        if found.fits:
-            best, fitting = found, middle
+        attempted = attempt(middle)
+        if attempted.fits:
+            best, fitting = attempted, middle
         else:
             refused = middle
     return best

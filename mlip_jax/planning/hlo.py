@@ -1,4 +1,4 @@
-"""What the text of a compiled program tells: cycles by the compiler's estimate, and collectives."""
+"""What the text of a compiled program shows: cycles by the compiler's estimate, and collectives."""
 
 from __future__ import annotations
 
@@ -128,15 +128,15 @@ def _computations(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
     entry = name = ""
     for line in text.splitlines():
         if not line.startswith(" "):
-            found = _COMPUTATION.match(line)
-            if found:
-                name = found["name"]
+            header = _COMPUTATION.match(line)
+            if header:
+                name = header["name"]
                 computations[name] = []
-                entry = name if found["entry"] else entry
+                entry = name if header["entry"] else entry
             continue
-        found = _INSTRUCTION.match(line)
-        if found and name:
-            computations[name].append(_Instruction(found["op"], found["type"], line))
+        instruction = _INSTRUCTION.match(line)
+        if instruction and name:
+            computations[name].append(_Instruction(instruction["op"], instruction["type"], line))
     return entry, computations
 
 
@@ -145,9 +145,9 @@ def _trips(instruction: _Instruction, computations: dict[str, list[_Instruction]
 
     The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1 to a constant.
     """
-    known = _TRIPS.search(instruction.line)
-    if known:
-        return int(known[1])
+    trip_count = _TRIPS.search(instruction.line)
+    if trip_count:
+        return int(trip_count[1])
     condition = _CONDITION.search(instruction.line)
     lines = computations.get(condition[1], []) if condition else []
     bounds = [bound for line in lines if (bound := _BOUND.search(line.line))]
@@ -239,10 +239,10 @@ def _bytes(dtype: str, bits: str, shape: str) -> int:
 
 def _group_size(line: str, devices: int) -> int:
     """Devices in a group of "{{0,1},{2,3}}", "[groups,size]<=[...]" or "mesh['a'=2] {'a'}"."""
-    found = _GROUPS.search(line)
-    if not found:
+    match = _GROUPS.search(line)
+    if not match:
         return devices
-    groups = found[1]
+    groups = match[1]
     if groups.startswith("{{"):
         return groups.count(",") + 1
     if groups.startswith("["):

@@ -93,11 +93,11 @@ def find(topology: str) -> Machine:
         return Machine(topology, _cpu_devices(int(shape)), None)
     chip = CHIPS.get(kind)
     if chip is None or shape not in chip.slices:
-        raise UserError(f"--topology={topology!r} is not known: {_known(kind, topology)}")
+        raise UserError(f"--topology={topology!r} is not known: {_expected(kind, topology)}")
     return Machine(topology, _tpu_devices(topology, chip, shape), chip)
 
 
-def _known(kind: str, topology: str) -> str:
+def _expected(kind: str, topology: str) -> str:
     kinds = {kind: CHIPS[kind]} if kind in CHIPS else CHIPS
     listed = "; ".join(f"{name}:{', '.join(chip.slices)}" for name, chip in kinds.items())
     names = [f"{name}:{shape}" for name, chip in kinds.items() for shape in chip.slices]
@@ -129,12 +129,12 @@ def _tpu_devices(topology: str, chip: Chip, shape: str) -> tuple[jax.Device, ...
     if chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
+        devices = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu does not know --topology={topology}: {error}") from error
-    return tuple(found)
+    return tuple(devices)
 
 
 def _cpu_devices(count: int) -> tuple[jax.Device, ...]:

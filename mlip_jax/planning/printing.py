@@ -17,56 +17,56 @@ from mlip_jax.planning.machines import GIB
 _MIB = 2**20
 
 
-def print_estimate(console: Console, found: Estimate) -> None:
+def print_estimate(console: Console, estimate: Estimate) -> None:
     """Whether it fits, memory by kind, FLOPs, collectives, and the time that follows."""
-    chip = found.machine.chip
-    axes = ", ".join(f"{axis} {size}" for axis, size in found.mesh.shape.items())
+    chip = estimate.machine.chip
+    axes = ", ".join(f"{axis} {size}" for axis, size in estimate.mesh.shape.items())
     console.print(
-        f"{found.machine.name}: {found.mesh.size} devices as {axes}; global batch "
-        f"{found.batch_size:,}, {found.parameters:,} parameters, compute in {found.dtype}"
+        f"{estimate.machine.name}: {estimate.mesh.size} devices as {axes}; global batch "
+        f"{estimate.batch_size:,}, {estimate.parameters:,} parameters, compute in {estimate.dtype}"
     )
-    console.print(f"fits: {_verdict(found)}")
-    if not found.fits:
+    console.print(f"fits: {_verdict(estimate)}")
+    if not estimate.fits:
         return
-    _print_memory(console, found)
+    _print_memory(console, estimate)
     console.print(
-        f"FLOPs a step: {found.model_flops:.4g} of the model's matrix products (three times the "
-        f"forward pass); {found.flops:.4g} a device as compiled, the body of a loop once"
+        f"FLOPs a step: {estimate.model_flops:.4g} of the model's matrix products (three times the "
+        f"forward pass); {estimate.flops:.4g} a device as compiled, the body of a loop once"
     )
-    _print_collectives(console, found)
+    _print_collectives(console, estimate)
     if chip:
-        _print_time(console, found)
+        _print_time(console, estimate)
 
 
-def print_largest(console: Console, found: Estimate | None) -> None:
+def print_largest(console: Console, estimate: Estimate | None) -> None:
     """What a search for the largest batch came to."""
-    if found is None:
+    if estimate is None:
         console.print("largest global batch that fits: none; shard the parameters (fsdp)")
         return
-    rows = found.batch_size // parallel.batch_shards(found.mesh)
+    rows = estimate.batch_size // parallel.batch_shards(estimate.mesh)
     console.print(
-        f"largest global batch that fits: {found.batch_size:,} ({rows:,} rows a device, "
-        f"{found.memory.total / GIB:.2f} GiB)"
+        f"largest global batch that fits: {estimate.batch_size:,} ({rows:,} rows a device, "
+        f"{estimate.memory.total / GIB:.2f} GiB)"
     )
 
 
-def print_try(console: Console, found: Estimate) -> None:
+def print_try(console: Console, estimate: Estimate) -> None:
     """One step of the search."""
-    console.print(f"  batch {found.batch_size:,}: {'fits' if found.fits else 'does not fit'}")
+    console.print(f"  batch {estimate.batch_size:,}: {'fits' if estimate.fits else 'does not fit'}")
 
 
-def _verdict(found: Estimate) -> str:
-    chip = found.machine.chip
-    if not found.fits:
-        return f"no. {found.refusal}"
-    used = f"{found.memory.total / GIB:.2f} GiB a device"
+def _verdict(estimate: Estimate) -> str:
+    chip = estimate.machine.chip
+    if not estimate.fits:
+        return f"no. {estimate.refusal}"
+    used = f"{estimate.memory.total / GIB:.2f} GiB a device"
     if chip is None:
         return f"{used}; CPUs have no memory of their own to fit in"
     return f"yes, {used} of {chip.memory / GIB:.0f} GiB"
 
 
-def _print_memory(console: Console, found: Estimate) -> None:
-    memory = found.memory
+def _print_memory(console: Console, estimate: Estimate) -> None:
+    memory = estimate.memory
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Memory a device, by the compiler")
     table.add_column("MiB", justify="right")
@@ -82,9 +82,9 @@ def _print_memory(console: Console, found: Estimate) -> None:
     console.print(table)
 
 
-def _print_collectives(console: Console, found: Estimate) -> None:
+def _print_collectives(console: Console, estimate: Estimate) -> None:
     groups = defaultdict(list)
-    for collective in found.program.collectives:
+    for collective in estimate.program.collectives:
         groups[collective.kind, collective.devices].append(collective)
     if not groups:
         console.print("collectives: none")
@@ -105,9 +105,9 @@ def _print_collectives(console: Console, found: Estimate) -> None:
     console.print(table)
 
 
-def _print_time(console: Console, found: Estimate) -> None:
-    program, chip = found.program, found.machine.chip
-    compute, collectives = found.compute_seconds, found.collective_seconds
+def _print_time(console: Console, estimate: Estimate) -> None:
+    program, chip = estimate.program, estimate.machine.chip
+    compute, collectives = estimate.compute_seconds, estimate.collective_seconds
     console.print(
         f"cycles a step, the compiler's estimate: {program.cycles:,}; "
         f"{program.unestimated:,} of {program.work:,} instructions have none"
@@ -123,9 +123,9 @@ def _print_time(console: Console, found: Estimate) -> None:
     console.print(
         f"estimated step: {_milliseconds(hidden)} if the arithmetic hides the collectives, "
         f"{_milliseconds(exposed)} if it hides none; "
-        f"{_pairs(found, hidden)} to {_pairs(found, exposed)} pairs a second, "
-        f"{100 * found.utilisation(exposed):.1f} to {100 * found.utilisation(hidden):.1f} % of "
-        f"{chip.peak / 1e12:.0f} TFLOP/s a chip"
+        f"{_pairs(estimate, hidden)} to {_pairs(estimate, exposed)} pairs a second, "
+        f"{100 * estimate.utilisation(exposed):.1f} to {100 * estimate.utilisation(hidden):.1f} % "
+        f"of {chip.peak / 1e12:.0f} TFLOP/s a chip"
     )
 
 
@@ -133,5 +133,5 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.2f} ms"
 
 
-def _pairs(found: Estimate, seconds: float) -> str:
-    return f"{found.batch_size / seconds:,.0f}" if seconds else str(math.inf)
+def _pairs(estimate: Estimate, seconds: float) -> str:
+    return f"{estimate.batch_size / seconds:,.0f}" if seconds else str(math.inf)

@@ -1,4 +1,4 @@
-"""The verb: a config and a topology in, a plan on the screen."""
+"""The subcommand: a config and a topology in, a plan on the screen."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def plan(
         )
     console = Console(highlight=False, markup=False, soft_wrap=True)
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    found = estimates.estimate(config, machine)
-    printing.print_estimate(console, found)
+    estimate = estimates.estimate(config, machine)
+    printing.print_estimate(console, estimate)
     if largest_batch:
-        told = functools.partial(printing.print_try, progress)
-        printing.print_largest(console, estimates.largest_batch(config, machine, found, told))
-    return 0 if found.fits else 1
+        on_try = functools.partial(printing.print_try, progress)
+        printing.print_largest(console, estimates.largest_batch(config, machine, estimate, on_try))
+    return 0 if estimate.fits else 1
 
 
 def read_mesh(text: str) -> ConfigDict:

@@ -81,19 +81,21 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    own = packaged()
-    if name in own:
+    packaged_names = packaged()
+    if name in packaged_names:
         return packaged_folder() / f"{name}.py"
-    if path.stem in own:
+    if path.stem in packaged_names:
         raise UserError(
             f"there is no config file {name}; the package has one of that name: "
             f"--config={path.stem}"
         )
-    here = sorted(str(file) for file in path.parent.glob("*.py"))
-    listed = f"in {path.parent}: {', '.join(here)}" if here else f"none in {path.parent}"
+    local_files = sorted(str(file) for file in path.parent.glob("*.py"))
+    listed = (
+        f"in {path.parent}: {', '.join(local_files)}" if local_files else f"none in {path.parent}"
+    )
     raise UserError(
-        f"there is no config file {name}; packaged: {', '.join(own)}; {listed}"
-        f"{suggestion(name, [*own, *here])}"
+        f"there is no config file {name}; packaged: {', '.join(packaged_names)}; {listed}"
+        f"{suggestion(name, [*packaged_names, *local_files])}"
     )
 
 

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from mlip_jax import schema
 from mlip_jax.recipes import sizes
 
-# Images for training of the sets that are named by one word (mlip_jax.data.sets.public says where
-# they lie); of what is fetched from the web, some are gone each year.
+# Images for training of the datasets that are named by one word (mlip_jax.data.sets.public says
+# where they lie); of what is fetched from the web, some are gone each year.
 _PAIRS = {
     "coco": 118_287,
     "flickr30k": 29_000,
@@ -27,7 +27,7 @@ def recipe(size: str, data: str) -> ConfigDict:
 
     Args:
       size: one of `presets.SIZES`.
-      data: a set as `config.data.train` takes it.
+      data: a dataset as `config.data.train` takes it.
 
     Raises:
       UserError: for an unknown size.
@@ -51,7 +51,7 @@ def clip_lite(size: str, data: str) -> ConfigDict:
 
     Args:
       size: one of `presets.SIZES`.
-      data: a set as `config.data.train` takes it.
+      data: a dataset as `config.data.train` takes it.
 
     Raises:
       UserError: for an unknown size.
@@ -135,7 +135,7 @@ def _large(config: ConfigDict) -> None:
 
 
 def _drawings(config: ConfigDict) -> None:
-    """The embedded set: short names; margins, line width and colour are matters of style."""
+    """The embedded dataset: short names; margins, line width and colour are matters of style."""
     augment, caption = config.data.augment, config.data.caption
     augment.flip = False
     augment.trim = 1.0
@@ -151,7 +151,7 @@ def _drawings(config: ConfigDict) -> None:
 
 
 def _named(config: ConfigDict, data: str, schedule: bool) -> None:
-    """The data section of a public set, and for a large size its schedule (choices)."""
+    """The data section of a public dataset, and for a large size its schedule (choices)."""
     augment, caption, evaluation = config.data.augment, config.data.caption, config.evaluation
     pairs = _PAIRS[data]
     caption.tags = 0.0  # they have none

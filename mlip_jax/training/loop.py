@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax.data.batches.training import SkipCounter, train_batches
-from mlip_jax.data.sets.kinds import GIVEN
+from mlip_jax.data.sets.kinds import OBJECT_NAME
 from mlip_jax.data.sets.mixtures import samples_by_set
 from mlip_jax.data.sets.records import Source
 from mlip_jax.devices import cluster, parallel, processes
@@ -69,13 +69,13 @@ def train(
       callbacks: told of metrics, evaluations and checkpoints.
 
     Raises:
-      UserError: for a config, a data set or a workdir that cannot be used.
+      UserError: for a config, a dataset or a workdir that cannot be used.
       RunError: when the loss is no longer finite, the disk is full, a callback raises, or processes
         do not find each other.
     """
     if source is not None:
         config = copy.deepcopy(config)
-        config.data.train = f"{GIVEN}:{source.name}"
+        config.data.train = f"{OBJECT_NAME}:{source.name}"
     cluster.start()
     with processes.together(), contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop().listening())

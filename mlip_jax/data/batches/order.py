@@ -15,25 +15,28 @@ from mlip_jax.data.sets.records import Source
 def order(source: Source, seed: int) -> grain.MapDataset:
     """The index at each position, without end: a function of seed and position alone.
 
-    A source is shuffled anew in each of its epochs, and so is each set of a mixture, whose sets
-    take turns by their weights.
+    A source is shuffled anew in each of its epochs, and so is each dataset of a mixture, whose
+    datasets take turns by their weights.
     """
     if not isinstance(source, Mixture):
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     shuffled = [
-        grain.MapDataset.range(own.start, own.stop).seed(_own_seed(seed, number)).shuffle().repeat()
-        for number, own in enumerate(source.sets())
+        grain.MapDataset.range(span.start, span.stop)
+        .seed(_own_seed(seed, number))
+        .shuffle()
+        .repeat()
+        for number, span in enumerate(source.sets())
     ]
     return grain.MapDataset.source(_Turns(source, shuffled)).seed(seed)
 
 
 def _own_seed(seed: int, number: int) -> int:
-    """Another for each set, so that sets of one size are not shuffled alike."""
+    """Another for each dataset, so that datasets of one size are not shuffled alike."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 class _Turns:
-    """The next index of the set whose turn it is."""
+    """The next index of the dataset whose turn it is."""
 
     def __init__(self, mixture: Mixture, shuffled: Sequence[grain.MapDataset]) -> None:
         self._mixture = mixture

@@ -37,7 +37,7 @@ from mlip_jax.schema import views_of
 
 _MAX_THREADS = 8  # of an evaluation
 _MAX_REPLACEMENTS = 100  # unreadable images in a row
-_KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole set fits
+_KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole dataset fits
 _LAST_WISHES_SECONDS = 30.0
 _NAMES_SHOWN = 3
 # Token ids of thousands of captions are sent sooner than shared memory is opened and closed.
@@ -54,8 +54,8 @@ def train_batches(
 ) -> Generator[dict[str, np.ndarray]]:
     """The training batches of one process, from a step on, without end.
 
-    The source is shuffled anew in each epoch, and so is each set of a mixture. Close the iterator,
-    or use it up to the end of the program, to stop its workers.
+    The source is shuffled anew in each epoch, and so is each dataset of a mixture. Close the
+    iterator, or use it up to the end of the program, to stop its workers.
 
     Args:
       config: the run's config: batch_size, seed, data, model.image.image_size,
@@ -80,17 +80,22 @@ def train_batches(
     """
     if not len(source):
         raise UserError(f"the training set {source.name!r} is empty")
-    fed = tuple(range(config.batch_size) if rows is None else map(int, rows))
+    process_rows = tuple(range(config.batch_size) if rows is None else map(int, rows))
     examples = order(source, config.seed).random_map(_Example(config, source))
-    workers = worker_count(config.data.workers, batch_bytes(config, len(fed)))
+    workers = worker_count(config.data.workers, batch_bytes(config, len(process_rows)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
-    lent = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
-    made = _Batches(
-        examples, config.batch_size, fed, tokenizer, config.model.text.context_length, Lender(lent)
+    shared_pieces = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
+    batch_source = _Batches(
+        examples,
+        config.batch_size,
+        process_rows,
+        tokenizer,
+        config.model.text.context_length,
+        Lender(shared_pieces),
     )
     batches = (
-        grain.MapDataset.source(made)
+        grain.MapDataset.source(batch_source)
         .slice(slice(start_step, None))
         # An element is a whole batch: a deep buffer of them would be large, and late. A worker has
         # one ready and one in the making, in one thread.
@@ -140,7 +145,7 @@ class _Example:
         self._at_least = 0 if self._exact else short_side(self._augment, self._size)
         self._two_images = config.perspectives.augmented_image.weight > 0
         self._two_captions = config.perspectives.other_caption.weight > 0
-        self._kept: dict[int, tuple[Record, _Decoded]] = {}
+        self._cache: dict[int, tuple[Record, _Decoded]] = {}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         record, image, skipped = self._readable(int(index))
@@ -163,13 +168,13 @@ class _Example:
         )
 
     def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
-        """The record, or the next one of its set whose image can be read."""
+        """The record, or the next one of its dataset whose image can be read."""
         first_error = None
-        same_set = neighbours(self._source, index)
-        for step in range(min(_MAX_REPLACEMENTS, len(same_set))):
+        candidates = neighbours(self._source, index)
+        for step in range(min(_MAX_REPLACEMENTS, len(candidates))):
             try:
-                place = (index - same_set.start + step) % len(same_set)
-                record, image = self._decoded(same_set[place])
+                place = (index - candidates.start + step) % len(candidates)
+                record, image = self._decoded(candidates[place])
             except OSError as error:
                 first_error = first_error or error
                 continue
@@ -180,20 +185,21 @@ class _Example:
         )
 
     def _decoded(self, index: int) -> tuple[Record, _Decoded]:
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._cache:
+            return self._cache[index]
         record = self._source[index]
         if self._by_pillow:
             picture = flatten(decode(record.image, at_least=self._at_least), "white")
-            image: _Decoded = trim(picture) if self._trimmed else picture
+            picture = trim(picture) if self._trimmed else picture
+            image: _Decoded = picture
             area = picture.width * picture.height
         else:
             pixels = decode_pixels(record.image, self._at_least)
             image, area = pixels, pixels.shape[0] * pixels.shape[1]
         record = replace(record, image=b"")
-        # A small set is decoded once, which about halves the work of its later epochs.
+        # A small dataset is decoded once, which about halves the work of its later epochs.
         if 3 * area * len(self._source) <= _KEPT_BYTES:
-            self._kept[index] = record, image.copy()
+            self._cache[index] = record, image.copy()
         return record, image
 
 
@@ -204,14 +210,14 @@ class _Batches:
         self,
         examples: grain.MapDataset,
         batch_size: int,
-        fed: tuple[int, ...],
+        rows: tuple[int, ...],
         tokenizer: Tokenizer,
         context_length: int,
         lender: Lender,
     ) -> None:
         self._examples = examples
         self._batch_size = batch_size
-        self._fed = fed
+        self._rows = rows
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._lender = lender
@@ -222,21 +228,21 @@ class _Batches:
     def __getitem__(self, step: int) -> dict[str, np.ndarray | Lent]:
         images: dict[str, np.ndarray] = {}
         batch: dict[str, np.ndarray | Lent] = {}
-        rest: dict[str, list[Any]] = {}
-        for row, place in enumerate(self._fed):
+        values_by_key: dict[str, list[Any]] = {}
+        for row, place in enumerate(self._rows):
             example = self._examples[step * self._batch_size + place]
             for key, value in example.items():
                 if not key.startswith("image"):
-                    rest.setdefault(key, []).append(value)
+                    values_by_key.setdefault(key, []).append(value)
                     continue
                 if key not in images:
-                    shape = (len(self._fed), *value.shape)
+                    shape = (len(self._rows), *value.shape)
                     images[key], batch[key] = self._lender.empty(shape)
                 images[key][row] = value  # at once, while it is in the processor's caches
-        batch["skipped"] = np.array(rest["skipped"], np.int32)
+        batch["skipped"] = np.array(values_by_key["skipped"], np.int32)
         for view in ("", "_2"):
-            if f"caption{view}" in rest:  # tokenised together
-                ids = self._tokenizer.encode(rest[f"caption{view}"], self._context_length)
+            if f"caption{view}" in values_by_key:  # tokenised together
+                ids = self._tokenizer.encode(values_by_key[f"caption{view}"], self._context_length)
                 batch[f"token_ids{view}"] = ids
         return batch
 
@@ -269,7 +275,7 @@ class SkipCounter:
         """Takes a batch's "skipped".
 
         Raises:
-          UserError: when more than the share of the set is unreadable; it names some of them.
+          UserError: when more than the share of the dataset is unreadable; it names some of them.
         """
         self._indices.update(int(index) for index in skipped[skipped >= 0])
         if len(self._indices) > self._max_share * len(self._source):

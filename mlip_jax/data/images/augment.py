@@ -217,10 +217,10 @@ def _color_matrix(
         scale = 1 + _BRIGHTNESS * brightness
         offset = -_CONTRAST * contrast * scale * float(_LUMA @ _mean_color(view))
         scale *= 1 + _CONTRAST * contrast
-        kept = scale * (1 + _SATURATION * saturation)
+        chroma = scale * (1 + _SATURATION * saturation)
         angle = 2 * math.pi * _HUE_TURNS * hue
         # The hue's matrix leaves grey alone: of saturation's two parts it turns the first.
-        shares = (kept, kept * math.cos(angle), kept * math.sin(angle), scale - kept)
+        shares = (chroma, chroma * math.cos(angle), chroma * math.sin(angle), scale - chroma)
         matrix = (np.array(shares) @ _COLORS).reshape(3, 3)
     gray = grayscale and rng.random() < grayscale
     if gray:

@@ -1,4 +1,4 @@
-"""The prepare verb: whatever a set is kept in -> ArrayRecord shards with an index and a card."""
+"""The subcommand prepare: any kind of dataset -> ArrayRecord shards with an index and a card."""
 
 from mlip_jax.data.prepare.verb import prepare
 

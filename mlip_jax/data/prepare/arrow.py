@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
-    Found,
+    InputRecord,
     Reader,
     decode_text,
     image_at,
@@ -72,20 +72,20 @@ class _Columns(Reader):
             named = [name for name in chosen["image"] if name in images]
             chosen["image"] = tuple(named or images[:1])
         if not chosen["image"] or not (chosen["caption"] or chosen["label"]):
-            found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UserError(
                 f"{file}: needs a column with image bytes and a column caption (or text, label); "
-                f"name them by --columns=image=NAME,caption=NAME. Found {found[:500]}"
+                f"name them by --columns=image=NAME,caption=NAME. Found {columns[:500]}"
             )
         return chosen
 
     def _classes(self, schema: pa.Schema) -> tuple[str, ...]:
         """The names of the classes that numbers stand for, by Hugging Face's metadata."""
         try:
-            told = decode_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            features = decode_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         except (KeyError, ValueError, TypeError):
-            told = {}
-        return _class_names(told, self._chosen["label"])
+            features = {}
+        return _class_names(features, self._chosen["label"])
 
     def files(self) -> Sequence[Path]:
         """The files."""
@@ -107,7 +107,7 @@ class _Columns(Reader):
             for row, word in enumerate(words):
                 yield canonical(word) if canonical(word or "") else fallback, (number, row)
 
-    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the rows of the roles' columns, some at a time."""
         for number, group in itertools.groupby(
             refs, lambda ref: ref[0] if type(ref) is tuple else None
@@ -117,26 +117,28 @@ class _Columns(Reader):
             else:
                 yield from self._records(number, [row for _, row in group])
 
-    def _records(self, number: int, rows: list[int]) -> Iterator[Found | Broken]:
-        file, left = self._files[number], iter(rows)
-        row = next(left, None)
+    def _records(self, number: int, rows: list[int]) -> Iterator[InputRecord | Broken]:
+        file, remaining = self._files[number], iter(rows)
+        row = next(remaining, None)
         names = list(dict.fromkeys(itertools.chain.from_iterable(self._chosen.values())))
         try:
             for start, batch in self._batches(number, names, rows[0], rows[-1] + 1):
                 while row is not None and start <= row < start + batch.num_rows:
                     values = {name: batch.column(name)[row - start] for name in names}
                     yield self._record(file, f"{file}[{row}]", values)
-                    row = next(left, None)
+                    row = next(remaining, None)
                 if row is None:
                     return
         except (pa.ArrowException, OSError) as error:
             reason = f"the file cannot be read on: {first_line(error)}"
         else:
             reason = "the file ends before this row"
-        for lost in itertools.chain(() if row is None else (row,), left):
+        for lost in itertools.chain(() if row is None else (row,), remaining):
             yield Broken(f"{file}[{lost}]", reason)
 
-    def _record(self, file: Path, name: str, scalars: Mapping[str, pa.Scalar]) -> Found | Broken:
+    def _record(
+        self, file: Path, name: str, scalars: Mapping[str, pa.Scalar]
+    ) -> InputRecord | Broken:
         try:
             values = {
                 key: scalars[key].as_py()
@@ -207,16 +209,16 @@ class HuggingFace(_Columns):
         files, splits = [], []
         self._features: dict[str, Any] = {}
         for part in parts:
-            own = _data_files(part)
+            part_files = _data_files(part)
             self._features = self._features or _json(part / _INFO).get("features") or {}
-            files += own
+            files += part_files
             named = canonical(part.name) or part.name if listed else ""
-            splits += [split or named] * len(own)
+            splits += [split or named] * len(part_files)
         super().__init__(files, columns, splits)
 
     def _classes(self, schema: pa.Schema) -> tuple[str, ...]:
-        found = _class_names(self._features, self._chosen["label"])
-        return found or super()._classes(schema)
+        names = _class_names(self._features, self._chosen["label"])
+        return names or super()._classes(schema)
 
     def _open(self, file: Path) -> tuple[pa.Schema, int]:
         # Mapped, so that the rows' number is found without reading their images.

@@ -1,4 +1,4 @@
-"""What a prepared set says about itself: the index, the card, the broken records."""
+"""What a prepared dataset says about itself: the index, the card, the broken records."""
 
 from __future__ import annotations
 
@@ -103,29 +103,35 @@ def read_broken(folder: Path) -> dict[str, list[Broken]]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    found: dict[str, list[Broken]] = {}
+    by_shard: dict[str, list[Broken]] = {}
     for number, line in enumerate(lines, start=1):
         entry = parse_json(line, f"{path}:{number}")
         texts = [entry.get(key) for key in ("shard", "record", "reason")]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f'{path}:{number}: needs "shard", "record" and "reason", texts')
         shard, *broken = texts
-        found.setdefault(shard, []).append(Broken(*broken))
-    return found
+        by_shard.setdefault(shard, []).append(Broken(*broken))
+    return by_shard
 
 
 def card(index: Index, broken: Sequence[Broken]) -> str:
     """The text of README.md. It names neither time nor place, so that it is always the same."""
     tally = total(index.shards)
     job, records = index.job, sum(shard.records for shard in index.shards)
-    lines = [f"# A prepared set of {records:,} images", ""]
+    lines = [f"# A prepared dataset of {records:,} images", ""]
     lines += ["| split | images | captions | bytes of images | shards |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for split in dict.fromkeys(shard.split for shard in index.shards):
-        own = [shard for shard in index.shards if shard.split == split and shard.records]
-        tallied = total(own)
-        numbers = sum(shard.records for shard in own), tallied.captions, tallied.image_bytes
-        lines.append(f"| {split} | {' | '.join(f'{n:,}' for n in numbers)} | {len(own):,} |")
+        split_shards = [shard for shard in index.shards if shard.split == split and shard.records]
+        tallied = total(split_shards)
+        numbers = (
+            sum(shard.records for shard in split_shards),
+            tallied.captions,
+            tallied.image_bytes,
+        )
+        lines.append(
+            f"| {split} | {' | '.join(f'{n:,}' for n in numbers)} | {len(split_shards):,} |"
+        )
     lines += ["", "## Where it comes from", "", f"Source: `{job['source']}`."]
     if index.inputs.get("files"):
         files, size = index.inputs["files"], index.inputs["bytes"]
@@ -159,7 +165,7 @@ def _contents(index: Index, tally: Tally) -> list[str]:
     modes = ", ".join(f"{name} {count:,}" for name, count in tally.modes.most_common())
     low, high = tally.short_sides
     lines = [
-        f"- Formats as they were found: {formats or 'none'}. Modes: {modes or 'none'}.",
+        f"- Original formats: {formats or 'none'}. Modes: {modes or 'none'}.",
         f"- Shorter sides from {low:,} to {high:,} pixels; the longest side has "
         f"{tally.long_side:,}.",
         f"- The longest caption has {tally.longest_caption:,} characters.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlip_jax.data.prepare.readers import Found, keys_of, texts_of
+from mlip_jax.data.prepare.readers import InputRecord, keys_of, texts_of
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.errors import UserError, suggestion
 
@@ -61,14 +61,14 @@ def choose(role: str, present: Iterable[str], columns: Mapping[str, str]) -> tup
         name = columns[role] if columns[role] in present else lowered.get(columns[role].lower())
         return (name,) if name is not None else ()
     for group in _NAMES[role]:
-        if found := tuple(lowered[name] for name in group if name in lowered):
-            return found
+        if matches := tuple(lowered[name] for name in group if name in lowered):
+            return matches
     return ()
 
 
 def example(
     values: Mapping[str, Any], columns: Mapping[str, str], name: str, image: bytes, latin: int = 0
-) -> Found:
+) -> InputRecord:
     """A record of the values of a row or an object.
 
     Raises:
@@ -84,6 +84,6 @@ def example(
     captions = gather("caption", lambda value: texts_of(value, "caption"))
     tags = gather("tags", lambda value: texts_of(value, "tags"))
     labels = gather("label", keys_of)
-    return Found(
+    return InputRecord(
         Example(name, image, tuple(dict.fromkeys(captions)), tags, labels), latin, multi_label
     )

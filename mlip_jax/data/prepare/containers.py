@@ -70,28 +70,28 @@ class _Unpacked:
     def _rewind(self) -> None:
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         self._stream = gzip.GzipFile(fileobj=os.fdopen(self._descriptor, "rb", closefd=False))
-        self._start, self._held = 0, b""  # the bytes that were read last, and their offset
+        self._start, self._buffer = 0, b""  # the bytes that were read last, and their offset
 
     def read(self, size: int, offset: int) -> bytes:
         """So many bytes from an offset on."""
         if self.reach(offset) < offset:
             return b""
-        held = self._held[offset - self._start :]
-        if len(held) < size:
-            held += self._next(size - len(held), offset + len(held))
-        self._start, self._held = offset, held
-        return held[:size]
+        part = self._buffer[offset - self._start :]
+        if len(part) < size:
+            part += self._next(size - len(part), offset + len(part))
+        self._start, self._buffer = offset, part
+        return part[:size]
 
     def reach(self, offset: int) -> int:
         """Unpacks to an offset; returns it, or where the end is."""
         if offset < self._start:
             self._rewind()
-        end = self._start + len(self._held)
+        end = self._start + len(self._buffer)
         while end < offset:
             part = self._next(min(offset - end, _STEP), end)
             if not part:
                 return end
-            self._start, self._held = end, part
+            self._start, self._buffer = end, part
             end += len(part)
         return offset
 

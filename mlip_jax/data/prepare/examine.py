@@ -47,7 +47,7 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         width, height = image.size
         if width * height > MOST_PIXELS:
             raise UnreadableImage(
-                f"the image says to have {width} x {height} pixels, at most {MOST_PIXELS:,} are "
+                f"the image's header says {width} x {height} pixels, at most {MOST_PIXELS:,} are "
                 "decoded"
             )
         form, mode = image.format or "?", image.mode
@@ -67,7 +67,7 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UnreadableImage(
-            f"the image says to have more than the {MOST_PIXELS:,} pixels that are decoded"
+            f"the image's header says more than the {MOST_PIXELS:,} pixels that are decoded"
         ) from None
     except UnidentifiedImageError:
         raise UnreadableImage(

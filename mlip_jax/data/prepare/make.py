@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mlip_jax.data.batches.workers import end_with_parent
 from mlip_jax.data.images.preprocessing import UnreadableImage
 from mlip_jax.data.prepare.examine import Examined, examine
-from mlip_jax.data.prepare.readers import Broken, Found, Reader
+from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Shard, pack
 from mlip_jax.files import decode_json, whole_file, write_atomically
 
@@ -34,7 +34,7 @@ LOCK = ".lock"
 MAIN_BYTE, WORKERS_BYTE = 0, 1
 # A record is read alone, and images are packed already. One thread is faster than several here.
 _WRITER = "group_size:1,uncompressed,max_parallelism:1"
-_TOLD_EVERY = 32  # records
+_REPORT_EVERY = 32  # records
 _COUNTS = ("captions", "latin", "resized", "animated", "image_bytes")
 
 
@@ -89,18 +89,18 @@ class Tally:
     short_sides: tuple[int, int] = (0, 0)  # the smallest and the largest
     long_side: int = 0
 
-    def add(self, found: Found, image: Examined) -> None:
+    def add(self, record: InputRecord, image: Examined) -> None:
         """Takes a record that is kept."""
-        example = found.example
+        example = record.example
         self.captions += len(example.captions)
-        self.latin += found.latin
+        self.latin += record.latin
         self.resized += image.resized
         self.animated += image.animated
         self.image_bytes += len(image.data)
         self.formats[image.format] += 1
         self.modes[image.mode] += 1
         self.class_keys.update(example.labels, example.difficult)
-        self.multi_label |= found.multi_label
+        self.multi_label |= record.multi_label
         for caption in example.captions:
             self.longest_caption = max(self.longest_caption, len(caption))
         smallest, largest = self.short_sides
@@ -120,8 +120,8 @@ class Tally:
         self.longest_caption = max(self.longest_caption, facts["longest_caption"])
         smallest, largest = facts["short_sides"]
         if largest:
-            own = self.short_sides
-            self.short_sides = min(own[0] or smallest, smallest), max(own[1], largest)
+            sides = self.short_sides
+            self.short_sides = min(sides[0] or smallest, smallest), max(sides[1], largest)
         self.long_side = max(self.long_side, facts["long_side"])
 
     def facts(self) -> dict[str, Any]:
@@ -138,8 +138,8 @@ class Tally:
         }
 
 
-def _nobody(records: int) -> None:
-    """Is told of records and does nothing."""
+def _no_report(records: int) -> None:
+    """Ignores the number of records."""
 
 
 class Maker:
@@ -150,12 +150,12 @@ class Maker:
         self._reader = reader
         self._folder = folder
         self._resize = resize
-        self._told: Callable[[int], None] = _nobody
+        self._report: Callable[[int], None] = _no_report
         self._lock: TextIO | None = None
 
-    def tell(self, told: Callable[[int], None]) -> None:
-        """Calls `told` with the number of records that are through since the last time."""
-        self._told = told
+    def tell(self, report: Callable[[int], None]) -> None:
+        """Calls `report` with the number of records that are done since the last call."""
+        self._report = report
 
     def hold(self) -> None:
         """Locks the folder, as one of several workers, as long as this process lives."""
@@ -170,8 +170,8 @@ class Maker:
         """
         tally, broken = Tally(), []
         finals = [self._folder / f"{piece.name}{end}" for end in (SHARD_SUFFIX, TEXTS_SUFFIX)]
-        with contextlib.ExitStack() as held:
-            drafts = [held.enter_context(whole_file(path)) for path in finals]
+        with contextlib.ExitStack() as stack:
+            drafts = [stack.enter_context(whole_file(path)) for path in finals]
             number = self._write(piece, *drafts, tally, broken)
             shard = Shard(
                 name=piece.name,
@@ -194,28 +194,28 @@ class Maker:
         self, piece: Piece, records: Path, texts: Path, tally: Tally, broken: list[Broken]
     ) -> int:
         number = 0
-        with texts.open("wb") as said, _array_record(records) as writer:
-            for count, found in enumerate(self._reader.read(piece.refs), start=1):
-                kept = self._looked_at(found)
-                if isinstance(kept, Broken):
-                    broken.append(kept)
+        with texts.open("wb") as texts_file, _array_record(records) as writer:
+            for count, record in enumerate(self._reader.read(piece.refs), start=1):
+                examined = self._looked_at(record)
+                if isinstance(examined, Broken):
+                    broken.append(examined)
                 else:
-                    record, line = pack(found.example, kept.data)
-                    writer.write(record)
-                    said.write(line)
-                    tally.add(found, kept)
+                    packed, line = pack(record.example, examined.data)
+                    writer.write(packed)
+                    texts_file.write(line)
+                    tally.add(record, examined)
                     number += 1
-                if count % _TOLD_EVERY == 0:
-                    self._told(_TOLD_EVERY)
-        self._told(len(piece.refs) % _TOLD_EVERY)
+                if count % _REPORT_EVERY == 0:
+                    self._report(_REPORT_EVERY)
+        self._report(len(piece.refs) % _REPORT_EVERY)
         return number
 
-    def _looked_at(self, found: Found | Broken) -> Examined | Broken:
-        if isinstance(found, Broken):
-            return found
-        example = found.example
-        place = found.place or example.name
-        if not (example.captions or example.labels or found.multi_label):
+    def _looked_at(self, record: InputRecord | Broken) -> Examined | Broken:
+        if isinstance(record, Broken):
+            return record
+        example = record.example
+        place = record.place or example.name
+        if not (example.captions or example.labels or record.multi_label):
             return Broken(place, "has neither caption nor class")
         try:
             return examine(example.image, self._resize)
@@ -257,7 +257,7 @@ def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
     end_with_parent()
 
-    def told(records: int) -> None:
+    def report(records: int) -> None:
         with done.get_lock():
             done.value += records
         if stop.is_set():
@@ -267,7 +267,7 @@ def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(0)  # it was killed before the lock was taken: another one may be at work by now
-    maker.tell(told)
+    maker.tell(report)
     _maker = maker
 
 

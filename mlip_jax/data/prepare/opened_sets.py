@@ -1,4 +1,4 @@
-"""COCO's captions, and every kind of set that training opens, as inputs of the preparation."""
+"""COCO's captions, and every kind of dataset that training opens, as inputs of the preparation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip_jax.data.prepare.readers import Broken, Found, Reader, image_at, split_of_file
+from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader, image_at, split_of_file
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoImage,
@@ -76,11 +76,11 @@ class CocoCaptions(Reader):
                     yield split, Broken(f"{file}: annotations[{index}]", reason)
                 else:
                     captions[places[annotation.image_id]].append(annotation.caption)
-            found = _beside(file, names)
+            image_files = _beside(file, names)
             for index, texts in enumerate(captions):
-                yield split, (found.name(index), tuple(texts))
+                yield split, (image_files.name(index), tuple(texts))
 
-    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the images."""
         for ref in refs:
             if isinstance(ref, Broken):
@@ -93,11 +93,11 @@ class CocoCaptions(Reader):
                 yield Broken(name, str(error))
                 continue
             texts = (t.encode("utf-8", "replace").decode() for t in texts if t.strip())
-            yield Found(Example(name, image, tuple(dict.fromkeys(texts))))
+            yield InputRecord(Example(name, image, tuple(dict.fromkeys(texts))))
 
 
 class OpenedSet(Reader):
-    """Any set by the grammar of `config.data.train`, opened as training opens it."""
+    """Any dataset by the grammar of `config.data.train`, opened as training opens it."""
 
     def __init__(self, spec: str, columns: Mapping[str, str], split: str) -> None:
         """Takes a spec; without #SPLIT, all of its splits are taken.
@@ -132,13 +132,13 @@ class OpenedSet(Reader):
                 continue
             if not set(source.parts) <= seen:
                 seen.update(source.parts)
-                own = canonical(source.parts[0]) if len(source.parts) == 1 else None
-                self._parts.append((split or own or name, source))
+                split_name = canonical(source.parts[0]) if len(source.parts) == 1 else None
+                self._parts.append((split or split_name or name, source))
         every = open_source(f"{base}#{ALL}", "train", max_skipped_share=1.0).parts
         self._left_out = tuple(part for part in every if part not in seen)
 
     def files(self) -> Sequence[Path]:
-        """None: sets do not say which files they read."""
+        """None: datasets do not say which files they read."""
         return ()
 
     def total(self) -> int | None:
@@ -146,7 +146,7 @@ class OpenedSet(Reader):
         return sum(len(source) for _, source in self._parts)
 
     def notes(self) -> Iterable[str]:
-        """What the set left out on opening, and splits that are not among the three."""
+        """What the dataset left out on opening, and splits that are not among the three."""
         for _, source in self._parts:
             yield from source.notes
         if self._left_out:
@@ -164,7 +164,7 @@ class OpenedSet(Reader):
                 name = source.name_of(index) if has_files else ""
                 yield split, (number, index, shown, difficult, name)
 
-    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the records."""
         for number, index, shown, difficult, _ in refs:
             source = self._parts[number][1]
@@ -174,7 +174,7 @@ class OpenedSet(Reader):
                 yield Broken(source.name_of(index), error.strerror or str(error))
                 continue
             labels = shown or ((record.label,) if record.label >= 0 else ())
-            yield Found(
+            yield InputRecord(
                 Example(
                     name=record.name,
                     image=record.image,

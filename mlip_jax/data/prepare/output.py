@@ -1,4 +1,4 @@
-"""The folder that a set is prepared in: whose it is, and what of the set is there already."""
+"""The folder that a dataset is prepared in: whose it is, and which shards it already holds."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _JOB = "job.json"
 
 
 @contextlib.contextmanager
-def taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
+def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
     """Holds the folder for this job; there may be nothing else in it.
 
     Where the job fails before any shard is made, nothing is left of it.
 
     Raises:
-      UserError: when there is, or another process prepares a set there.
+      UserError: when there is, or another process prepares a dataset there.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in folder.iterdir()} - {LOCK}
+        present = {path.name for path in folder.iterdir()} - {LOCK}
         lock = (folder / LOCK).open("a+")
     except OSError as error:
         raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
@@ -50,17 +50,19 @@ def taken(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
         except OSError:
-            raise UserError(f"another process prepares a set in {folder} already") from None
+            raise UserError(f"another process prepares a dataset in {folder} already") from None
         # Waits for the workers of one that was killed: what they write is not this one's.
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, WORKERS_BYTE)
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, WORKERS_BYTE)
-        noted = folder / DRAFTS / _JOB
-        if noted.is_file() or (folder / INDEX).is_file():
-            _same(folder, job, noted)
-        elif there - {DRAFTS}:
-            raise UserError(f"{folder} is not empty and holds no prepared set: give another --out")
+        job_file = folder / DRAFTS / _JOB
+        if job_file.is_file() or (folder / INDEX).is_file():
+            _same(folder, job, job_file)
+        elif present - {DRAFTS}:
+            raise UserError(
+                f"{folder} is not empty and holds no prepared dataset: give another --out"
+            )
         (folder / DRAFTS).mkdir(exist_ok=True)
-        write_atomically(noted, json.dumps(job))
+        write_atomically(job_file, json.dumps(job))
         try:
             yield
         except BaseException:
@@ -77,9 +79,9 @@ def _take_away(folder: Path, new: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
+def _same(folder: Path, job: Mapping[str, Any], job_file: Path) -> None:
     try:
-        former = read_json(noted)
+        former = read_json(job_file)
     except UserError:
         former = dict(shards.read_index(folder).job)
     words = {"files": "the source's files have changed"}
@@ -90,8 +92,8 @@ def _same(folder: Path, job: Mapping[str, Any], noted: Path) -> None:
     ]
     if changed:
         raise UserError(
-            f"{folder} holds a set that is prepared otherwise ({'; '.join(changed)}): give another "
-            "--out, or the former options to go on"
+            f"{folder} holds a dataset that was prepared differently ({'; '.join(changed)}): give "
+            "another --out, or the former options to go on"
         )
 
 
@@ -114,18 +116,18 @@ def done_before(folder: Path, console: Console) -> dict[str, Made]:
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             made = Made.from_json(path.read_bytes())
-            whole = all(
+            complete = all(
                 (folder / name).stat().st_size == size for name, size, _ in made.shard.files()
             )
-            if whole:
+            if complete:
                 done[made.shard.name] = made
     return done
 
 
 def remove_others(folder: Path, done: Iterable[Made], made: Iterable[Made]) -> None:
     """Removes shards of an earlier run that are none now, because files of the source are gone."""
-    kept = {name for each in made for name, *_ in each.shard.files()}
-    for name in {name for each in done for name, *_ in each.shard.files()} - kept:
+    current = {name for each in made for name, *_ in each.shard.files()}
+    for name in {name for each in done for name, *_ in each.shard.files()} - current:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -133,13 +135,13 @@ def damaged_files(folder: Path, parts: Sequence[shards.Shard], console: Console)
     """The files that are missing or whose checksum is another one."""
     files = [each for shard in parts for each in shard.files()]
     hidden = not console.is_terminal
-    found = []
+    damaged = []
     for name, _, expected in track(
         files, "comparing checksums", console=console, transient=True, disable=hidden
     ):
         try:
             if checksum(folder / name) != expected:
-                found.append(name)
+                damaged.append(name)
         except OSError:
-            found.append(name)
-    return found
+            damaged.append(name)
+    return damaged

@@ -79,8 +79,8 @@ def make_all(
             while len(pending) > most:
                 finished, _ = wait(pending, timeout=_LOOK, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    found = made[pending.pop(future)] = future.result()
-                    bar.broken += len(found.broken)
+                    result = made[pending.pop(future)] = future.result()
+                    bar.broken += len(result.broken)
                 bar.show()
 
         for piece in pieces(reader, records):
@@ -123,8 +123,8 @@ def _pool(maker: Maker, workers: int, bar: _Bar) -> Iterator[Callable[[Piece], F
         yield lambda piece: pool.submit(make_in_worker, piece)
     except BrokenProcessPool:
         raise RunError(
-            "a worker process was killed, perhaps for want of memory: run the same command again, "
-            "which keeps the shards that are done; fewer --workers take less"
+            "a worker process was killed, perhaps because memory ran out: run the same command "
+            "again, which keeps the finished shards; fewer --workers need less memory"
         ) from None
     except BaseException:
         stop.set()  # nobody waits for shards that are begun
@@ -141,7 +141,7 @@ class _Bar:
         self._console = console
         self.kept = self.broken = self._new = 0
         self.count: Callable[[], int] = lambda: self._new  # records that were made in this run
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -180,6 +180,6 @@ class _Bar:
         words = f"{count:,}{of} records{broken}, {rate:,.0f} a second{time_left}"
         if self._bar:
             self._bar.update(self._task, completed=count, total=total, description=words)
-        elif now - self._told > _LINE:
-            self._told = now
+        elif now - self._printed > _LINE:
+            self._printed = now
             self._console.print(f"preparing: {words}")

@@ -27,7 +27,7 @@ class Broken:
     reason: str
 
 
-class Found(NamedTuple):
+class InputRecord(NamedTuple):
     """A record as the input has it; its image is not looked at yet."""
 
     example: Example
@@ -60,11 +60,11 @@ class Reader(ABC):
         """The split of each record and where it lies, or a Broken. Always the same, in order."""
 
     @abstractmethod
-    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """The records that lie there; a Broken is handed through."""
 
     def notes(self) -> Iterable[str]:
-        """What to tell about the input when `refs` is through."""
+        """What to report about the input when `refs` is exhausted."""
         return ()
 
 
@@ -106,15 +106,15 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], bool]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotJson(f"the key {twice!r} is in it twice")
-    return found
+        raise NotJson(f"the key {twice!r} occurs twice")
+    return values
 
 
-def texts_of(value: Any, what: str) -> tuple[str, ...]:
+def texts_of(value: Any, role: str) -> tuple[str, ...]:
     """A text, or a list of them, as a tuple; () for none.
 
     Raises:
@@ -124,7 +124,7 @@ def texts_of(value: Any, what: str) -> tuple[str, ...]:
     values = [each for each in values if each is not None]
     for each in values:
         if not isinstance(each, str):
-            raise ValueError(f"the {what} must be a text, found {kind_of(each)}")
+            raise ValueError(f"the {role} must be a text, found {kind_of(each)}")
     # Half of a surrogate pair, which JSON can spell, is no character.
     return tuple(each.encode("utf-8", "replace").decode() for each in values if each.strip())
 
@@ -138,10 +138,10 @@ def keys_of(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     keys = []
     for each in values:
-        whole = isinstance(each, int) and not isinstance(each, bool)
-        if each is None or (whole and each < 0):
+        is_number = isinstance(each, int) and not isinstance(each, bool)
+        if each is None or (is_number and each < 0):
             continue
-        keys += [str(each)] if whole else texts_of(each, "label")
+        keys += [str(each)] if is_number else texts_of(each, "label")
     return tuple(dict.fromkeys(key.strip() for key in keys))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
-    Found,
+    InputRecord,
     Reader,
     decode_text,
     image_at,
@@ -66,16 +66,18 @@ class JsonLines(Reader):
         try:
             values, _ = parse_object(line)
         except ValueError:
-            return "train", ""  # told when the line is read
+            return "train", ""  # reported when the line is read
         return _split(values, self._columns)
 
-    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the lines by their offsets, and their images."""
         with self._path.open("rb") as file:
             for ref in refs:
                 yield ref if isinstance(ref, Broken) else self._record(file, *ref)
 
-    def _record(self, file: BinaryIO, offset: int, length: int, number: int) -> Found | Broken:
+    def _record(
+        self, file: BinaryIO, offset: int, length: int, number: int
+    ) -> InputRecord | Broken:
         place = f"{self._path}:{number}"
         try:
             file.seek(offset)
@@ -85,10 +87,10 @@ class JsonLines(Reader):
             image = _path_of(values, self._columns)
             place = f"{place} {image}"
             content = image_at(self._path.parent, image)
-            found = column.example(values, self._columns, image, content, int(latin))
+            record = column.example(values, self._columns, image, content, int(latin))
         except (ValueError, OSError) as error:
             return Broken(place, str(error))
-        return found._replace(place=place)
+        return record._replace(place=place)
 
 
 class _Row(NamedTuple):
@@ -125,15 +127,15 @@ class Table(Reader):
         names = [name.strip() for name in header]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise UserError(f"{self._path}:1: the column {twice!r} is there twice")
-        found = {role: column.choose(role, names, self._columns) for role in column.ROLES}
+            raise UserError(f"{self._path}:1: the column {twice!r} occurs twice")
+        chosen = {role: column.choose(role, names, self._columns) for role in column.ROLES}
         for role, name in self._columns.items():
-            if not found[role]:
+            if not chosen[role]:
                 raise UserError(
                     f"{self._path}:1: there is no column {name!r} (--columns={role}={name}), only "
                     f"{', '.join(names)}"
                 )
-        if not found["image"] or not (found["caption"] or found["label"]):
+        if not chosen["image"] or not (chosen["caption"] or chosen["label"]):
             raise UserError(
                 f"{self._path}:1: needs a column file (or image, path) and a column caption (or "
                 f"text, label), found {', '.join(names)[:200] or 'nothing'}; name them by "
@@ -193,36 +195,36 @@ class Table(Reader):
         """The rows from an offset on, which is the beginning of a line."""
         file.seek(start)
         while True:
-            taken: list[int] = []  # bytes of the row's lines
+            line_lengths: list[int] = []  # bytes of the row's lines
             try:
-                fields, reason = next(self._parsed(_texts(file, taken)), None), ""
+                fields, reason = next(self._parsed(_texts(file, line_lengths)), None), ""
             except csv.Error as error:
                 fields, reason = [], str(error)
             if fields is None:
                 return
             if not reason and fields and self._header and len(fields) != len(self._header):
                 reason = f"has {len(fields)} columns, not {len(self._header)}"
-            if reason and len(taken) > 1:
+            if reason and len(line_lengths) > 1:
                 # A quotation mark that is never closed takes no rows with it but its own.
-                del taken[1:]
-                file.seek(start + taken[0])
-            end = start + sum(taken)
+                del line_lengths[1:]
+                file.seek(start + line_lengths[0])
+            end = start + sum(line_lengths)
             if fields or reason:
                 yield _Row(start, end, line, fields, reason)
-            start, line = end, line + len(taken)
+            start, line = end, line + len(line_lengths)
 
     def _parsed(self, lines: Iterable[str]) -> Iterator[list[str]]:
         # A text may be longer than the 131,072 characters that the module takes by itself.
         csv.field_size_limit(_MOST_LINE)
         return csv.reader(lines, delimiter="\t" if self._tab else ",")
 
-    def read(self, refs: Sequence[Any]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the rows by their offsets, and their images."""
         with self._path.open("rb") as file:
             for ref in refs:
                 yield ref if isinstance(ref, Broken) else self._record(file, ref)
 
-    def _record(self, file: BinaryIO, rows: Sequence[tuple[int, int, int]]) -> Found | Broken:
+    def _record(self, file: BinaryIO, rows: Sequence[tuple[int, int, int]]) -> InputRecord | Broken:
         place = f"{self._path}:{rows[0][2]}"
         merged: dict[str, list[str]] = {}
         latin = 0
@@ -237,10 +239,10 @@ class Table(Reader):
             image = _path_of({name: values[0] for name, values in merged.items()}, self._columns)
             place = f"{place} {image}"
             content = image_at(self._path.parent, image)
-            found = column.example(merged, self._columns, image, content, latin)
+            record = column.example(merged, self._columns, image, content, latin)
         except (ValueError, OSError, csv.Error) as error:
             return Broken(place, str(error))
-        return Found(found.example, latin, place=place)
+        return InputRecord(record.example, latin, place=place)
 
 
 def _by_first(keys: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -269,10 +271,10 @@ def check_text(path: Path) -> Path:
     return path
 
 
-def _texts(file: BinaryIO, taken: list[int]) -> Iterator[str]:
-    """The lines of a file; their bytes are added to `taken`."""
+def _texts(file: BinaryIO, lengths: list[int]) -> Iterator[str]:
+    """The lines of a file; their lengths in bytes are appended to `lengths`."""
     for line in iter(lambda: file.readline(_MOST_LINE), b""):
-        taken.append(len(line))
+        lengths.append(len(line))
         yield decode_text(line)[0]
 
 

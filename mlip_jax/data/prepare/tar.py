@@ -66,7 +66,7 @@ def members(path: Path) -> Iterator[Member | Broken]:
 def _members(path: Path, container: Container) -> Iterator[Member | Broken]:
     read, reach = container.read, container.reach
     position, ended = 0, False
-    given: dict[bytes, bytes] = {}  # what pax and GNU headers say of the next member
+    extended: dict[bytes, bytes] = {}  # what pax and GNU headers say of the next member
     while block := read(_BLOCK, position):
         if block == _ZEROS:
             position, ended = position + _BLOCK, True
@@ -75,34 +75,34 @@ def _members(path: Path, container: Container) -> Iterator[Member | Broken]:
         if header is None:
             start, (position, ended) = position, _next_header(container, position + _BLOCK)
             yield Broken(f"{path} at byte {start}", _damage(block, start, position - start))
-            given = {}
+            extended = {}
             continue
         ended = False
         data = position + _BLOCK
         raw, kind, size = header
-        if given and b"size" in given:
-            size = _number(given[b"size"]) or size
+        if extended and b"size" in extended:
+            size = _number(extended[b"size"]) or size
         reached = reach(data + size)
         if reached < data + size:
-            name = (given.get(b"path") or raw).decode("utf-8", "backslashreplace")
+            name = (extended.get(b"path") or raw).decode("utf-8", "backslashreplace")
             yield Broken(
                 f"{path}/{name}",
-                f"says to have {size:,} bytes, but the tar file has {reached - data:,} more: it is "
-                "cut short or damaged",
+                f"its header says {size:,} bytes, but the tar file has {reached - data:,} more: it "
+                "is cut short or damaged",
             )
             if container.packed:
                 return
-            (position, ended), given = _next_header(container, data), {}
+            (position, ended), extended = _next_header(container, data), {}
             continue
         position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if kind in _OF_THE_NEXT:
             if kind in _LONG and size <= _MOST_NAME:
-                given |= _long(kind, read(size, data))
+                extended |= _long(kind, read(size, data))
             continue
-        if given:
-            raw = given.get(b"path") or raw
-            kind = b"S" if any(key.startswith(b"GNU.sparse") for key in given) else kind
-            given = {}
+        if extended:
+            raw = extended.get(b"path") or raw
+            kind = b"S" if any(key.startswith(b"GNU.sparse") for key in extended) else kind
+            extended = {}
         name = raw.decode("utf-8", "backslashreplace")
         if kind == b"5" or (name.endswith("/") and kind in _REGULAR):
             continue
@@ -151,7 +151,7 @@ def _long(kind: bytes, data: bytes) -> dict[bytes, bytes]:
     """What a GNU long name or pax records say."""
     if kind == b"L":
         return {b"path": data.partition(b"\0")[0]}
-    found, start = {}, 0
+    records, start = {}, 0
     while match := _PAX_RECORD.match(data, start):
         length = int(match[1])
         if length <= match.end() - start or start + length > len(data):
@@ -159,9 +159,9 @@ def _long(kind: bytes, data: bytes) -> dict[bytes, bytes]:
         value = data[match.end() : start + length - 1]
         if match[2] == b"size":
             value = b"%o" % int(value) if value.isdigit() and len(value) < _DIGITS else b""
-        found[match[2]] = value
+        records[match[2]] = value
         start += length
-    return found
+    return records
 
 
 def _next_header(container: Container, position: int) -> tuple[int, bool]:
@@ -178,8 +178,8 @@ def _next_header(container: Container, position: int) -> tuple[int, bool]:
 def _damage(block: bytes, start: int, skipped: int) -> str:
     if start == 0 and (packed := _PACKED.get(block[:2])):
         return f"the tar file is packed by {packed}: unpack it first"
-    what = "not a tar file" if start == 0 else "damaged"
-    return f"the tar file is {what}: {skipped:,} bytes are passed over"
+    problem = "not a tar file" if start == 0 else "damaged"
+    return f"the tar file is {problem}: {skipped:,} bytes are passed over"
 
 
 def _refusal(name: str, kind: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The verb: a source and a folder in, a prepared set and a line about it out."""
+"""The subcommand: a source and a folder in, a prepared dataset and a line about it out."""
 
 from __future__ import annotations
 
@@ -50,17 +50,16 @@ def prepare(
     attribution: str = "",
     check: bool = False,
 ) -> int:
-    """Writes a prepared set, or goes on with one; prints what is in it.
+    """Writes a prepared dataset, or goes on with one; prints what is in it.
 
     The shards are a function of the source and of `columns`, `split`, `resize` and `shard_records`
     alone. A run that is killed goes on with the shards that it has not finished, and ends with the
-    same bytes. A set that is finished is compared with its checksums, and what is damaged is made
-    again.
+    same bytes. A finished dataset is compared with its checksums, and damaged files are made again.
 
     Args:
       config: None.
       workdir: None.
-      out: the set's folder.
+      out: the dataset's folder.
       source: KIND:PATH; see docs/data.md.
       columns: ROLE=NAME,...; see `columns.read_columns`.
       split: what all records belong to; "": as the source says.
@@ -70,8 +69,8 @@ def prepare(
       workers: processes; -1: as many as there are cores.
       max_skipped_share: more broken records than this share are an error in the end.
       licence: for the card.
-      attribution: for the card, and to be shown wherever the set is used.
-      check: only compare a finished set with its checksums.
+      attribution: for the card, and to be shown wherever the dataset is used.
+      check: only compare a finished dataset with its checksums.
 
     Returns:
       0; with `check`, 1 when a file is damaged.
@@ -94,7 +93,7 @@ def prepare(
     class_names = card.read_named(classes) if classes else ()
     reader = open_reader(source, chosen, canonical(split) if split else "")
     job, inputs = _job(reader, source, chosen, split, resize, shard_records)
-    with output.taken(folder, job), _writing(folder):
+    with output.reserved(folder, job), _writing(folder):
         done = output.done_before(folder, console)
         made = make_all(
             reader,
@@ -200,7 +199,7 @@ def _judge(made: Sequence[Made], share: float, source: str, folder: Path) -> Non
     if not broken and not records:
         raise UserError(f"--source={source} has no records")
     if not records:
-        raise UserError(f"--source={source} has no record of use: {_broken_line(broken, records)}")
+        raise UserError(f"--source={source} has no usable record: {_broken_line(broken, records)}")
     if len(broken) > share * (records + len(broken)):
         write_atomically(folder / BROKEN, card.broken_lines(made))
         raise UserError(

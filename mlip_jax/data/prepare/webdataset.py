@@ -17,7 +17,7 @@ from mlip_jax.data.prepare.containers import SUFFIXES, Container, is_packed, ope
 from mlip_jax.data.prepare.readers import (
     MOST_TEXT,
     Broken,
-    Found,
+    InputRecord,
     Reader,
     decode_text,
     keys_of,
@@ -33,7 +33,7 @@ _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")
 _TEXTS = ("txt", "text", "caption", "captions")
 _LABELS = ("cls", "label", "class")
 _JSON = "json"
-_SAID = frozenset((*_TEXTS, *_LABELS, _JSON))
+_ANNOTATIONS = frozenset((*_TEXTS, *_LABELS, _JSON))
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _MOST_FILES = 1_000_000
@@ -50,12 +50,12 @@ class _Sample(NamedTuple):
 
     def is_whole(self) -> bool:
         """Whether there is an image and something is said about it."""
-        return bool(self.image) and not _SAID.isdisjoint(self.members)
+        return bool(self.image) and not _ANNOTATIONS.isdisjoint(self.members)
 
 
 def _sample(number: int, key: str, members: Mapping[str, tuple[int, int]]) -> _Sample:
     """Of several images that with the plainest ending is taken, such as "jpg"."""
-    images = [ending for ending in members if ending not in _SAID]
+    images = [ending for ending in members if ending not in _ANNOTATIONS]
     image = min(images, key=lambda ending: ending.count("."), default="")
     return _Sample(number, key, image, members)
 
@@ -117,12 +117,13 @@ class WebDataset(Reader):
     def _samples(self, number: int, file: Path) -> Iterator[_Sample | Broken]:
         keys: set[int] = set()  # hashes, of this tar file
         waiting: dict[str, dict[str, tuple[int, int]]] = {}  # not whole: members are not adjacent
-        apart = not is_packed(file)  # else they could only be read by unpacking again and again
-        for sample in _grouped(number, self._known(file)):
+        # Members of a packed file that lie apart could only be read by unpacking again and again.
+        may_lie_apart = not is_packed(file)
+        for sample in _grouped(number, self._useful_members(file)):
             if isinstance(sample, Broken):
                 yield sample
                 continue
-            if not apart and not sample.is_whole():
+            if not may_lie_apart and not sample.is_whole():
                 yield _not_whole(file, sample, " beside it, as it must in a packed tar file")
                 continue
             if not sample.is_whole():
@@ -137,12 +138,14 @@ class WebDataset(Reader):
             self._twice += hash(sample.key) in keys
             keys.add(hash(sample.key))
             if len(sample.members) > 2:
-                self._others.update(e for e in sample.members if e not in _SAID | {sample.image})
+                self._others.update(
+                    e for e in sample.members if e not in _ANNOTATIONS | {sample.image}
+                )
             yield sample
-        for key, found in waiting.items():
-            yield _not_whole(file, _sample(number, key, found))
+        for key, members in waiting.items():
+            yield _not_whole(file, _sample(number, key, members))
 
-    def _known(self, file: Path) -> Iterator[tuple[str, str, tar.Member] | Broken]:
+    def _useful_members(self, file: Path) -> Iterator[tuple[str, str, tar.Member] | Broken]:
         """Key, ending and member of what may belong to a record."""
         for member in tar.members(file):
             if isinstance(member, Broken):
@@ -155,12 +158,12 @@ class WebDataset(Reader):
             key, ending = match.groups() if match else ("", "")
             ending = ending.lower()
             plain = ending.rpartition(".")[2]
-            if match and (ending in _SAID or f".{plain}" in IMAGE_SUFFIXES):
+            if match and (ending in _ANNOTATIONS or f".{plain}" in IMAGE_SUFFIXES):
                 yield key, ending, member
             else:
                 self._others[plain or "without a key"] += 1
 
-    def read(self, refs: Sequence[_Sample | Broken]) -> Iterator[Found | Broken]:
+    def read(self, refs: Sequence[_Sample | Broken]) -> Iterator[InputRecord | Broken]:
         """Reads the members by their offsets."""
         for number, group in itertools.groupby(refs, lambda ref: getattr(ref, "tar", None)):
             if number is None:
@@ -176,13 +179,15 @@ class WebDataset(Reader):
                 for sample in samples:
                     yield Broken(f"{path}/{sample.key}", f"cannot read: {error.strerror}")
 
-    def _record(self, container: Container, name: str, sample: _Sample) -> Found | Broken:
+    def _record(self, container: Container, name: str, sample: _Sample) -> InputRecord | Broken:
         try:
-            return self._found(name, sample, _contents(container, sample))
+            return self._from_contents(name, sample, _contents(container, sample))
         except (ValueError, OSError) as error:
             return Broken(name, str(error))
 
-    def _found(self, name: str, sample: _Sample, contents: Mapping[str, bytes]) -> Found:
+    def _from_contents(
+        self, name: str, sample: _Sample, contents: Mapping[str, bytes]
+    ) -> InputRecord:
         image = contents[sample.image]
         captions, labels, latin = [], [], 0
         for ending in _TEXTS:
@@ -197,47 +202,47 @@ class WebDataset(Reader):
         tags, multi_label = (), False
         if _JSON in contents:
             values, other = parse_object(contents[_JSON])
-            found = column.example(values, self._columns, name, b"", int(other))
-            captions += found.example.captions
-            labels = labels or list(found.example.labels)
-            tags, multi_label, latin = found.example.tags, found.multi_label, latin + other
+            record = column.example(values, self._columns, name, b"", int(other))
+            captions += record.example.captions
+            labels = labels or list(record.example.labels)
+            tags, multi_label, latin = record.example.tags, record.multi_label, latin + other
         captions = tuple(dict.fromkeys(captions))
-        return Found(Example(name, image, captions, tags, tuple(labels)), latin, multi_label)
+        return InputRecord(Example(name, image, captions, tags, tuple(labels)), latin, multi_label)
 
 
 def _contents(container: Container, sample: _Sample) -> dict[str, bytes]:
     """What of a record is read, by its endings; in the order of the file."""
-    found = {}
+    contents = {}
     for ending, (offset, size) in sample.members.items():
-        if ending != sample.image and ending not in _SAID:
+        if ending != sample.image and ending not in _ANNOTATIONS:
             continue
-        most = MOST_TEXT if ending in _SAID else MOST_BYTES
+        most = MOST_TEXT if ending in _ANNOTATIONS else MOST_BYTES
         if size > most:
             raise ValueError(
                 f"its .{ending} has {size:,} bytes, at most {most:,} are read: refused"
             )
-        found[ending] = container.read(size, offset)
-        if len(found[ending]) < size:
+        contents[ending] = container.read(size, offset)
+        if len(contents[ending]) < size:
             raise ValueError(f"its .{ending} is cut short")
-    return found
+    return contents
 
 
 def _grouped(
-    number: int, known: Iterable[tuple[str, str, tar.Member] | Broken]
+    number: int, entries: Iterable[tuple[str, str, tar.Member] | Broken]
 ) -> Iterator[_Sample | Broken]:
     """Neighbours of one key; an ending that comes again begins another record."""
-    key, found = "", {}
-    for each in known:
+    key, members = "", {}
+    for each in entries:
         if isinstance(each, Broken):
             yield each
             continue
-        if found and (each[0] != key or each[1] in found):
-            yield _sample(number, key, found)
-            found = {}
+        if members and (each[0] != key or each[1] in members):
+            yield _sample(number, key, members)
+            members = {}
         key, ending, member = each
-        found[ending] = (member.offset, member.size)
-    if found:
-        yield _sample(number, key, found)
+        members[ending] = (member.offset, member.size)
+    if members:
+        yield _sample(number, key, members)
 
 
 def _not_whole(file: Path, sample: _Sample, where: str = "") -> Broken:
@@ -251,21 +256,21 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     Raises:
       UserError: when there is none.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for pattern in _braces(os.path.expanduser(where)):
         path = Path(pattern)
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+            files += sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             matches = sorted(p for p in map(Path, glob.glob(pattern)) if p.is_file())
             if not matches:
                 raise UserError(f"no such file: {pattern}")
-            found += matches
-    if not found:
+            files += matches
+    if not files:
         raise UserError(f"there is no file *{' or *'.join(suffixes)} in {where}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(files))
 
 
 def _braces(pattern: str) -> list[str]:
@@ -283,4 +288,4 @@ def _braces(pattern: str) -> list[str]:
     else:
         words = match[1].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [whole for word in words for whole in _braces(f"{before}{word}{after}")]
+    return [expanded for word in words for expanded in _braces(f"{before}{word}{after}")]

@@ -1,4 +1,4 @@
-"""Sets of image regions with an expression each: what grounding is measured on."""
+"""Datasets of image regions with an expression each: what grounding is measured on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Region:
 
 
 class Regions(Protocol):
-    """What every kind of set offers. The queries of an image follow one another."""
+    """What every kind of dataset offers. The queries of an image follow one another."""
 
     about: str  # a sentence: where images, expressions and boxes come from
     notes: tuple[str, ...]  # what was left out on opening, a line each
@@ -81,7 +81,7 @@ class FileRegions:
                 raise UserError(f"{first.place}: there is no image {file}")
         self.about = about
         self.notes = notes
-        self._queries = [query for own in by_image.values() for query in own]
+        self._queries = [query for image_queries in by_image.values() for query in image_queries]
 
     def __len__(self) -> int:
         return len(self._queries)

@@ -37,17 +37,17 @@ class _Rectangle(NamedTuple):
 class Compositions:
     """Canvases of 2, 3 or 4 drawings in turn, each asked for by its name.
 
-    The drawings are the embedded set's. Each is cut to its ink, scaled so that its longer side is
-    0.4 to 0.5 of the canvas's, and laid where it overlaps no other; what it covers is its box. No
-    concept comes twice before all have come once. Which drawings, how large and where is drawn from
-    one seed. All of this is our choice.
+    The drawings are the embedded dataset's. Each is cut to its ink, scaled so that its longer side
+    is 0.4 to 0.5 of the canvas's, and laid where it overlaps no other; what it covers is its box.
+    No concept comes twice before all have come once. Which drawings, how large and where is drawn
+    from one seed. All of this is our choice.
     """
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, drawings: Source, canvases: int = _CANVASES) -> None:
-        """Takes the set of drawings, whose records' names end in "/CONCEPT"."""
-        self.about = f"Canvases of 2 to 4 {drawings.split} drawings of the embedded set."
+        """Takes the dataset of drawings, whose records' names end in "/CONCEPT"."""
+        self.about = f"Canvases of 2 to 4 {drawings.split} drawings of the embedded dataset."
         self._drawings = drawings
         counts = [_COUNTS[canvas % len(_COUNTS)] for canvas in range(canvases)]
         self._canvas_of = np.repeat(np.arange(canvases), counts)
@@ -91,7 +91,7 @@ def open_compositions(
 
     Args:
       split: one of SPLITS.
-      cache_dir: where the embedded set lies, as for `open_source`.
+      cache_dir: where the embedded dataset lies, as for `open_source`.
       cleaning: how the names are cleaned, `config.model.text.cleaning`.
 
     Raises:
@@ -136,13 +136,13 @@ def _lay_out(rng: np.random.Generator, shapes: list[tuple[int, int]]) -> list[_R
 
 
 def _free_place(
-    rng: np.random.Generator, width: int, height: int, taken: list[_Rectangle]
+    rng: np.random.Generator, width: int, height: int, occupied: list[_Rectangle]
 ) -> _Rectangle | None:
     """The first of some places at random that is free; None when none is."""
     left, top = (rng.integers(0, SIDE - edge + 1, _TRIES) for edge in (width, height))
     right, bottom = left + width, top + height
     free = np.ones(_TRIES, bool)
-    for other in taken:
+    for other in occupied:
         free &= (
             (left >= other.right + _GAP)
             | (right <= other.left - _GAP)

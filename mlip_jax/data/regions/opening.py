@@ -1,4 +1,4 @@
-"""Sets of regions: what a spec such as "compositions" or "refcoco:FOLDER#testA" opens."""
+"""Datasets of regions: what a spec such as "compositions" or "refcoco:FOLDER#testA" opens."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _VALID = ("compositions", "refcoco:", "regions:")
 def open_region_set(
     spec: str, *, cache_dir: str = "", cleaning: str = "none", max_skipped_share: float = 0.01
 ) -> Regions:
-    """Opens a set to ground on.
+    """Opens a dataset to ground on.
 
     Args:
       spec: "compositions", "refcoco:FOLDER" in REFER's layout, or "regions:FILE", a JSONL file; a
         split may follow after "#".
-      cache_dir: where sets named by one word lie, as for `open_source`.
+      cache_dir: where datasets named by one word lie, as for `open_source`.
       cleaning: how expressions are cleaned, `config.model.text.cleaning`.
       max_skipped_share: more queries than this without an expression are an error.
 
     Raises:
-      MissingSplit: when the set has no such split.
+      MissingSplit: when the dataset has no such split.
       UserError: for an unknown spec, a missing file, or a malformed row.
     """
     base, split = split_spec(spec)
     if base == "compositions":
         return open_compositions(split or "validation", cache_dir=cache_dir, cleaning=cleaning)
     kind, colon, where = base.partition(":")
-    read = {"refcoco": open_refer, "regions": open_regions}.get(kind)
-    if read is None or not where:
+    opener = {"refcoco": open_refer, "regions": open_regions}.get(kind)
+    if opener is None or not where:
         near = suggestion(f"{kind}:" if colon else spec, _VALID)
         raise UserError(
-            f"unknown set of regions {spec!r}: expected compositions, refcoco:FOLDER or "
+            f"unknown dataset of regions {spec!r}: expected compositions, refcoco:FOLDER or "
             f"regions:FILE{near}"
         )
     how = {"cleaning": cleaning, "max_skipped_share": max_skipped_share}
-    return read(Path(where).expanduser(), split, **how)
+    return opener(Path(where).expanduser(), split, **how)

@@ -54,7 +54,7 @@ def open_refer(
     FOLDER/../images/mscoco/images/train2014, and in every folder in FOLDER or beside it.
 
     Args:
-      folder: the set's folder.
+      folder: the dataset's folder.
       split: train, val, testA, testB, test or "all"; "": val.
       cleaning: how expressions are cleaned, `config.model.text.cleaning`.
       max_skipped_share: more sentences than this that are empty are an error.
@@ -171,13 +171,13 @@ def _slim(entry: dict[str, Any]) -> Any:
 
 def _find_images(folder: Path, name: Path) -> Path:
     """The folder of images, which holds this one."""
-    stated = [folder / "images", folder.parent / _MSCOCO]
+    standard_folders = [folder / "images", folder.parent / _MSCOCO]
     beside = [path for place in (folder, folder.parent) for path in sorted(place.iterdir())]
-    for candidate in (*stated, *beside):
+    for candidate in (*standard_folders, *beside):
         if (candidate / name).is_file():
             return candidate
     raise UserError(
-        f"the image {name} is not to be found: looked in {stated[0]}, {stated[1]}, and the folders "
-        f"in {folder} and {folder.parent}; COCO's train2014.zip from https://cocodataset.org holds "
-        "it"
+        f"cannot find the image {name}: looked in {standard_folders[0]}, {standard_folders[1]} "
+        f"and the folders in {folder} and {folder.parent}; COCO's train2014.zip from "
+        "https://cocodataset.org holds it"
     )

@@ -1,4 +1,4 @@
-"""Sets of one class an image: trees of class folders, and classes.json, which names classes."""
+"""Datasets of one class an image: trees of class folders, and classes.json, which names classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES_FILE = "classes.json"
 class Tree(Protocol):
     """Class folders, perhaps below split folders."""
 
-    name: str  # of the set
+    name: str  # of the dataset
     place: Path  # for errors
 
     def folders(self, above: str) -> list[str]:
@@ -52,18 +52,18 @@ def open_tree(tree: Tree, opening: Opening) -> ClassSource:
     choice = STANDARD.choose(tree.place, opening.wanted, splits or ("train",))
     # Labels are the same whichever split is opened.
     present = sorted({name for above in splits.values() or [""] for name in tree.folders(above)})
-    found = tree.classes_file()
+    classes_file = tree.classes_file()
     names = (
         {name: " ".join(name.replace("_", " ").split()) for name in present}
-        if found is None
-        else named_classes(*found, present)
+        if classes_file is None
+        else named_classes(*classes_file, present)
     )
     files, labels = [], []
     for part in choice.parts:
         above = splits.get(part, "")
-        there = set(tree.folders(above))
+        folders = set(tree.folders(above))
         for label, name in enumerate(names):
-            if name in there:
+            if name in folders:
                 images = tree.images(f"{above}/{name}" if above else name)
                 files += images
                 labels += [label] * len(images)
@@ -147,9 +147,9 @@ def read_classes(file: str, content: bytes) -> Mapping[str, str] | Sequence[str]
 
 
 def _once(file: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{file}: the class {twice!r} is in it twice")
-    return found
+        raise UserError(f"{file}: the class {twice!r} is listed twice")
+    return values

@@ -48,12 +48,12 @@ def open_coco(folder: Path, opening: Opening) -> CaptionSource:
     for split in choice.parts:
         file, images = _find(folder, _SPLITS[split])
         folders.append(images)
-        for name, own in zip(*_grouped(file), strict=True):
-            if cleaned := usable(own, opening.cleaning):
+        for name, captions in zip(*_grouped(file), strict=True):
+            if cleaned := usable(captions, opening.cleaning):
                 files.append(f"{images}/{name}")
                 texts.append(cleaned)
             else:
-                skipped.add(f"{file}: {name}", own)
+                skipped.add(f"{file}: {name}", captions)
     notes = skipped.notes(len(files), opening.max_skipped_share)
     # Figures on COCO are of this split or of Karpathy's: the name tells which.
     name = f"coco-{'+'.join(folders)}"

@@ -89,7 +89,7 @@ def numbered(file: Path, images: Sequence[Any]) -> dict[int | str, int]:
 
 
 def place_of(
-    file: Path, index: int, what: str, key: Any, places: Mapping[int | str, int], among: str
+    file: Path, index: int, kind: str, key: Any, places: Mapping[int | str, int], among: str
 ) -> int:
     """The place of what annotation `index` refers to.
 
@@ -99,7 +99,7 @@ def place_of(
     place = places.get(key)
     if place is None:
         raise UserError(
-            f'{file}: annotations[{index}] is of the {what} {key!r}, which is not among "{among}"'
+            f'{file}: annotations[{index}] is of the {kind} {key!r}, which is not among "{among}"'
         )
     return place
 

@@ -62,12 +62,12 @@ def open_objects(path: Path, opening: Opening) -> MultiLabelSource:
         choice = STANDARD.choose(path, opening.wanted, files)
         chosen = [(files[part], _read(files[part])) for part in choice.parts]
     else:
-        found = _read(path)
-        splits = _splits(path, found.images)
+        objects = _read(path)
+        splits = _splits(path, objects.images)
         choice = STANDARD.choose(path, opening.wanted, dict.fromkeys(splits))
         rows = [index for index, split in enumerate(splits) if split in choice.parts]
-        images = [found.images[index] for index in rows]
-        chosen = [(path, found._replace(images=images, targets=found.targets[rows]))]
+        images = [objects.images[index] for index in rows]
+        chosen = [(path, objects._replace(images=images, targets=objects.targets[rows]))]
     names = chosen[0][1].names
     for file, content in chosen:
         if content.names != names:
@@ -75,7 +75,9 @@ def open_objects(path: Path, opening: Opening) -> MultiLabelSource:
     return MultiLabelSource(
         path.resolve().name if path.is_dir() else path.stem,
         choice,
-        ImageFiles(Path(), [name for file, own in chosen for name in _images(file, own.images)]),
+        ImageFiles(
+            Path(), [name for file, content in chosen for name in _images(file, content.images)]
+        ),
         np.concatenate([content.targets for _, content in chosen]),
         names,
         opening.cleaning,
@@ -88,15 +90,15 @@ def _official_files(folder: Path) -> dict[str, Path]:
         folder.glob("instances_*.json")
     )
     named = {file: _OFFICIAL.match(file.name) for file in files}
-    found = {
+    by_split = {
         split: file for file, match in named.items() if match and (split := canonical(match[1]))
     }
-    if not found:
+    if not by_split:
         raise UserError(
             f"no annotations/instances_train2017.json or instances_val2017.json in {folder}: name "
             "one of its files, or unpack annotations_trainval2017.zip from https://cocodataset.org"
         )
-    return found
+    return by_split
 
 
 def _splits(file: Path, images: Sequence[CocoImage]) -> list[str]:
@@ -165,8 +167,8 @@ def _images(file: Path, images: Sequence[CocoImage]) -> list[str]:
     # The official archives unpack beside the folder of annotations.
     beside = [file.absolute().parents[1] / match[1], file.parent / match[1]] if match else []
     folders = [*beside, file.parent / "images", file.parent]
-    found = find_images([(folder, names) for folder in folders])
-    return [found.name(index) for index in range(len(found))]
+    files = find_images([(folder, names) for folder in folders])
+    return [files.name(index) for index in range(len(files))]
 
 
 KIND = by_path(open_objects)

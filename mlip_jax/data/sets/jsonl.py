@@ -122,7 +122,7 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
         rows = splits.setdefault(
             split_of(place, row.get("split")), _Rows(Skipped("rows", opening.cleaning))
         )
-        own = classes.of(row, place, number)
+        row_labels = classes.of(row, place, number)
         captions = _captions(row)
         # A row of several labels counts against every class, whatever the cleaning leaves of it.
         if (
@@ -131,8 +131,8 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
             or usable(_labels(row), opening.cleaning)
         ):
             rows.starts.extend((begin, len(line)))
-            rows.labels.extend(own)
-            rows.counts.append(len(own))
+            rows.labels.extend(row_labels)
+            rows.counts.append(len(row_labels))
         else:
             rows.skipped.add(place, [*captions, *_labels(row)])
     choice = STANDARD.choose(path, opening.wanted, splits)
@@ -143,7 +143,7 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     starts = np.concatenate([np.array(rows.starts, np.int64) for rows in chosen]).reshape(-1, 2)
     names, places = classes.sorted()
     numbers = np.concatenate([np.array(rows.labels, np.int32) for rows in chosen])
-    about = {
+    common = {
         "class_names": names,
         "cleaning": opening.cleaning,
         "notes": skipped.notes(len(starts), opening.max_skipped_share),
@@ -151,9 +151,9 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     if classes.multi_label:
         counts = np.concatenate([np.array(rows.counts, np.int32) for rows in chosen])
         present = places[numbers]
-        return MultiLabelJsonlSource(path, choice, starts, present=present, counts=counts, **about)
+        return MultiLabelJsonlSource(path, choice, starts, present=present, counts=counts, **common)
     labels = np.append(places, -1)[numbers] if names else None  # the number -1 is the last
-    return JsonlSource(path, choice, starts, labels=labels, **about)
+    return JsonlSource(path, choice, starts, labels=labels, **common)
 
 
 @dataclass
@@ -179,7 +179,7 @@ class _Classes:
         return "labels" in self._first
 
     def of(self, row: dict[str, Any], place: str, number: int) -> list[int]:
-        """The numbers of a row's classes; of a set with one class a row, one, -1 for none.
+        """The numbers of a row's classes; of a dataset with one class a row, one, -1 for none.
 
         Raises:
           UserError: when some rows have "labels" and others do not.

@@ -1,6 +1,6 @@
 """Karpathy's splits of COCO, Flickr30k and Flickr8k (Karpathy and Fei-Fei 2015).
 
-Retrieval is reported on their `test`: 5,000 images of COCO, 1,000 of each other set.
+Retrieval is reported on their `test`: 5,000 images of COCO, 1,000 of each other dataset.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class DatasetKind:
         return f"{name}:{self.where}" if self.where else name
 
 
-GIVEN = "object"  # the kind of a source that a program has handed to `mlip_jax.train`
+OBJECT_NAME = "object"  # the kind of a source that a program hands to `mlip_jax.train`
 
 
 def _not_here(name: str, opening: Opening) -> Source:

@@ -1,4 +1,4 @@
-"""Several sets that are trained on together, each with its share of the samples."""
+"""Several datasets that are trained on together, each with its share of the samples."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _LONGEST_PERIOD = 10_000
 
 
 class Part(NamedTuple):
-    """A set of a mixture."""
+    """A dataset of a mixture."""
 
     spec: str
     weight: Fraction
 
 
 def is_mixture(spec: str) -> bool:
-    """Whether a spec names several sets."""
+    """Whether a spec names several datasets."""
     return spec.startswith(PREFIX)
 
 
@@ -49,7 +49,7 @@ def parse(spec: str) -> tuple[Part, ...]:
             weight = Fraction(0)
         if weight <= 0 or match["spec"].startswith(PREFIX):
             raise UserError(
-                f"data set {spec!r}: expected mix:SET*WEIGHT+SET*WEIGHT with weights above 0, such "
+                f"dataset {spec!r}: expected mix:SET*WEIGHT+SET*WEIGHT with weights above 0, such "
                 f"as mix:coco*0.7+jsonl:pairs.jsonl*0.3; {text[position:]!r} is not that"
             )
         parts.append(Part(match["spec"], weight))
@@ -58,17 +58,17 @@ def parse(spec: str) -> tuple[Part, ...]:
 
 
 class Mixture:
-    """Sets one after the other, as one source; and which of them stands where in the samples.
+    """Datasets one after the other, as one source; and which of them stands where in the samples.
 
-    The sets take turns in a period that repeats, as evenly as their weights allow: the largest lag
-    behind its share goes first. With weights whose smallest whole multiples add up to more than
+    The datasets take turns in a period that repeats, as evenly as their weights allow: the largest
+    lag behind its share goes first. With weights whose smallest whole multiples add up to more than
     10,000, shares are rounded to a ten-thousandth.
     """
 
     split = "train"
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
-        """Takes opened sets and their weights."""
+        """Takes opened datasets and their weights."""
         self._sources = tuple(sources)
         self._ends = np.cumsum([len(source) for source in sources])
         self._turns = _turns(weights)
@@ -85,7 +85,7 @@ class Mixture:
             for name, source in zip(names, sources, strict=True)
             for part in source.parts
         )
-        first = sources[0].class_names  # of other sets, labels mean something else
+        first = sources[0].class_names  # of other datasets, labels mean something else
         same = all(source.class_names == first for source in sources)
         self.class_names = first if same else ()
         credits = dict.fromkeys(source.attribution for source in sources if source.attribution)
@@ -106,34 +106,34 @@ class Mixture:
         return record if self.class_names else replace(record, label=-1)
 
     def name_of(self, index: int) -> str:
-        """The record's name in its set."""
+        """The record's name in its dataset."""
         source, place = self._find(index)
         return source.name_of(place)
 
     def captions(self) -> Iterator[str]:
-        """Every caption and tag of all sets, one set after the other, whatever their weights."""
+        """Every caption and tag, one dataset after the other, whatever their weights."""
         for source in self._sources:
             yield from source.captions()
 
     def neighbours(self, index: int) -> range:
-        """The indices of the set that an index is of."""
+        """The indices of the dataset that an index is of."""
         return self.sets()[self._number(index)]
 
     def sets(self) -> list[range]:
-        """The indices of each set."""
+        """The indices of each dataset."""
         ends = self._ends.tolist()
         return [range(first, end) for first, end in itertools.pairwise([0, *ends])]
 
     def turn(self, position: int) -> tuple[int, int]:
-        """Whose sample stands at a position, and how many samples of that set are before it."""
+        """Whose sample stands at a position, and how many samples of that dataset are before it."""
         periods, turn = divmod(position, len(self._turns))
         number = int(self._turns[turn])
         return number, periods * int(self._drawn[-1, number]) + int(self._drawn[turn, number])
 
     def samples(self, position: int) -> dict[str, int]:
-        """How many of the first `position` samples are of each set."""
-        periods, rest = divmod(position, len(self._turns))
-        counts = periods * self._drawn[-1] + self._drawn[rest]
+        """How many of the first `position` samples are of each dataset."""
+        periods, turn = divmod(position, len(self._turns))
+        counts = periods * self._drawn[-1] + self._drawn[turn]
         return dict(zip(self._names, counts.tolist(), strict=True))
 
     def _find(self, index: int) -> tuple[Source, int]:
@@ -145,20 +145,20 @@ class Mixture:
 
 
 def samples_by_set(source: Source, position: int) -> dict[str, float]:
-    """{"samples/SET": how many of the first samples are of it}; {} for a source that is one set."""
+    """{"samples/NAME": how many of the first samples are of it}; {} for a single dataset."""
     if not isinstance(source, Mixture):
         return {}
     return {f"samples/{name}": count for name, count in source.samples(position).items()}
 
 
 def neighbours(source: Source, index: int) -> range:
-    """The indices of what is one set with an index."""
+    """The indices of the dataset that an index belongs to."""
     return source.neighbours(index) if isinstance(source, Mixture) else range(len(source))
 
 
 def _turns(weights: Sequence[Fraction]) -> Int[np.ndarray, " period"]:
-    """The set at each turn of a period."""
-    counts = _whole(weights)
+    """The dataset at each turn of a period."""
+    counts = _turn_counts(weights)
     credit = np.zeros(len(counts), np.int64)
     turns = np.empty(sum(counts), np.int64)
     for turn in range(len(turns)):
@@ -168,8 +168,8 @@ def _turns(weights: Sequence[Fraction]) -> Int[np.ndarray, " period"]:
     return turns
 
 
-def _whole(weights: Sequence[Fraction]) -> list[int]:
-    """Turns of each set in a period, at least one."""
+def _turn_counts(weights: Sequence[Fraction]) -> list[int]:
+    """Turns of each dataset in a period, at least one."""
     common = math.lcm(*(weight.denominator for weight in weights))
     counts = [int(weight * common) for weight in weights]
     divisor = math.gcd(*counts)

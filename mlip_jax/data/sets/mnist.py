@@ -53,9 +53,11 @@ def open_idx(folder: Path, opening: Opening) -> ClassSource:
         files.append(images)
         labels.append(_read_labels(labels_file, names))
     stored = IdxImages(files)
-    for file, own, count in zip(files, labels, stored.counts, strict=True):
-        if len(own) != count:
-            raise UserError(f"{file} holds {count:,} images, but there are {len(own):,} labels")
+    for file, file_labels, count in zip(files, labels, stored.counts, strict=True):
+        if len(file_labels) != count:
+            raise UserError(
+                f"{file} holds {count:,} images, but there are {len(file_labels):,} labels"
+            )
     return ClassSource(
         folder.resolve().name,
         choice,
@@ -110,10 +112,10 @@ class IdxImages:
         return file, int(index - (ends[file] - self.counts[file]))
 
 
-def _find(folder: Path, split: str, what: str, dimensions: int) -> Path | None:
+def _find(folder: Path, split: str, content: str, dimensions: int) -> Path | None:
     for separator in "-.":
         for suffix in ("", ".gz"):
-            kind = f"{what}{separator}idx{dimensions}-ubyte{suffix}"
+            kind = f"{content}{separator}idx{dimensions}-ubyte{suffix}"
             file = folder / f"{_PREFIXES[split]}-{kind}"
             if file.is_file():
                 return file
@@ -121,12 +123,14 @@ def _find(folder: Path, split: str, what: str, dimensions: int) -> Path | None:
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    found = read_beside(folder)
-    if found is None:
+    classes_file = read_beside(folder)
+    if classes_file is None:
         return tuple(map(str, range(10)))
-    values = read_classes(*found)
+    values = read_classes(*classes_file)
     if not isinstance(values, list):
-        raise UserError(f"{found[0]}: expected a list of class names, in the order of the labels")
+        raise UserError(
+            f"{classes_file[0]}: expected a list of class names, in the order of the labels"
+        )
     return tuple(" ".join(name.split()) for name in values)
 
 
@@ -160,8 +164,10 @@ def _read(file: Path, dimensions: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     if len(content) != size:
-        told = "x".join(map(str, shape))
-        raise UserError(f"{file}: damaged: it tells of {told} bytes, but does not hold as many")
+        sizes = "x".join(map(str, shape))
+        raise UserError(
+            f"{file}: damaged: its header says {sizes} bytes, the file has another number"
+        )
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""Sets of images with captions: what a spec such as "emoji" or "jsonl:pairs.jsonl" opens.
+"""Datasets of images with captions: what a spec such as "emoji" or "jsonl:pairs.jsonl" opens.
 
 A source gives encoded images and texts by index. It holds places, not pixels: it is cheap to pickle
 into the processes that decode, and images are read when asked for.
@@ -38,19 +38,19 @@ def open_source(
     max_skipped_share: float = _MAX_SKIPPED_SHARE,
     cleaning: str = "none",
 ) -> Source:
-    """Opens a split of a set.
+    """Opens a split of a dataset.
 
     Args:
       spec: one of `named`, or KIND:PATH with a KIND of `registry.DATASETS` (docs/data.md). With
         #SPLIT after it, that split is opened, whatever `split` says; #all is every split together.
         For training also mix:SPEC*WEIGHT+SPEC*WEIGHT.
-      split: "train" or "validation". Sets that name no splits are all "train".
-      cache_dir: where sets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
+      split: "train" or "validation". Datasets that name no splits are all "train".
+      cache_dir: where datasets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
       max_skipped_share: more rows without a usable caption than this are an error.
       cleaning: how captions and tags are cleaned, `config.model.text.cleaning`.
 
     Raises:
-      MissingSplit: when the set has no such split.
+      MissingSplit: when the dataset has no such split.
       UserError: for an unknown spec or cleaning, a missing file or package, a malformed row, or a
         split without a single image.
     """
@@ -60,11 +60,11 @@ def open_source(
 
 
 def open_evaluation(spec: str, *, cache_dir: str = "", cleaning: str = "none") -> Source:
-    """A set to evaluate on.
+    """A dataset to evaluate on.
 
     That is its validation split, or its test split where it has none, or all of it where it names
-    no splits. Of sets whose literature has a standard it is that: `test` of Karpathy's splits and
-    of PASCAL VOC. #SPLIT after the spec names another.
+    no splits. Of datasets whose literature has a standard it is that: `test` of Karpathy's splits
+    and of PASCAL VOC. #SPLIT after the spec names another.
 
     Captions are cleaned as by `open_source`.
 
@@ -97,7 +97,7 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
     wanted = Wanted(role, name)
     kind, colon, where = base.partition(":")
     if base != spec and not name:
-        raise UserError(f"data set {spec!r}: expected a split after #, such as {base}#test")
+        raise UserError(f"dataset {spec!r}: expected a split after #, such as {base}#test")
     if base in public.PLACES:
         kind, where = public.find(base, cache_dir)
     elif kind not in DATASETS or not bool(colon) == bool(where) == bool(DATASETS[kind].where):
@@ -105,7 +105,7 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
     opening = Opening(wanted, max_skipped_share, cleaning, cache_dir)
     source = DATASETS[kind].open(where, opening)
     if not len(source):
-        raise UserError(f"the {source.split} split of the set {spec!r} is empty")
+        raise UserError(f"the {source.split} split of the dataset {spec!r} is empty")
     return source
 
 
@@ -113,7 +113,7 @@ def _open_mixture(
     spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str
 ) -> Source:
     if role != "train":
-        raise UserError(f"the mixture {spec!r} is for training: name one set to evaluate on")
+        raise UserError(f"the mixture {spec!r} is for training: name one dataset to evaluate on")
     parts = mixtures.parse(spec)
     opened = [_open(part.spec, role, cache_dir, max_skipped_share, cleaning) for part in parts]
     if len(opened) == 1:
@@ -126,7 +126,7 @@ def _unknown(spec: str, kind: str, colon: str) -> UserError:
     prefixes = [f"{name}:" for name, each in DATASETS.items() if each.where]
     near = suggestion(f"{kind}:" if colon else spec, (*named(), *prefixes))
     return UserError(
-        f"unknown data set {spec!r}: expected {', '.join((*specs, *public.PLACES))}{near}"
+        f"unknown dataset {spec!r}: expected {', '.join((*specs, *public.PLACES))}{near}"
     )
 
 
@@ -146,13 +146,12 @@ def open_training(config_data: ConfigDict, cleaning: str = "none") -> Source:
 
 
 def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source | None:
-    """The set that `config.data.validation` names, or None.
+    """The dataset that `config.data.validation` names, or None.
 
     "auto" is the training set's own validation split, None when it has none or when training is
-    pinned to another split than its training split; of a mixture, that of its first set that has
-    one; "" is None; of any other set it is the
-    validation split, or what `open_evaluation` opens where it has none. Captions are cleaned as by
-    `open_source`.
+    pinned to another split than its training split; of a mixture, that of its first dataset that
+    has one; "" is None; of any other dataset it is the validation split, or what `open_evaluation`
+    opens where it has none. Captions are cleaned as by `open_source`.
 
     Raises:
       UserError: as `open_source`.
@@ -173,7 +172,7 @@ def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source |
 
 
 def own_set(config_data: ConfigDict) -> str:
-    """The training set; of a mixture, the set whose validation split is the run's own.
+    """The training set; of a mixture, the dataset whose validation split is the run's own.
 
     Raises:
       UserError: as `open_source`.
@@ -187,7 +186,7 @@ def own_set(config_data: ConfigDict) -> str:
 
 
 def _own_sets(train: str) -> Iterator[str]:
-    """Sets whose validation split may be the run's own: those that are trained on as a whole."""
+    """Datasets whose validation split may be the run's own: those not pinned to another split."""
     parts = mixtures.parse(train) if mixtures.is_mixture(train) else ()
     for spec in [part.spec for part in parts] or [train]:
         base, pinned = split_spec(spec)

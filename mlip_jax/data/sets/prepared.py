@@ -1,4 +1,4 @@
-"""Sets that the verb prepare has written: ArrayRecord shards with an index (`shards`)."""
+"""Datasets that the subcommand prepare has written: ArrayRecord shards with an index (`shards`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class PreparedSource:
-    """The records of a prepared set. In memory is the number of records of each shard."""
+    """The records of a prepared dataset. In memory is the number of records of each shard."""
 
     def __init__(
         self, folder: Path, choice: Choice, parts: Sequence[Shard], index: Index, cleaning: str
@@ -81,11 +81,11 @@ class PreparedSource:
             path = self._folder / f"{name}{TEXTS_SUFFIX}"
             try:
                 with path.open("rb") as file:
-                    yield from map(shards.said, file)
+                    yield from map(shards.parse_texts, file)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from None
             except ValueError as error:
-                raise UserError(f"{path} is damaged ({error}): prepare the set again") from None
+                raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from None
 
     def _example(self, index: int) -> Example:
         shard, place = self._find(index)
@@ -159,14 +159,14 @@ def open_prepared(folder: Path, opening: Opening) -> PreparedSource:
     compares the checksums.
 
     Args:
-      folder: of the set.
+      folder: of the dataset.
       wanted: the split.
       max_skipped_share: not used: what could not be used was left out at the preparation.
       cleaning: one of captions.CLEANINGS.
 
     Raises:
       MissingSplit: when it has no such split.
-      UserError: when it is no prepared set, or a shard is missing or of another size.
+      UserError: when it is no prepared dataset, or a shard is missing or of another size.
     """
     index = shards.read_index(folder)
     check_sizes(folder, index)
@@ -182,15 +182,15 @@ def check_sizes(folder: Path, index: Index) -> None:
     for shard in index.shards:
         for name, size, _ in shard.files():
             try:
-                found = (folder / name).stat().st_size
+                actual_size = (folder / name).stat().st_size
             except OSError as error:
                 reason = f"cannot be read: {error.strerror}"
             else:
-                reason = f"has {found:,} bytes, not {size:,}" if found != size else ""
+                reason = f"has {actual_size:,} bytes, not {size:,}" if actual_size != size else ""
             if reason:
                 raise UserError(
-                    f"the prepared set {folder} is damaged: {name} {reason}; copy it again, or run "
-                    "the prepare command that made the set again"
+                    f"the prepared dataset {folder} is damaged: {name} {reason}; copy it again, or "
+                    "run the prepare command that made the dataset again"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Sets that are named by one word: where their files are looked for, and how they come there."""
+"""Datasets that are named by one word: where their files belong, and how they come there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mlip_jax.errors import UserError
 
 
 class Place(NamedTuple):
-    """Where a named set lies."""
+    """Where a named dataset lies."""
 
-    spec: str  # KIND:PATH, with {folder} for the set's folder in the cache folder
+    spec: str  # KIND:PATH, with {folder} for the dataset's folder in the cache folder
     needs: tuple[str, ...]  # what must be in that folder
     how: str  # what the user does for that, with {folder}
 
@@ -64,11 +64,11 @@ PLACES = {
 
 
 def find(name: str, cache_dir: str) -> tuple[str, str]:
-    """The kind and the path of a named set.
+    """The kind and the path of a named dataset.
 
     Args:
       name: one of PLACES.
-      cache_dir: see `cache_folder`; the set lies in the folder of its name there.
+      cache_dir: see `cache_folder`; the dataset lies in the folder of its name there.
 
     Raises:
       UserError: when it is not there, with what is missing and how it comes there.
@@ -77,7 +77,7 @@ def find(name: str, cache_dir: str) -> tuple[str, str]:
     missing = [need for need in place.needs if not (folder / need).exists()]
     if missing:
         raise UserError(
-            f"the set {name!r} is looked for in {folder}, which lacks {' and '.join(missing)}: "
+            f"the dataset {name!r} belongs in {folder}, which lacks {' and '.join(missing)}: "
             f"{instructions(name, folder)}"
         )
     kind, _, where = place.spec.format(folder=folder).partition(":")

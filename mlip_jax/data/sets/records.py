@@ -1,4 +1,4 @@
-"""What a set of images with captions gives, whatever it is kept in."""
+"""What a dataset of images with captions gives, whatever it is kept in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Record:
 
 
 class MissingSplit(UserError):
-    """The set exists, but not the split that was asked for."""
+    """The dataset exists, but not the split that was asked for."""
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Source(Protocol):
 
     name: str
     split: str  # "train", "validation", or the split's own name where that was asked for
-    parts: tuple[str, ...]  # the set's own splits that this is made of
+    parts: tuple[str, ...]  # the dataset's own splits that this is made of
     class_names: tuple[str, ...]
-    attribution: str  # to be shown wherever the set is used; "": none known
+    attribution: str  # to be shown wherever the dataset is used; "": none known
     notes: tuple[str, ...]  # what was left out on opening, a line each
 
     def __len__(self) -> int: ...

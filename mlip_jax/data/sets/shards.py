@@ -1,4 +1,4 @@
-"""Prepared sets on disk: ArrayRecord shards of encoded images with what is said about them.
+"""Prepared datasets on disk: ArrayRecord shards of encoded images with what is said about them.
 
 A folder holds SPLIT-NNNNN.array_record, beside each SPLIT-NNNNN.texts.jsonl with its texts alone,
 index.json, SHA256SUMS (as `sha256sum --check` reads it), broken.jsonl and a card, README.md. The
@@ -77,7 +77,7 @@ class Index:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a prepared set.
+    """The index of a prepared dataset.
 
     Raises:
       UserError: when there is none, or it is damaged.
@@ -86,7 +86,7 @@ def read_index(folder: Path) -> Index:
     content = read_json(path, missing=None)
     if content is None:
         raise UserError(
-            f"{folder} holds no prepared set: it has no {INDEX}. Prepare it by python -m "
+            f"{folder} holds no prepared dataset: it has no {INDEX}. Prepare it by python -m "
             f"mlip_jax.main prepare --source=KIND:PATH --out={folder}"
         )
     try:
@@ -107,9 +107,9 @@ def read_index(folder: Path) -> Index:
 
 def pack(example: Example, image: bytes) -> tuple[bytes, bytes]:
     """A record of an example with this image, and its line of the texts."""
-    said = {"name": example.name}
-    said |= {key: texts for key in _KEYS if (texts := getattr(example, key))}
-    line = _JSON.encode(said).encode("utf-8", "replace")
+    values = {"name": example.name}
+    values |= {key: texts for key in _KEYS if (texts := getattr(example, key))}
+    line = _JSON.encode(values).encode("utf-8", "replace")
     return b"".join((_LENGTH.pack(len(line)), line, image)), line + b"\n"
 
 
@@ -122,10 +122,10 @@ def unpack(record: bytes) -> Example:
     if len(record) < _LENGTH.size:
         raise ValueError("too short")
     end = _LENGTH.size + _LENGTH.unpack_from(record)[0]
-    return said(record[_LENGTH.size : end], record[end:])
+    return parse_texts(record[_LENGTH.size : end], record[end:])
 
 
-def said(line: bytes, image: bytes = b"") -> Example:
+def parse_texts(line: bytes, image: bytes = b"") -> Example:
     """The example of a line of the texts.
 
     Raises:

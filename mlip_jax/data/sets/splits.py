@@ -1,4 +1,4 @@
-"""Which split of a set is opened: by what it is for, or by its name after "#"."""
+"""Which split of a dataset is opened: by what it is for, or by its name after "#"."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Choice(NamedTuple):
     """The split that is opened."""
 
     name: str  # of it
-    parts: tuple[str, ...]  # the set's own splits that it is made of
+    parts: tuple[str, ...]  # the dataset's own splits that it is made of
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a kind of set names its splits."""
+    """How a kind of dataset names its splits."""
 
     roles: Mapping[str, tuple[tuple[str, ...], ...]]  # what stands for a role, the best first
     names: Mapping[str, str]  # other names of a split
@@ -49,9 +49,9 @@ class Scheme:
         """The split to open among those present.
 
         Args:
-          place: the set, for the error.
+          place: the dataset, for the error.
           wanted: what is asked for.
-          present: the names of the splits that the set has.
+          present: the names of the splits that the dataset has.
 
         Raises:
           MissingSplit: when it has no such split; it names those that it has.
@@ -73,9 +73,9 @@ class Scheme:
     def _pinned(self, place: object, name: str, present: tuple[str, ...]) -> Choice:
         if name == ALL:
             return Choice(ALL, present)
-        own = name if name in present else self.names.get(name.lower(), canonical(name))
-        if own in present:
-            return Choice(own, (own,))
+        resolved = name if name in present else self.names.get(name.lower(), canonical(name))
+        if resolved in present:
+            return Choice(resolved, (resolved,))
         aliases = (alias for alias, split in self.names.items() if split in present)
         raise MissingSplit(
             f"{place} has no split {name!r}, only {', '.join((*present, ALL))}"

@@ -23,7 +23,7 @@ _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "senten
 
 
 class TfdsSource:
-    """A prepared TFDS data set. Examples are (image, captions or a class label).
+    """A prepared TFDS dataset. Examples are (image, captions or a class label).
 
     The feature that holds the image is the Image called "image", the label the ClassLabel called
     "label", else the first of its type by name. The caption is the first Text (or sequence of
@@ -64,7 +64,7 @@ class TfdsSource:
         return self._record(self._example(index), index)
 
     def name_of(self, index: int) -> str:
-        """The example's id, or its place in the set."""
+        """The example's id, or its place in the dataset."""
         return self._name(self._example(index), index)
 
     def captions(self) -> Iterator[str]:
@@ -108,7 +108,7 @@ class TfdsSource:
 
 
 class MultiLabelTfdsSource(TfdsSource):
-    """A set with a sequence of ClassLabel, such as the "labels" of voc/2007.
+    """A dataset with a sequence of ClassLabel, such as the "labels" of voc/2007.
 
     A class that is among these but not in "labels_no_difficult", where there is such a feature, is
     too difficult to count.
@@ -118,20 +118,22 @@ class MultiLabelTfdsSource(TfdsSource):
         """As `TfdsSource`."""
         super().__init__(*args, **kwargs)
         features = tfds.builder_from_directory(self._folder).info.features
-        sure = f"{self._label}_no_difficult"
-        self._sure = sure if sure in features else self._label
+        without_difficult = f"{self._label}_no_difficult"
+        self._without_difficult = (
+            without_difficult if without_difficult in features else self._label
+        )
         self._all: Int8[np.ndarray, "images classes"] | None = None
 
     def targets(self) -> Int8[np.ndarray, "images classes"]:
         """1 where an image shows a class, -1 where not, 0 where too difficult to count."""
-        if self._all is None:  # once: it reads the whole set
+        if self._all is None:  # once: it reads the whole dataset
             self._all = np.stack([self._row(self._example(index)) for index in range(len(self))])
         return self._all
 
     def _row(self, example: Mapping[str, Any]) -> Int8[np.ndarray, " classes"]:
         targets = np.full(len(self.class_names), -1, np.int8)
         targets[np.asarray(example[self._label], np.int64)] = 0
-        targets[np.asarray(example[self._sure], np.int64)] = 1
+        targets[np.asarray(example[self._without_difficult], np.int64)] = 1
         return targets
 
     def _record(self, example: Mapping[str, Any], index: int) -> Record:
@@ -147,7 +149,7 @@ class MultiLabelTfdsSource(TfdsSource):
 
 
 class EmojiSource(TfdsSource):
-    """The embedded set (data/emoji.py)."""
+    """The embedded dataset (data/emoji.py)."""
 
     attribution = emoji.ATTRIBUTION
 
@@ -166,7 +168,7 @@ class EmojiSource(TfdsSource):
 
 
 def open_emoji(where: str, opening: Opening) -> EmojiSource:
-    """The embedded set, built on first use. Captions and tags are cleaned.
+    """The embedded dataset, built on first use. Captions and tags are cleaned.
 
     Raises:
       MissingSplit: when it has no such split.
@@ -179,11 +181,11 @@ def open_emoji(where: str, opening: Opening) -> EmojiSource:
 
 
 def open_tfds(name: str, opening: Opening) -> TfdsSource:
-    """A TFDS set by name ("oxford_iiit_pet", "ns/name:1.0.0") or by its prepared folder.
+    """A TFDS dataset by name ("oxford_iiit_pet", "ns/name:1.0.0") or by its prepared folder.
 
-    Sets by name are downloaded and prepared by TFDS where they are not yet; some need TensorFlow
-    for that and are refused. Captions are cleaned; an example without one that is usable has its
-    class name, or an empty text.
+    Datasets by name are downloaded and prepared by TFDS where they are not yet; some need
+    TensorFlow for that and are refused. Captions are cleaned; an example without
+    one that is usable has its class name, or an empty text.
 
     Raises:
       MissingSplit: when it has no such split (its "test" stands in for "validation").
@@ -197,7 +199,7 @@ def open_tfds(name: str, opening: Opening) -> TfdsSource:
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
     except Exception as error:  # whatever the builder of a third party raises
-        raise UserError(f"cannot open the data set 'tfds:{name}': {first_line(error)}") from error
+        raise UserError(f"cannot open the dataset 'tfds:{name}': {first_line(error)}") from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"'tfds:{name}' is stored as {builder.info.file_format.value}: prepare it anew with "
@@ -213,7 +215,7 @@ def open_tfds(name: str, opening: Opening) -> TfdsSource:
 
 def _roles(features: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     """The keys of the image, the caption ("": none) and the label or labels ("": none)."""
-    # The order of a prepared set's features differs from process to process.
+    # The order of a prepared dataset's features differs from process to process.
     names = sorted(features, key=lambda key: (key not in ("image", "label", "labels"), key))
     images = [key for key in names if isinstance(features[key], tfds.features.Image)]
     labels = [key for key in names if _class_label(features[key]) is not None]

@@ -43,11 +43,11 @@ def open_voc(folder: Path, opening: Opening) -> MultiLabelSource:
     """
     folder = _year(folder)
     lists = folder / _LISTS
-    found = [match for file in sorted(lists.iterdir()) if (match := _LIST.match(file.name))]
-    if not found:
+    matches = [match for file in sorted(lists.iterdir()) if (match := _LIST.match(file.name))]
+    if not matches:
         raise UserError(f"no lists of a class's images, such as dog_test.txt, in {lists}")
-    classes = sorted({match[1] for match in found})
-    splits = {match[2] for match in found}
+    classes = sorted({match[1] for match in matches})
+    splits = {match[2] for match in matches}
     choice = _SCHEME.choose(lists, opening.wanted, [split for split in _ORDER if split in splits])
     rows: dict[str, np.ndarray] = {}
     for part in choice.parts:

@@ -71,12 +71,12 @@ def read(folder: Path, cleaning: str | None = None) -> Parts:
 
 
 def _encoder(folder: Path) -> _Encoder:
-    whole, words, merges = (
+    tokenizer_file, words, merges = (
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
     try:
-        if whole.is_file():
-            return _Encoder.from_str(whole.read_text(encoding="utf-8"))
+        if tokenizer_file.is_file():
+            return _Encoder.from_str(tokenizer_file.read_text(encoding="utf-8"))
         if words.is_file() and merges.is_file():
             return _clip(words, merges)
     except UserError:
@@ -122,12 +122,12 @@ def _clip(words: Path, merges: Path) -> _Encoder:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json; special tokens as plain texts."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        found |= read_json(folder / name, missing={}, advice="get it again")
+        settings |= read_json(folder / name, missing={}, advice="get it again")
     return {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
-        for key, value in found.items()
+        for key, value in settings.items()
     }
 
 
@@ -136,11 +136,11 @@ def _affixes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids before and after a text's words."""
     bare = encoder.encode(_PROBE, add_special_tokens=False).ids
-    whole = encoder.encode(_PROBE, add_special_tokens=True).ids
+    affixed = encoder.encode(_PROBE, add_special_tokens=True).ids
     before = next(
-        (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), len(whole)
+        (at for at in range(len(affixed)) if affixed[at : at + len(bare)] == bare), len(affixed)
     )
-    start, end = tuple(whole[:before]), tuple(whole[before + len(bare) :])
+    start, end = tuple(affixed[:before]), tuple(affixed[before + len(bare) :])
     # Gemma's tokenizers are told by flags, whatever the template in tokenizer.json.
     for flag, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
         if isinstance(settings.get(flag), bool):
@@ -151,7 +151,7 @@ def _affixes(
 
 
 def _id(folder: Path, encoder: _Encoder, token: str) -> int:
-    found = encoder.token_to_id(token)
-    if found is None:
+    token_id = encoder.token_to_id(token)
+    if token_id is None:
         raise UserError(f"{folder}: its tokenizer has no token {token!r}")
-    return found
+    return token_id

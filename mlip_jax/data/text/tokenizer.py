@@ -108,8 +108,8 @@ class Tokenizer:
         encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
         for row, encoding in zip(ids, encodings, strict=True):
             words = encoding.ids[: context_length - len(self.start) - len(self.end)]
-            whole = (*self.start, *words, *self.end)
-            row[: len(whole)] = whole
+            token_ids = (*self.start, *words, *self.end)
+            row[: len(token_ids)] = token_ids
         return ids
 
     def _prepared(self, text: str) -> str:
@@ -214,8 +214,8 @@ def folder_tokenizer(
     Raises:
       UserError: for a folder without a tokenizer, or with one that is damaged or too large.
     """
-    own = folder / OWN_FILE
-    if not own.is_file():
+    tokenizer_file = folder / OWN_FILE
+    if not tokenizer_file.is_file():
         encoder, cleaning, start, end, pad = hugging_face.read(folder, cleaning)
         size = encoder.get_vocab_size()
         if vocab_size is not None and vocab_size < size:
@@ -225,9 +225,9 @@ def folder_tokenizer(
             )
         return Tokenizer(encoder, cleaning, Affixes(start, end, pad, vocab_size or size))
     try:
-        return Tokenizer.from_json(own.read_text(encoding="utf-8"))
+        return Tokenizer.from_json(tokenizer_file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises Exception itself
-        raise UserError(f"{own}: damaged: {error}; export the model again") from None
+        raise UserError(f"{tokenizer_file}: damaged: {error}; export the model again") from None
 
 
 @functools.cache
