@@ -198,12 +198,12 @@ def test_prompts_and_class_names_are_data(tmp_path):
     assert find_templates("imagenet1k") == find_templates("clip_80")
     own = [f"n{number}" for number in range(1000)]
     assert find_class_names("imagenet1k", own, "imagenet")[0] == "tench"
-    with pytest.raises(UserError, match="has 1000 names, the set 'pets' has 2 classes"):
+    with pytest.raises(UserError, match="has 1000 names, the dataset 'pets' has 2 classes"):
         find_class_names("imagenet1k", ["a", "b"], "pets")
     file = tmp_path / "names.json"
     file.write_text('{"a": "ant", "b": "bee"}')
     assert find_class_names(str(file), ["b", "a"], "insects") == ("bee", "ant")
-    with pytest.raises(UserError, match="the class 'c' of the set 'insects' is missing"):
+    with pytest.raises(UserError, match="the class 'c' of the dataset 'insects' is missing"):
         find_class_names(str(file), ["b", "c"], "insects")
     for content, message in (("[1]", "expected a list of class names"), ("{", "not JSON")):
         file.write_text(content)
@@ -215,7 +215,7 @@ def test_the_step_of_a_kept_evaluation_counts(tmp_path):
     draft = tmp_path / ".results.json.partial"
     results = Results(step=3, done=["svm=a"])
     verb._keep(draft, results)
-    assert verb._kept(draft, 3) == results
-    assert verb._kept(draft, 4) == Results(step=4)
+    assert verb._read_draft(draft, 3) == results
+    assert verb._read_draft(draft, 4) == Results(step=4)
     draft.write_text("{")
-    assert verb._kept(draft, 3) == Results(step=3)
+    assert verb._read_draft(draft, 3) == Results(step=3)

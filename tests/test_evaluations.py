@@ -192,7 +192,7 @@ def test_a_named_set_must_have_what_it_is_named_for(monkeypatch):
         (
             "zero_shot",
             "folder:birds",
-            "class 'owl' of the set 'folder:birds' has no readable image",
+            "class 'owl' of the dataset 'folder:birds' has no readable image",
         ),
         ("retrieval", "jsonl:no/captions.jsonl", "no captions"),
     ):

@@ -25,7 +25,7 @@ from mlip_jax.errors import UserError
 from mlip_jax.evaluations import compare, prompts
 from mlip_jax.evaluations.concepts.definitions import read_concept
 from mlip_jax.evaluations.results import read_results
-from mlip_jax.evaluations.verb import _kept
+from mlip_jax.evaluations.verb import _read_draft
 from mlip_jax.interop import artefact, bert, hugging_face, model_folders, open_clip, tensors
 from mlip_jax.reports import report
 from mlip_jax.reports.history import read_history
@@ -300,7 +300,7 @@ def test_every_reader_names_a_file_that_is_wrong(tmp_path, reader, content):
 def test_readers_that_go_on_pass_over_what_is_wrong(tmp_path, content):
     wrong = WRONG[content][0].replace(b"\n", b" ")
     (tmp_path / "file").write_bytes(wrong)
-    assert _kept(tmp_path / "file", 3).step == 3
+    assert _read_draft(tmp_path / "file", 3).step == 3
     (tmp_path / seal.NAME).write_bytes(wrong)
     assert str(tmp_path / seal.NAME) in seal.damage(tmp_path)
     (tmp_path / seal.NAME).unlink()

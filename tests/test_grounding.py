@@ -98,7 +98,7 @@ def test_a_model_that_marks_all_alike_finds_nothing(spec):
 def test_unreadable_images_are_left_out_and_told(spec, tmp_path):
     (tmp_path / "3.png").write_bytes(b"torn")
     with pytest.raises(
-        UserError, match="the images of 3 of 12 queries of the set 'patches'.*3.png"
+        UserError, match="the images of 3 of 12 queries of the dataset 'patches'.*3.png"
     ):
         grounding.score(sets_of(Finder(), spec), spec)
     sets = sets_of(Finder(), spec, **{"data.max_skipped_share": 0.5, "evaluation.batch_size": 3})
@@ -116,7 +116,9 @@ def test_what_is_no_map_is_an_error(spec):
         maps[4, 0, 0] = np.nan
         return maps
 
-    with pytest.raises(RunError, match="1 of 12 saliency maps hold NaN .* query 4 of the set 'pat"):
+    with pytest.raises(
+        RunError, match="1 of 12 saliency maps hold NaN .* query 4 of the dataset 'pat"
+    ):
         grounding.score(sets_of(Finder(damage), spec), spec)
     with pytest.raises(UserError, match="this model gives no saliency maps"):
         grounding.score(sets_of(object(), spec), spec)

@@ -407,7 +407,7 @@ def test_a_run_without_validation(train, tmp_path, capfd):
     assert (run / "report.html").exists()
     capfd.readouterr()
     assert door.main(["mlip", "evaluate", f"--workdir={run}"]) == 2
-    assert "names no set to evaluate on: add --config.data.valid" in capfd.readouterr().err
+    assert "names no dataset to evaluate on: add --config.data.valid" in capfd.readouterr().err
 
 
 def test_a_name_for_the_best_that_is_no_figure_costs_no_steps(train, stopped, tmp_path):

@@ -210,7 +210,7 @@ def test_all_images_as_shots_are_ridge_regression_on_all():
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ((TRAIN, ()), (TEST, ()), "the set 'folder:birds' has no class labels"),
+        ((TRAIN, ()), (TEST, ()), "the dataset 'folder:birds' has no class labels"),
         ((0 * TRAIN - 1, NAMES), (0 * TEST - 1, NAMES), "has no class labels"),
         ((0 * TRAIN - 1, NAMES), (TEST, NAMES), "has no image with a class to train on"),
         ((TRAIN, NAMES), (0 * TEST - 1, NAMES), "has no image with a class to test on"),

@@ -237,7 +237,7 @@ def test_a_set_is_scored_with_what_tells_how(monkeypatch):
 def test_a_set_without_captions_must_be_the_runs_own():
     sets = FakeSets(((), (" ",)))
     assert retrieval.score(sets, "validation") is None
-    with pytest.raises(UserError, match="the set 'folder:birds' has no captions"):
+    with pytest.raises(UserError, match="the dataset 'folder:birds' has no captions"):
         retrieval.score(sets, "folder:birds")
     sets.set = None
     assert retrieval.score(sets, "validation") is None

@@ -239,9 +239,9 @@ def test_an_export_is_the_same_model(search, photos, trained, model, tmp_path):
     ("flags", "message"),
     [
         ([], "search needs something to do: --images=FOLDER"),
-        (["--images=nowhere"], "--images=nowhere is no folder or set"),
+        (["--images=nowhere"], "--images=nowhere is no folder or dataset"),
         (["--images=emojy"], "did you mean 'emoji'"),
-        (["--images=photo:x"], "no set is called photo"),
+        (["--images=photo:x"], "no dataset is called photo"),
         (["--text=x"], "there is no index in"),
         (["--serve=http"], "--serve=http: expected a whole number from 0 to 65535"),
         (["--serve=70000"], "--serve=70000: expected a whole number"),

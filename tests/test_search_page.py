@@ -210,8 +210,8 @@ def test_in_a_browser(port, photos, tmp_path):
         page.click("#results li:nth-child(1) button")
         page.wait("document.querySelector('#panel').open")
         page.wait("document.querySelector('#square').naturalWidth === 512")
-        page.wait("/pinker|No part/.test(document.querySelector('#told').innerText)")
-        if page.value("document.querySelector('#told').innerText.includes('pinker')"):
+        page.wait("/pinker|No part/.test(document.querySelector('#explanation').innerText)")
+        if page.value("document.querySelector('#explanation').innerText.includes('pinker')"):
             page.wait("document.querySelector('#heat').naturalWidth === 512")
         page.click("#like")
         page.wait("document.querySelector('#status').innerText.includes('nearest images to')")

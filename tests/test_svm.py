@@ -243,7 +243,7 @@ def test_sets_without_anything_to_learn():
     def nothing(train, test):
         train[:] = -1
 
-    with pytest.raises(UserError, match="the set 'voc:rooms' has no class that some training"):
+    with pytest.raises(UserError, match="the dataset 'voc:rooms' has no class that some training"):
         svm.score(multi_label_sets(nothing), "voc:rooms")
     features = several_classes(10, 0)[0]
     bare = FakeSets(embedded(features, ()), embedded(features, ()))

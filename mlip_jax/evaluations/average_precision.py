@@ -49,12 +49,12 @@ def mean_over_classes(
     rows = []
     for index in classes:
         counted = targets[:, index] != 0
-        own, ranked = targets[counted, index], scores[counted, index]
-        sizes = int((own == 1).sum()), len(own)
+        class_targets, ranked = targets[counted, index], scores[counted, index]
+        sizes = int((class_targets == 1).sum()), len(class_targets)
         rows.append(
             (
-                step_sum(own, ranked),
-                eleven_point(own, ranked),
+                step_sum(class_targets, ranked),
+                eleven_point(class_targets, ranked),
                 expected(*sizes),
                 expected_eleven_point(*sizes),
             )
@@ -106,8 +106,8 @@ def expected(positives: int, total: int) -> float:
       total: N.
     """
     places = np.arange(1, total + 1)
-    others = (positives - 1) / (total - 1) if total > 1 else 0.0
-    return float(np.mean((1 + (places - 1) * others) / places))
+    positive_share = (positives - 1) / (total - 1) if total > 1 else 0.0
+    return float(np.mean((1 + (places - 1) * positive_share) / places))
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def expected_eleven_point(positives: int, total: int, orders: int = 200) -> floa
       total: positives and negatives.
       orders: how many.
     """
-    # Other sizes have other orders, so that errors average out over a set's classes.
+    # Other sizes have other orders, so that errors average out over a dataset's classes.
     rng = np.random.default_rng((positives, total))
     draws = (rng.choice(total, positives, replace=False, shuffle=False) for _ in range(orders))
     return float(np.mean([_eleven_point_of(np.sort(places) + 1) for places in draws]))

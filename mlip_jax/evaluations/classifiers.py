@@ -1,4 +1,4 @@
-"""What classifiers on frozen features share: their sets, linear maps, ranks, ridge regression."""
+"""What classifiers on frozen features share: datasets, linear maps, ranks, ridge regression."""
 
 from __future__ import annotations
 
@@ -37,39 +37,39 @@ class Linear(NamedTuple):
 
 
 def check(sets: Sets, spec: str, family: str, multi_label: bool = False) -> None:
-    """Raises UserError for a set that no classifier of the family can be trained on.
+    """Raises UserError for a dataset that no classifier of the family can be trained on.
 
     Args:
       sets: what opens it.
-      spec: the set.
+      spec: the dataset.
       family: the key of config.evaluation that names it.
       multi_label: whether images that show several classes each will do.
     """
     source = sets.source(spec)
     fault = None if source is None else _fault(source, multi_label)
     if fault:
-        raise UserError(f"config.evaluation.{family}: the set {spec!r} {fault}")
+        raise UserError(f"config.evaluation.{family}: the dataset {spec!r} {fault}")
 
 
 def open_parts(sets: Sets, spec: str, family: str, multi_label: bool = False) -> Parts | None:
-    """The labelled images of a set, with features; arguments as in `check`.
+    """The labelled images of a dataset, with features; arguments as in `check`.
 
     Returns:
       None for "validation" where the run has none that would do.
 
     Raises:
-      UserError: for a set without labels, one of several classes an image where the family takes
-        none, a label that is no class, or a part without an image.
+      UserError: for a dataset without labels, one of several classes an image where the family
+        takes none, a label that is no class, or a part without an image.
     """
     source = sets.source(spec)
     if source is None or (spec == "validation" and _fault(source, multi_label)):
         return None
     check(sets, spec, family, multi_label)
-    place = f"config.evaluation.{family}: the set {spec!r}"
-    found = sets.train_and_test(spec)
-    if found is None:
+    place = f"config.evaluation.{family}: the dataset {spec!r}"
+    splits = sets.train_and_test(spec)
+    if splits is None:
         return None
-    whole_train, whole_test, origin = found
+    whole_train, whole_test, origin = splits
     if whole_train.source.class_names != whole_test.source.class_names:
         raise UserError(f"{place} has other classes in its training split than in the one to test")
     train, test = _labelled(whole_train, place), _labelled(whole_test, place)
@@ -122,13 +122,13 @@ def ranks(
       labels: the classes that are right.
       chunk: rows of scores at a time, which bound the memory.
     """
-    found = np.empty(len(features), np.int64)
+    image_ranks = np.empty(len(features), np.int64)
     for top in range(0, len(features), chunk):
         rows = slice(top, top + chunk)
         scores = features[rows] @ linear.weights + linear.bias
         right = np.take_along_axis(scores, labels[rows, None], axis=1)
-        found[rows] = (scores >= right).sum(axis=1)
-    return found
+        image_ranks[rows] = (scores >= right).sum(axis=1)
+    return image_ranks
 
 
 def place_in_class(labels: Int[np.ndarray, " images"]) -> Int[np.ndarray, " images"]:
@@ -176,7 +176,7 @@ class Ridge:
 
 
 def _fault(source: Source, multi_label: bool) -> str | None:
-    """What is wrong with the set, as the end of a sentence."""
+    """What is wrong with the dataset, as the end of a sentence."""
     if not source.class_names:
         return "has no class labels"
     if isinstance(source, MultiLabel) and not multi_label:

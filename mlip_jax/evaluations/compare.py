@@ -58,16 +58,16 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     """
     runs = [_read(path) for path in _expand(workdirs)]
     columns = group(runs)
-    found = compare(columns)
+    comparison = compare(columns)
     if folder is None:
         folder = _common_folder([run.workdir for run in runs])
     path = Path(folder) / f"{FILE_STEM}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(_as_json(columns), indent=2, ensure_ascii=False) + "\n")
-    write_atomically(path.with_suffix(".md"), markdown(found))
-    write_atomically(path.with_suffix(".html"), html(found))
+    write_atomically(path.with_suffix(".md"), markdown(comparison))
+    write_atomically(path.with_suffix(".html"), html(comparison))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(terminal(found))
+    console.print(terminal(comparison))
     console.print(f"comparison: {path} (also .md, .html)")
     return 0
 
@@ -76,12 +76,12 @@ def group(runs: Sequence[Run]) -> list[Column]:
     """Puts runs whose configs differ in the seed alone, or in what moves no parameter, together."""
     groups: list[list[Run]] = []
     for run in runs:
-        own = next((other for other in groups if not _differences(other[0], run)), None)
-        if own is None:
+        column_runs = next((other for other in groups if not _differences(other[0], run)), None)
+        if column_runs is None:
             groups.append([run])
         else:
-            own.append(run)
-    return [Column(_label(own, groups), tuple(own)) for own in groups]
+            column_runs.append(run)
+    return [Column(_label(column_runs, groups), tuple(column_runs)) for column_runs in groups]
 
 
 def compare(columns: Sequence[Column]) -> Sheet:
@@ -106,7 +106,7 @@ def compare(columns: Sequence[Column]) -> Sheet:
             f"Not to be compared, for they rest on other examples or protocols: {'; '.join(unlike)}"
         )
     labels = (column.label for column in columns)
-    return Sheet("Comparison", ("Set", "Figure", *labels, "Chance"), rows, notes)
+    return Sheet("Comparison", ("Dataset", "Figure", *labels, "Chance"), rows, notes)
 
 
 def _expand(workdirs: Sequence[str]) -> list[Path]:
@@ -138,19 +138,21 @@ def _differences(one: Run, other: Run) -> list[str]:
     return [line for line in lines if line.partition(":")[0] not in ("seed", "name")]
 
 
-def _label(own: list[Run], groups: list[list[Run]]) -> str:
+def _label(column_runs: list[Run], groups: list[list[Run]]) -> str:
     """The config's name, what sets it apart from others of that name, and how many seeds."""
-    config = own[0].config
+    config = column_runs[0].config
     flat = schema.flatten(config.to_dict())
     namesakes = [other[0] for other in groups if other[0].config.name == config.name]
     keys = dict.fromkeys(
-        line.partition(":")[0] for other in namesakes for line in _differences(own[0], other)
+        line.partition(":")[0]
+        for other in namesakes
+        for line in _differences(column_runs[0], other)
     )
     parts = [
         config.name,
         *(f"{key.split('.')[-1]}={flat[key]}" for key in list(keys)[:_KEYS_SHOWN]),
     ]
-    seeds = f" ({len(own)} seeds)" if len(own) > 1 else ""
+    seeds = f" ({len(column_runs)} seeds)" if len(column_runs) > 1 else ""
     return ", ".join(parts) + seeds
 
 

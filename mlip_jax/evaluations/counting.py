@@ -46,9 +46,9 @@ class Side:
 
     def levels(self, rows: slice) -> Float64[np.ndarray, "levels rows"]:
         """The thresholds of some rows; infinity, which nothing reaches, where a row has none."""
-        found = [level[rows] for level in self.thresholds if len(level) > rows.start]
-        filled = np.full((max(1, len(found)), rows.stop - rows.start), np.inf)
-        for row, level in zip(filled, found, strict=False):
+        levels = [level[rows] for level in self.thresholds if len(level) > rows.start]
+        filled = np.full((max(1, len(levels)), rows.stop - rows.start), np.inf)
+        for row, level in zip(filled, levels, strict=False):
             row[: len(level)] = level
         return filled
 
@@ -96,8 +96,8 @@ def count_reaching(
     pool = ThreadPoolExecutor(cores())
     try:
         with threadpool_limits(1, "blas"):  # the pool's threads are as many as the cores
-            done = _run(pool, left, right, cut, counts)
-            for _ in track(done, "Ranking", total=calls, shown=progress):
+            finished_calls = _run(pool, left, right, cut, counts)
+            for _ in track(finished_calls, "Ranking", total=calls, shown=progress):
                 pass
     finally:
         pool.shutdown(cancel_futures=True)
@@ -118,10 +118,10 @@ def _run(
         columns = slice(start, start + stripe)
         placed = _place(right, columns, cut)
         call = functools.partial(_count, left, right, columns, placed, cut)
-        for top, found in zip(tops, pool.map(call, tops), strict=True):
+        for top, call_counts in zip(tops, pool.map(call, tops), strict=True):
             parts = slice(top, top + cut.height), columns
-            for own, part, more in zip(counts, parts, found, strict=True):
-                for level, added in zip(own, more, strict=False):
+            for side_counts, part, side_added in zip(counts, parts, call_counts, strict=True):
+                for level, added in zip(side_counts, side_added, strict=False):
                     level[part] += added[: len(level[part])]
             yield
 
@@ -129,8 +129,8 @@ def _run(
 def _place(right: Side, columns: slice, cut: _Cut) -> _Placed:
     """Columns and their bounds, block by block, where they are to be multiplied.
 
-    That is the CPU: the error bound holds for its float32, and threads share it. A JAX that was
-    told to see an accelerator alone uses that one.
+    That is the CPU: the error bound holds for its float32, and threads share it. Where JAX is
+    set to see an accelerator alone, that one is used.
     """
     try:
         device = jax.local_devices(backend="cpu")[0]
@@ -225,8 +225,10 @@ def _count(
 ) -> tuple[Int64[np.ndarray, "row_levels rows"], Int64[np.ndarray, "column_levels columns"]]:
     """The exact counts of one call."""
     rows = slice(top, top + cut.height)
-    found = _block_codes(left.rounded(rows), _bounds(left, rows), *placed, segment=cut.segment)
-    of_rows, of_columns, sure_rows, sure_columns = map(np.asarray, found)
+    codes_and_counts = _block_codes(
+        left.rounded(rows), _bounds(left, rows), *placed, segment=cut.segment
+    )
+    of_rows, of_columns, sure_rows, sure_columns = map(np.asarray, codes_and_counts)
 
     (block, level, row, lane), code = _uncertain(of_rows)
     lanes = of_rows.shape[-1]
@@ -265,44 +267,44 @@ def _settle(
     candidates: Side,
     columns: slice,
     sure: Int[np.ndarray, "levels rows"],
-    found: _Segments,
+    segments: _Segments,
 ) -> Int64[np.ndarray, "levels rows"]:
     """The certain counts, and what the uncertain scores turn out to be."""
-    own, others = queries.grid[rows], candidates.grid[columns]
+    query_rows, candidate_rows = queries.grid[rows], candidates.grid[columns]
     levels = queries.levels(rows)
     # The place of a single uncertain score is known. A segment with several is counted anew.
-    single = found.code >> _BITS & _COUNT == 1
+    single = segments.code >> _BITS & _COUNT == 1
     single, several = np.flatnonzero(single), np.flatnonzero(~single)
-    if len(single) + found.size * len(several) > _MOST_ALONE * levels.size * len(others):
-        return _count_on_grid(own, others, levels)
+    if len(single) + segments.size * len(several) > _MOST_ALONE * levels.size * len(candidate_rows):
+        return _count_on_grid(query_rows, candidate_rows, levels)
     counts = sure.astype(np.int64)
     np.subtract.at(
-        counts, (found.level[several], found.query[several]), found.code[several] & _COUNT
+        counts, (segments.level[several], segments.query[several]), segments.code[several] & _COUNT
     )
-    segment = np.concatenate([single, np.repeat(several, found.size)])
+    segment = np.concatenate([single, np.repeat(several, segments.size)])
     place = np.concatenate(
-        [found.code[single] >> 2 * _BITS, np.tile(np.arange(found.size), len(several))]
+        [segments.code[single] >> 2 * _BITS, np.tile(np.arange(segments.size), len(several))]
     )
-    candidate = found.first[segment] + found.step * place
-    exists = candidate < len(others)
+    candidate = segments.first[segment] + segments.step * place
+    exists = candidate < len(candidate_rows)
     segment, candidate = segment[exists], candidate[exists]
-    level, query = found.level[segment], found.query[segment]
-    reached = products(own, others, (query, candidate)) >= levels[level, query]
+    level, query = segments.level[segment], segments.query[segment]
+    reached = products(query_rows, candidate_rows, (query, candidate)) >= levels[level, query]
     np.add.at(counts, (level, query), reached)
     return counts
 
 
 def _count_on_grid(
-    own: Int32[np.ndarray, "rows width"],
-    others: Int32[np.ndarray, "columns width"],
+    query_rows: Int32[np.ndarray, "rows width"],
+    candidate_rows: Int32[np.ndarray, "columns width"],
     levels: Float64[np.ndarray, "levels padded_rows"],
 ) -> Int64[np.ndarray, "levels padded_rows"]:
     """The counts by float64 products alone, for the many ties of a collapsed model."""
     counts = np.zeros(levels.shape, np.int64)
-    for top in range(0, len(own), _ROWS):
+    for top in range(0, len(query_rows), _ROWS):
         rows = slice(top, top + _ROWS)
-        for left in range(0, len(others), _COLUMNS):
-            scores = (own[rows] * 1.0) @ (others[left : left + _COLUMNS] * 1.0).T
-            for count, level in zip(counts, levels[:, : len(own)], strict=True):
+        for left in range(0, len(candidate_rows), _COLUMNS):
+            scores = (query_rows[rows] * 1.0) @ (candidate_rows[left : left + _COLUMNS] * 1.0).T
+            for count, level in zip(counts, levels[:, : len(query_rows)], strict=True):
                 count[rows][: len(scores)] += (scores >= level[rows, None]).sum(axis=1)
     return counts

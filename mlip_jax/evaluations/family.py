@@ -1,4 +1,4 @@
-"""What makes a family of evaluations: how a set is scored, and when that can be done."""
+"""What makes a family of evaluations: how a dataset is scored, and when that can be done."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _anything(sets: Sets, spec: str) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of evaluations; config.evaluation names its sets.
+    """One family of evaluations; config.evaluation names its datasets.
 
     Attributes:
       score: (sets, spec) -> what the model reaches on that set; None where the run's own validation
         set, the spec "validation", cannot give it.
-      check: (sets, spec), raises UserError for a set that it cannot be done on.
-      default_set: its set in a suite where the config names none.
+      check: (sets, spec), raises UserError for a dataset that it cannot be done on.
+      default_set: its dataset in a suite where the config names none.
       at_intervals: whether it is fast enough to be repeated while training.
       needs_joint_space: whether images and texts must lie in one space.
     """

@@ -28,7 +28,7 @@ _CHOSEN_ON = 4  # other images a class at most, as in CoOp
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a set without labels or with several classes an image."""
+    """Raises UserError for a dataset without labels or with several classes an image."""
     classifiers.check(sets, spec, _FAMILY)
 
 
@@ -39,7 +39,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
       None for "validation" without one label an image.
 
     Raises:
-      UserError: for a set without labels or with several classes an image, a label that is no
+      UserError: for a dataset without labels or with several classes an image, a label that is no
         class, or a class with fewer training images than any of the shots.
       RunError: for NaN or infinity among the features.
     """
@@ -50,7 +50,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     classes = len(test.source.class_names)
     options = sets.config.evaluation.probe
     shots, left_out = _possible(parts, spec, options.shots)
-    found = accuracies(
+    accuracy_by_shots = accuracies(
         on_grid(train.features, f"training features of {test.name}"),
         train.labels,
         on_grid(test.features, f"test features of {test.name}"),
@@ -61,11 +61,13 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         sets.config.seed,
         sets.progress,
     )
-    figures = {f"top1@{count}": float(found[count].mean()) for count in shots}
+    figures = {f"top1@{count}": float(accuracy_by_shots[count].mean()) for count in shots}
     # A guess among the classes that were seen.
-    seen = np.unique(train.labels)
-    chance = float(np.isin(test.labels, seen).mean() / len(seen))
-    spread = ", ".join(f"{100 * found[count].std():.2f} % at {count}" for count in shots)
+    seen_classes = np.unique(train.labels)
+    chance = float(np.isin(test.labels, seen_classes).mean() / len(seen_classes))
+    spread = ", ".join(
+        f"{100 * accuracy_by_shots[count].std():.2f} % at {count}" for count in shots
+    )
     return Outcome(
         test.name,
         figures,
@@ -107,23 +109,26 @@ def accuracies(
       seed: of the draws; draw i is the same however many there are.
       progress: whether to draw a bar.
     """
-    found = {count: np.empty(draws) for count in shots}
+    accuracy_by_shots = {count: np.empty(draws) for count in shots}
     for draw in track(range(draws), "Few-shot draws", shown=progress):
         places = _shuffled_places(train_labels, seed, draw)
         for count in shots:
             chosen = places < count
-            others = (places >= count) & (places < count + min(count, _CHOSEN_ON))
+            held_out = (places >= count) & (places < count + min(count, _CHOSEN_ON))
             ridge = Ridge(train_features[chosen], train_labels[chosen], classes)
             strength = _DEFAULT_STRENGTH
-            if others.any():
+            if held_out.any():
                 correct = [
-                    (ranks(ridge.solve(each), train_features[others], train_labels[others]) == 1)
+                    (
+                        ranks(ridge.solve(each), train_features[held_out], train_labels[held_out])
+                        == 1
+                    )
                     for each in _STRENGTHS
                 ]
                 strength = _STRENGTHS[int(np.argmax(np.sum(correct, axis=1)))]
             right = ranks(ridge.solve(strength), test_features, test_labels) == 1
-            found[count][draw] = right.mean()
-    return found
+            accuracy_by_shots[count][draw] = right.mean()
+    return accuracy_by_shots
 
 
 def _shuffled_places(
@@ -144,7 +149,7 @@ def _possible(parts: Parts, spec: str, shots: Sequence[int]) -> tuple[tuple[int,
     possible = tuple(sorted({count for count in shots if count <= fewest}))
     if not possible:
         raise UserError(
-            f"config.evaluation.{_FAMILY}: the class {name!r} of the set {spec!r} has {fewest} "
+            f"config.evaluation.{_FAMILY}: the class {name!r} of the dataset {spec!r} has {fewest} "
             f"training images; config.evaluation.probe.shots={tuple(shots)} needs more"
         )
     missing = sorted({count for count in shots if count > fewest})

@@ -42,9 +42,9 @@ class Grounder(Protocol):
 
 
 class Maps(NamedTuple):
-    """The saliency maps of a set's queries, and the true boxes as shares of the image."""
+    """The saliency maps of a dataset's queries, and the true boxes as shares of the image."""
 
-    indices: Int[np.ndarray, " queries"]  # place in the set
+    indices: Int[np.ndarray, " queries"]  # place in the dataset
     maps: Float[np.ndarray, "queries rows columns"]
     boxes: Float[np.ndarray, "queries 4"]
     unreadable: tuple[str, ...]  # names of images
@@ -57,17 +57,17 @@ class Example:
     image: bytes
     expression: str
     box: Box
-    found: Box | None  # None: the map marks nothing
+    predicted: Box | None  # None: the map marks nothing
     saliency: Float[np.ndarray, "rows columns"]
     hit: bool  # in the pointing game
     iou: float
 
 
 def open_set(spec: str, config: ConfigDict) -> Regions:
-    """Opens a set of regions as a config's model takes it.
+    """Opens a dataset of regions as a config's model takes it.
 
     Raises:
-      UserError: for an unknown spec, or a set that cannot be opened.
+      UserError: for an unknown spec, or a dataset that cannot be opened.
     """
     return open_region_set(
         spec,
@@ -78,31 +78,31 @@ def open_set(spec: str, config: ConfigDict) -> Regions:
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a set that cannot be opened."""
+    """Raises UserError for a dataset that cannot be opened."""
     open_set(spec, sets.config)
 
 
 def score(sets: Sets, spec: str) -> Outcome:
-    """Grounds every query of a set.
+    """Grounds every query of a dataset.
 
     Raises:
-      UserError: for a set that cannot be opened, of which too much cannot be read, or a model
+      UserError: for a dataset that cannot be opened, of which too much cannot be read, or a model
         without saliency maps.
       RunError: for NaN or infinity in a map.
     """
     regions, config = open_set(spec, sets.config), sets.config
     name = _name(spec, config.evaluation.grounding)
     threshold = config.evaluation.box_threshold
-    found = saliency_maps(sets.model, regions, config, name=name, progress=sets.progress)
-    boxes = predicted_boxes(found.maps, threshold, sets.model.preprocess.image_size)
-    overlap, pointed = iou(boxes, found.boxes), hits(found.maps, found.boxes)
+    grounded = saliency_maps(sets.model, regions, config, name=name, progress=sets.progress)
+    boxes = predicted_boxes(grounded.maps, threshold, sets.model.preprocess.image_size)
+    overlap, pointed = iou(boxes, grounded.boxes), hits(grounded.maps, grounded.boxes)
     figures = {"pointing_game": float(pointed.mean()), **_box_figures(overlap)}
-    others = [_shifted(len(boxes), number) for number in range(1, _SHIFTS + 1)]
-    by_boxes = [_box_figures(iou(boxes[order], found.boxes)) for order in others]
-    chance = {"pointing_game": float(np.mean(areas(found.boxes)))} | {
+    shifts = [_shifted(len(boxes), number) for number in range(1, _SHIFTS + 1)]
+    by_boxes = [_box_figures(iou(boxes[order], grounded.boxes)) for order in shifts]
+    chance = {"pointing_game": float(np.mean(areas(grounded.boxes)))} | {
         key: float(np.mean([by[key] for by in by_boxes])) for key in by_boxes[0]
     }
-    elsewhere = np.mean([hits(found.maps[order], found.boxes).mean() for order in others])
+    elsewhere = np.mean([hits(grounded.maps[order], grounded.boxes).mean() for order in shifts])
     box = f"IoU with the box at {threshold:g} of the maximum"
     protocols = {
         "pointing_game": "Grad-CAM, pointing game, no tolerance",
@@ -113,7 +113,7 @@ def score(sets: Sets, spec: str) -> Outcome:
         f"{regions.about} The image is squashed to the model's square. Grad-CAM of the image-text "
         "score; a hit: the centre of the strongest cell lies in the true box, and so do those of "
         "all that tie with it; chance there is the boxes' mean share of the image, and the maps of "
-        f"other queries hit {elsewhere:.1%}{_same_image(regions, found)}. The predicted box is "
+        f"other queries hit {elsewhere:.1%}{_same_image(regions, grounded)}. The predicted box is "
         "tight around the largest connected part of the bilinear map that reaches "
         f"{threshold:g} of its maximum; chance there is the boxes of {_SHIFTS} other queries. A "
         "map that is constant misses."
@@ -124,7 +124,7 @@ def score(sets: Sets, spec: str) -> Outcome:
         chance,
         dict.fromkeys(figures, len(boxes)),
         protocols,
-        note + _omissions(regions, found),
+        note + _omissions(regions, grounded),
     )
 
 
@@ -135,31 +135,31 @@ def examples(
 
     Args:
       model: what grounds them.
-      regions: an open set.
+      regions: an open dataset.
       config: the run's config.
       count: how many to give.
-      among: no more than this many queries, at even steps through the set, are tried.
+      among: no more than this many queries, at even steps through the dataset, are tried.
 
     Raises:
       UserError: as `score`.
       RunError: as `score`.
     """
     indices = _evenly(len(regions), among)
-    found = saliency_maps(model, regions, config, indices, progress=False)
+    grounded = saliency_maps(model, regions, config, indices, progress=False)
     threshold, size = config.evaluation.box_threshold, model.preprocess.image_size
-    boxes = predicted_boxes(found.maps, threshold, size)
-    overlap, pointed = iou(boxes, found.boxes), hits(found.maps, found.boxes)
+    boxes = predicted_boxes(grounded.maps, threshold, size)
+    overlap, pointed = iou(boxes, grounded.boxes), hits(grounded.maps, grounded.boxes)
     order = np.argsort(-overlap, kind="stable")
     chosen = []
     for row in order[_evenly(len(order), count)]:
-        region = regions[int(found.indices[row])]
+        region = regions[int(grounded.indices[row])]
         chosen.append(
             Example(
                 region.image,
                 region.expression,
                 region.box,
                 None if np.isnan(boxes[row, 0]) else tuple(boxes[row].tolist()),
-                found.maps[row],
+                grounded.maps[row],
                 bool(pointed[row]),
                 float(overlap[row]),
             )
@@ -176,14 +176,14 @@ def saliency_maps(
     name: str = "",
     progress: bool = True,
 ) -> Maps:
-    """The maps of a set's queries, or of some of them; leaves unreadable images out.
+    """The maps of a dataset's queries, or of some of them; leaves unreadable images out.
 
     Args:
       model: what grounds them.
-      regions: an open set.
+      regions: an open dataset.
       config: the run's config.
       indices: which queries; None: all.
-      name: what errors and the bar call the set.
+      name: what errors and the bar call the dataset.
       progress: whether to draw a bar.
 
     Raises:
@@ -192,26 +192,26 @@ def saliency_maps(
     """
     if not hasattr(model, "saliency"):
         raise UserError(
-            "config.evaluation.grounding: this model gives no saliency maps; leave the sets out"
+            "config.evaluation.grounding: this model gives no saliency maps; leave the datasets out"
         )
     queries = list(range(len(regions)) if indices is None else indices)
-    size, read = config.evaluation.batch_size, _Reader(regions, model.preprocess)
-    parts, kept, boxes = [], [], []
+    size, reader = config.evaluation.batch_size, _Reader(regions, model.preprocess)
+    parts, read_indices, boxes = [], [], []
     starts = range(0, len(queries), size)
     for start in track(starts, f"Grounding {name}", shown=progress):
-        batch = [found for index in queries[start : start + size] if (found := read(index))]
+        batch = [query for index in queries[start : start + size] if (query := reader(index))]
         if not batch:
             continue
-        rows, pixels, texts, own = zip(*batch, strict=True)
+        rows, pixels, texts, batch_boxes = zip(*batch, strict=True)
         parts.append(np.asarray(model.saliency(np.stack(pixels), list(texts)), np.float32))
-        kept.extend(rows)
-        boxes.extend(own)
-    if not kept:
-        raise UserError(f"none of the {len(queries):,} queries of the set {name!r} can be read")
-    if read.skipped > config.data.max_skipped_share * len(queries):
+        read_indices.extend(rows)
+        boxes.extend(batch_boxes)
+    if not read_indices:
+        raise UserError(f"none of the {len(queries):,} queries of the dataset {name!r} can be read")
+    if reader.skipped > config.data.max_skipped_share * len(queries):
         raise UserError(
-            f"the images of {read.skipped:,} of {len(queries):,} queries of the set {name!r} "
-            f"cannot be read, the first: {next(iter(read.unreadable))}; more than "
+            f"the images of {reader.skipped:,} of {len(queries):,} queries of the dataset {name!r} "
+            f"cannot be read, the first: {next(iter(reader.unreadable))}; more than "
             f"config.data.max_skipped_share={config.data.max_skipped_share:g} allows"
         )
     maps = np.concatenate(parts)
@@ -219,9 +219,9 @@ def saliency_maps(
     if damaged.size:
         raise RunError(
             f"{damaged.size} of {len(maps)} saliency maps hold NaN or infinity; the first is of "
-            f"the query {kept[damaged[0]]} of the set {name!r}"
+            f"the query {read_indices[damaged[0]]} of the dataset {name!r}"
         )
-    return Maps(np.array(kept), maps, np.array(boxes, np.float64), tuple(read.unreadable))
+    return Maps(np.array(read_indices), maps, np.array(boxes, np.float64), tuple(reader.unreadable))
 
 
 class _Reader:
@@ -262,7 +262,7 @@ def _box_figures(overlap: Float[np.ndarray, " queries"]) -> Mapping[str, float]:
 
 
 def _shifted(count: int, number: int) -> Int[np.ndarray, " count"]:
-    """Each query's partner in one of the shifts, which are spread over the set."""
+    """Each query's partner in one of the shifts, which are spread over the dataset."""
     return np.roll(np.arange(count), max(1, count * number // (_SHIFTS + 1)))
 
 
@@ -270,38 +270,38 @@ def _evenly(total: int, count: int) -> Int[np.ndarray, " count"]:
     return np.linspace(0, total - 1, min(total, count)).round().astype(int)
 
 
-def _same_image(regions: Regions, found: Maps) -> str:
+def _same_image(regions: Regions, grounded: Maps) -> str:
     """How often the map of another region's expression on the same image hits, for the note."""
     by_image: dict[str, list[int]] = {}
-    for row, index in enumerate(found.indices):
+    for row, index in enumerate(grounded.indices):
         by_image.setdefault(regions.name_of(int(index)), []).append(row)
-    own, other = [], []
+    first_rows, partner_rows = [], []
     for rows in by_image.values():
         for place, row in enumerate(rows):
             following = [*rows[place + 1 :], *rows[:place]]
-            different = (o for o in following if (found.boxes[o] != found.boxes[row]).any())
+            different = (o for o in following if (grounded.boxes[o] != grounded.boxes[row]).any())
             partner = next(different, None)
             if partner is not None:
-                own.append(row)
-                other.append(partner)
-    if not own:
+                first_rows.append(row)
+                partner_rows.append(partner)
+    if not first_rows:
         return ""
-    share = hits(found.maps[other], found.boxes[own]).mean()
+    share = hits(grounded.maps[partner_rows], grounded.boxes[first_rows]).mean()
     return f", those of other regions of the same image {share:.1%}"
 
 
-def _omissions(regions: Regions, found: Maps) -> str:
+def _omissions(regions: Regions, grounded: Maps) -> str:
     sentences = [f" {note.rstrip('.')}." for note in regions.notes]
-    if found.unreadable:
+    if grounded.unreadable:
         sentences.append(
-            f" {len(found.unreadable):,} unreadable images are left out, the first: "
-            f"{found.unreadable[0]}."
+            f" {len(grounded.unreadable):,} unreadable images are left out, the first: "
+            f"{grounded.unreadable[0]}."
         )
     return "".join(sentences)
 
 
 def _name(spec: str, specs: Iterable[Any]) -> str:
-    """What figures call the set: a number is added where the name is that of an earlier one."""
+    """What figures call the dataset: a number is added where the name is that of an earlier one."""
     name = short_name(spec)
     alike = [other for other in specs if short_name(other) == name]
     number = alike.index(spec) + 1 if spec in alike else 1

@@ -33,9 +33,9 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one evaluation found on one set; the mappings share their keys."""
+    """What one evaluation found on one dataset; the mappings share their keys."""
 
-    name: str  # of the set, as the figures' keys carry it
+    name: str  # of the dataset, as the figures' keys carry it
     figures: Mapping[str, float]  # shares in [0, 1]; "..._rank": from 1; "..._cosine": [-1, 1]
     chance: Mapping[str, float]  # the same figure for a guess that has not seen the images
     examples: Mapping[str, int]  # queries or images behind the figure

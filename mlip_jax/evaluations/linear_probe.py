@@ -36,18 +36,18 @@ _ITERATIONS = 1000
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a set without labels or with several classes an image."""
+    """Raises UserError for a dataset without labels or with several classes an image."""
     classifiers.check(sets, spec, _FAMILY)
 
 
 def score(sets: Sets, spec: str) -> Outcome | None:
-    """Trains config.evaluation.probe.method's classifier on a set's training part, tests it.
+    """Trains config.evaluation.probe.method's classifier on a dataset's training part, tests it.
 
     Returns:
       None for "validation" without one label an image.
 
     Raises:
-      UserError: for a set without labels or with several classes an image, a label that is no
+      UserError: for a dataset without labels or with several classes an image, a label that is no
         class, or a training part with fewer than two classes.
       RunError: for NaN or infinity among the features.
     """
@@ -57,11 +57,12 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     train, test, origin = parts
     if len(np.unique(train.labels)) < 2:
         raise UserError(
-            f"config.evaluation.{_FAMILY}: the set {spec!r} has training images of one class alone"
+            f"config.evaluation.{_FAMILY}: the dataset {spec!r} has training images of one "
+            "class alone"
         )
     classes = len(test.source.class_names)
     method = sets.config.evaluation.probe.method
-    found, note = probe(
+    class_ranks, note = probe(
         method,
         on_grid(train.features, f"training features of {test.name}"),
         train.labels,
@@ -71,7 +72,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         sets.config.seed,
         sets.progress,
     )
-    figures = accuracies(found, test.labels, classes)
+    figures = accuracies(class_ranks, test.labels, classes)
     return Outcome(
         test.name,
         figures,
@@ -169,9 +170,9 @@ def lbfgs(
     Returns:
       The classifier, and what was chosen, as a part of a sentence.
     """
-    held = held_out(labels)
-    if held.any():
-        cost = 10.0 ** _best_exponent(features, labels, classes, held, progress)
+    is_held_out = held_out(labels)
+    if is_held_out.any():
+        cost = 10.0 ** _best_exponent(features, labels, classes, is_held_out, progress)
         note = f"C = {cost:.3g}, chosen on every fifth training image of a class"
     else:
         cost, note = _DEFAULT_COST, f"C = {_DEFAULT_COST}, as no class has two training images"
@@ -190,11 +191,12 @@ def ridge(
 ) -> tuple[Linear, str]:
     """Ridge regression on one-hot targets; arguments and results as in `lbfgs`."""
     del progress  # it takes seconds
-    held = held_out(labels)
-    if held.any():
-        part = Ridge(features[~held], labels[~held], classes)
+    is_held_out = held_out(labels)
+    if is_held_out.any():
+        part = Ridge(features[~is_held_out], labels[~is_held_out], classes)
         correct = [
-            _correct(part.solve(strength), features[held], labels[held]) for strength in _STRENGTHS
+            _correct(part.solve(strength), features[is_held_out], labels[is_held_out])
+            for strength in _STRENGTHS
         ]
         strength = _STRENGTHS[int(np.argmax(correct))]
         chosen = "chosen on every fifth training image of a class"
@@ -208,7 +210,7 @@ def _best_exponent(
     features: Float[np.ndarray, "images width"],
     labels: Int[np.ndarray, " images"],
     classes: int,
-    held: Bool[np.ndarray, " images"],
+    is_held_out: Bool[np.ndarray, " images"],
     progress: bool,
 ) -> float:
     """log10 of the C that gets most of the held-out images right."""
@@ -218,8 +220,8 @@ def _best_exponent(
         correct = {}
         for exponent in track(exponents, "Choosing C", shown=progress):
             model.set_params(C=10.0**exponent)
-            linear = _fit(model, features[~held], labels[~held], classes)
-            correct[exponent] = _correct(linear, features[held], labels[held])
+            linear = _fit(model, features[~is_held_out], labels[~is_held_out], classes)
+            correct[exponent] = _correct(linear, features[is_held_out], labels[is_held_out])
         return correct
 
     correct = sweep(_EXPONENTS)

@@ -77,11 +77,11 @@ def sweep(
       UserError: for a rate that the model cannot reach, before anything is scored.
     """
     rows = []
-    for asked in [at_rate(config, rate) for rate in rates]:
-        model = loaded(asked)
-        tokens = building.grid(asked) ** 2 - sum(building.merge_counts(asked))
-        rate, speed = asked.model.image.merging.rate, images_per_second(model)
-        rows.append(Row(rate, tokens, model.image_flops(), speed, scored(model, asked)))
+    for changed in [at_rate(config, rate) for rate in rates]:
+        model = loaded(changed)
+        tokens = building.grid(changed) ** 2 - sum(building.merge_counts(changed))
+        rate, speed = changed.model.image.merging.rate, images_per_second(model)
+        rows.append(Row(rate, tokens, model.image_flops(), speed, scored(model, changed)))
     return rows
 
 

@@ -41,19 +41,21 @@ def accuracy(model: PairScorer, source: Source, batch_size: int) -> tuple[float,
     for batch in evaluation_batches(source, model.preprocess, batch_size):
         rows = [row for row in np.flatnonzero(batch.readable) if any(batch.captions[row])]
         texts = [batch.captions[row][0] for row in rows]
-        others = [_next_other(texts, place) for place in range(len(texts))]
-        kept = [place for place, other in enumerate(others) if other is not None]
-        if not kept:
+        other_texts = [_next_other(texts, place) for place in range(len(texts))]
+        usable = [place for place, other in enumerate(other_texts) if other is not None]
+        if not usable:
             continue
-        images = [batch.images[rows[place]] for place in kept]
-        own = model.score_pairs(images, [texts[place] for place in kept])
-        mismatched = model.score_pairs(images, [others[place] for place in kept])
-        if not (np.isfinite(own).all() and np.isfinite(mismatched).all()):
-            raise RunError(f"the set {source.name!r}: NaN or infinity among the scores of pairs")
-        right += int(np.sum(own > mismatched))
-        total += len(kept)
+        images = [batch.images[rows[place]] for place in usable]
+        matched = model.score_pairs(images, [texts[place] for place in usable])
+        mismatched = model.score_pairs(images, [other_texts[place] for place in usable])
+        if not (np.isfinite(matched).all() and np.isfinite(mismatched).all()):
+            raise RunError(
+                f"the dataset {source.name!r}: NaN or infinity among the scores of pairs"
+            )
+        right += int(np.sum(matched > mismatched))
+        total += len(usable)
     if not total:
-        raise UserError(f"the set {source.name!r} has no two images with different captions")
+        raise UserError(f"the dataset {source.name!r} has no two images with different captions")
     return right / total, total
 
 

@@ -1,7 +1,7 @@
 """Prompt templates and class names of zero-shot classification, as data.
 
 templates.json and class_names.json hold what CLIP's code and CLIP_benchmark publish (both under the
-MIT licence): the ImageNet prompts as "clip_80" and "clip_7", the others by their data set's name.
+MIT licence): the ImageNet prompts as "clip_80" and "clip_7", the others by their dataset's name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlip_jax.errors import UserError, suggestion
 from mlip_jax.files import read_json
 
 _DEFAULT = "simple"
-# What sets are called elsewhere -> here.
+# What datasets are called elsewhere -> here.
 _ALIASES = {
     "imagenet1k": "clip_80",
     "imagenet": "clip_80",
@@ -32,16 +32,16 @@ _ALIASES = {
 
 
 @functools.cache
-def _named(file: str) -> dict[str, list[str]]:
+def _built_in(file: str) -> dict[str, list[str]]:
     return json.loads((resources.files(__package__) / file).read_text(encoding="utf-8"))
 
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for templates or class names that cannot be found."""
     find_templates(config.evaluation.templates)
-    named = config.evaluation.class_names
-    if named and named not in _named("class_names.json"):
-        _read_names(named)
+    class_names = config.evaluation.class_names
+    if class_names and class_names not in _built_in("class_names.json"):
+        _read_names(class_names)
 
 
 def find_templates(name: str, set_name: str = "") -> tuple[str, ...]:
@@ -49,70 +49,72 @@ def find_templates(name: str, set_name: str = "") -> tuple[str, ...]:
 
     Args:
       name: "plain", "simple", "clip_7", "clip_80", another list of templates.json such as
-        "cifar10"; "auto", the list called like the set, "simple" where there is none; or a
+        "cifar10"; "auto", the list called like the dataset, "simple" where there is none; or a
         template itself such as "a drawing of {}".
-      set_name: the set that "auto" is about.
+      set_name: the dataset that "auto" is about.
 
     Raises:
       UserError: for a template that has no {} and is no list's name.
     """
-    named = _named("templates.json")
+    templates_by_name = _built_in("templates.json")
     if name == "auto":
         word = set_name.partition("-")[0].lower()
         word = _ALIASES.get(word, word)
-        return tuple(named[word if word in named else _DEFAULT])
+        return tuple(templates_by_name[word if word in templates_by_name else _DEFAULT])
     name = _ALIASES.get(name, name)
-    if name not in named and "{}" not in name:
-        valid = ("auto", *named)
+    if name not in templates_by_name and "{}" not in name:
+        valid = ("auto", *templates_by_name)
         raise UserError(
             f"config.evaluation.templates={name!r} is neither a list (auto, plain, simple, clip_7, "
-            "clip_80, or a data set's such as cifar10) nor a template with {} where the class goes"
+            "clip_80, or a dataset's such as cifar10) nor a template with {} where the class goes"
             f"{suggestion(name, valid)}"
         )
-    return tuple(named.get(name, (name,)))
+    return tuple(templates_by_name.get(name, (name,)))
 
 
-def find_class_names(asked: str, own: Sequence[str], set_name: str) -> tuple[str, ...]:
-    """What prompts call the classes of a set.
+def find_class_names(choice: str, dataset_names: Sequence[str], set_name: str) -> tuple[str, ...]:
+    """What prompts call the classes of a dataset.
 
     Args:
-      asked: config.evaluation.class_names: "" for the set's own names, a list of class_names.json
-        such as "imagenet1k", or the path of a JSON file: names in the order of the set's classes,
-        or an object from the set's names to others.
-      own: the set's class names, in the order of its labels.
-      set_name: what an error calls the set.
+      choice: config.evaluation.class_names: "" for the dataset's own names, a list of
+        class_names.json such as "imagenet1k", or the path of a JSON file: names in the order of
+        the dataset's classes, or an object from the dataset's names to others.
+      dataset_names: the dataset's class names, in the order of its labels.
+      set_name: what an error calls the dataset.
 
     Raises:
-      UserError: for an unknown list or a file that does not fit the set.
+      UserError: for an unknown list or a file that does not fit the dataset.
     """
-    if not asked:
-        return tuple(own)
-    found = _named("class_names.json").get(asked)
-    if found is None:
-        found = _read_names(asked)
-    if isinstance(found, dict):
-        missing = [name for name in own if name not in found]
+    if not choice:
+        return tuple(dataset_names)
+    prompt_names = _built_in("class_names.json").get(choice)
+    if prompt_names is None:
+        prompt_names = _read_names(choice)
+    if isinstance(prompt_names, dict):
+        missing = [name for name in dataset_names if name not in prompt_names]
         if missing:
-            raise UserError(f"{asked}: the class {missing[0]!r} of the set {set_name!r} is missing")
-        return tuple(found[name] for name in own)
-    if len(found) != len(own):
+            raise UserError(
+                f"{choice}: the class {missing[0]!r} of the dataset {set_name!r} is missing"
+            )
+        return tuple(prompt_names[name] for name in dataset_names)
+    if len(prompt_names) != len(dataset_names):
         raise UserError(
-            f"config.evaluation.class_names={asked!r} has {len(found)} names, the set {set_name!r} "
-            f"has {len(own)} classes"
+            f"config.evaluation.class_names={choice!r} has {len(prompt_names)} names, the dataset "
+            f"{set_name!r} has {len(dataset_names)} classes"
         )
-    return tuple(found)
+    return tuple(prompt_names)
 
 
 def _read_names(file: str) -> list[str] | dict[str, str]:
     path = Path(file).expanduser()
     if not path.is_file():
-        valid = _named("class_names.json")
+        valid = _built_in("class_names.json")
         raise UserError(
             f"config.evaluation.class_names={file!r} is neither a file nor one of "
             f"{', '.join(valid)}{suggestion(file, valid)}"
         )
-    found = read_json(path, (list, dict))
-    values = found.values() if isinstance(found, dict) else found
+    names = read_json(path, (list, dict))
+    values = names.values() if isinstance(names, dict) else names
     if not all(isinstance(name, str) for name in values):
         raise UserError(f"{path}: expected a list of class names, or an object of them")
-    return found
+    return names

@@ -16,7 +16,7 @@ _KINDS = ("chance", "examples", "protocol", "note")
 
 @dataclass
 class Results:
-    """What evaluations found. Keys of the first four are "family/set/figure"."""
+    """What evaluations found. Keys of the first four are "family/dataset/figure"."""
 
     figures: dict[str, float] = field(default_factory=dict)  # see `Outcome`
     chance: dict[str, float] = field(default_factory=dict)
@@ -24,12 +24,12 @@ class Results:
     protocols: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(
         default_factory=dict
-    )  # "family/set" -> what was done and left out
+    )  # "family/dataset" -> what was done and left out
     step: int | None = None  # of the checkpoint
     done: list[str] = field(default_factory=list)  # "family=spec", figures found or not
 
     def add(self, family: str, outcome: Outcome) -> None:
-        """Files an outcome under "family/set", in place of what was there."""
+        """Files an outcome under "family/dataset", in place of what was there."""
         group = f"{family}/{outcome.name}"
         self.discard(group)
         for name, value in outcome.figures.items():
@@ -41,7 +41,7 @@ class Results:
         self.notes[group] = outcome.note
 
     def discard(self, group: str) -> None:
-        """Forgets a "family/set"."""
+        """Forgets a "family/dataset"."""
         for key in [key for key in self.figures if key.startswith(f"{group}/")]:
             for values in (self.figures, self.chance, self.examples, self.protocols):
                 values.pop(key, None)
@@ -63,8 +63,8 @@ def write_results(
 ) -> Path:
     """Writes results.json, whole or not at all: one flat key a figure.
 
-    Beside each "family/set/figure" stand "chance/...", "examples/..." and "protocol/..." of the
-    same key; "note/family/set" is a text, "step" the checkpoint's.
+    Beside each "family/dataset/figure" stand "chance/...", "examples/..." and "protocol/..." of the
+    same key; "note/family/dataset" is a text, "step" the checkpoint's.
     """
     flat: dict[str, float | str | list[str]] = dict(results.figures)
     parts = (results.chance, results.examples, results.protocols, results.notes)
@@ -89,11 +89,11 @@ def read_results(workdir: str | os.PathLike[str], file_name: str = FILE_NAME) ->
     parts = (results.chance, results.examples, results.protocols, results.notes)
     by_kind = dict(zip(_KINDS, parts, strict=True))
     for key, value in read_json(path, missing={}, advice="mend it or remove it").items():
-        kind, _, rest = key.partition("/")
+        kind, _, figure_key = key.partition("/")
         if key == "step":
             results.step = value
         elif kind in by_kind:
-            by_kind[kind][rest] = value
+            by_kind[kind][figure_key] = value
         else:
             results.figures[key] = value
     return results

@@ -50,7 +50,7 @@ class Ranks:
 def pair_captions(
     captions: Sequence[Sequence[str]],
 ) -> tuple[list[str], Int[np.ndarray, "pairs 2"]]:
-    """The distinct captions of a set and which image carries which.
+    """The distinct captions of a dataset and which image carries which.
 
     A caption that several images carry is one query, answered by any of them, and one candidate:
     nothing can tell equal texts apart. Empty captions are dropped.
@@ -64,8 +64,8 @@ def pair_captions(
     texts: dict[str, int] = {}
     pairs = [
         (image, texts.setdefault(caption, len(texts)))
-        for image, own in enumerate(captions)
-        for caption in own
+        for image, image_captions in enumerate(captions)
+        for caption in image_captions
         if caption.strip()
     ]
     return list(texts), np.array(pairs, np.int64).reshape(-1, 2)
@@ -102,16 +102,18 @@ def ranks(
     # Queries with more positives first: those that have a t-th one are then the first so many.
     orders = [np.argsort(-np.minimum(total, depth), kind="stable") for total in totals]
     grids = [
-        grid_integers(rows, what, order)
-        for rows, what, order in (
+        grid_integers(rows, noun, order)
+        for rows, noun, order in (
             (image_embeddings, "image embeddings", orders[0]),
             (text_embeddings, "text embeddings", orders[1]),
         )
     ]
     placed = tuple(np.argsort(order)[pairs[:, side]] for side, order in enumerate(orders))
     scores = products(*grids, placed)
-    own = [_best_positives(query, scores, depth) for query in placed]
-    sides = (Side(grid, tuple(levels)) for grid, (levels, _) in zip(grids, own, strict=True))
+    best_positives = [_best_positives(query, scores, depth) for query in placed]
+    sides = (
+        Side(grid, tuple(levels)) for grid, (levels, _) in zip(grids, best_positives, strict=True)
+    )
     counts = count_reaching(*sides, chunk=chunk, progress=progress)
 
     best, answers = {}, {}
@@ -119,7 +121,9 @@ def ranks(
         # Of those that reach a positive's score, its like are no hindrance.
         places = [
             count - like + 1 + earlier
-            for earlier, (count, like) in enumerate(zip(counts[side], own[side][1], strict=True))
+            for earlier, (count, like) in enumerate(
+                zip(counts[side], best_positives[side][1], strict=True)
+            )
         ]
         query = np.concatenate([orders[side][: len(level)] for level in places])
         best[direction] = np.zeros(sizes[side], np.int64)
@@ -140,7 +144,7 @@ def recall(
     return figures(ranks(image_embeddings, text_embeddings, pairs, chunk, max(ks), progress), ks)
 
 
-def figures(found: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
+def figures(query_ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
     """The figures of given ranks: "text_to_image_recall@1", "text_to_image_median_rank", ...
 
     "recall" is hit recall, what CLIP and its like report: the share of queries with any positive
@@ -153,19 +157,19 @@ def figures(found: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
     """
     values = {}
     for direction in DIRECTIONS:
-        rank, answers = getattr(found, direction), found.answers[direction]
+        rank, answers = getattr(query_ranks, direction), query_ranks.answers[direction]
         if max(ks) > answers.depth:
             raise ValueError(f"k={max(ks)} needs ranks of that depth, not {answers.depth}")
-        asked = answers.positives > 0
+        has_positives = answers.positives > 0
         for k in ks:
-            values[f"{direction}_recall@{k}"] = float(np.mean(rank[asked] <= k))
+            values[f"{direction}_recall@{k}"] = float(np.mean(rank[has_positives] <= k))
         if answers.positives.max() > 1:
             for k in ks:
                 first = answers.query[answers.place <= k]
-                right = np.bincount(first, minlength=len(rank))[asked]
-                share = float(np.mean(right / answers.positives[asked]))
+                right = np.bincount(first, minlength=len(rank))[has_positives]
+                share = float(np.mean(right / answers.positives[has_positives]))
                 values[f"{direction}_actual_recall@{k}"] = share
-        values[f"{direction}_median_rank"] = float(np.median(rank[asked]))
+        values[f"{direction}_median_rank"] = float(np.median(rank[has_positives]))
     return values
 
 
@@ -183,14 +187,14 @@ def chance(
     for direction, query, candidates in (("text_to_image", 1, images), ("image_to_text", 0, texts)):
         positives = np.unique(pairs[:, query], return_counts=True)[1]
         for k in ks:
-            values[f"{direction}_recall@{k}"] = _found(positives, candidates, k)
+            values[f"{direction}_recall@{k}"] = _expected_recall(positives, candidates, k)
         if positives.max() > 1:
             for k in ks:
                 values[f"{direction}_actual_recall@{k}"] = min(k, candidates) / candidates
         low, high = 1, candidates
         while low < high:
             middle = (low + high) // 2
-            if _found(positives, candidates, middle) >= 0.5 - 1e-12:
+            if _expected_recall(positives, candidates, middle) >= 0.5 - 1e-12:
                 high = middle
             else:
                 low = middle + 1
@@ -199,18 +203,18 @@ def chance(
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a set that cannot be opened."""
+    """Raises UserError for a dataset that cannot be opened."""
     sets.source(spec)
 
 
 def score(sets: Sets, spec: str) -> Outcome | None:
-    """Retrieval among a set's images and captions, both ways.
+    """Retrieval among a dataset's images and captions, both ways.
 
     Returns:
       None for "validation" without captions.
 
     Raises:
-      UserError: for a set without captions.
+      UserError: for a dataset without captions.
       RunError: for NaN or infinity among the embeddings.
     """
     embedded = sets.evaluation(spec)
@@ -218,7 +222,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     if not texts:
         if spec == "validation":
             return None
-        raise UserError(f"config.evaluation.retrieval: the set {spec!r} has no captions")
+        raise UserError(f"config.evaluation.retrieval: the dataset {spec!r} has no captions")
     starts = track(
         range(0, len(texts), _TEXTS),
         f"Embedding captions of {embedded.name}",
@@ -272,16 +276,16 @@ def _best_positives(
     return [scores[rows] for rows in chosen], [reach[rows] for rows in chosen]
 
 
-def _found(positives: Int[np.ndarray, " queries"], candidates: int, k: int) -> float:
+def _expected_recall(positives: Int[np.ndarray, " queries"], candidates: int, k: int) -> float:
     """Mean chance that one of m positives is among the first k of a random order."""
     sizes, counts = np.unique(positives, return_counts=True)
     k = min(k, candidates)
     missed = []
     for size in sizes:
         # C(n - m, k) / C(n, k) = C(n - k, m) / C(n, m), a product over the smaller of m and k.
-        draws, rest = (size, k) if size < k else (k, size)
+        draws, larger = (size, k) if size < k else (k, size)
         steps = np.arange(draws)
-        missed.append(np.prod(np.maximum(candidates - rest - steps, 0) / (candidates - steps)))
+        missed.append(np.prod(np.maximum(candidates - larger - steps, 0) / (candidates - steps)))
     return float(1 - np.average(missed, weights=counts))
 
 

@@ -21,7 +21,7 @@ _PART = 1 << 20  # numbers that are float64 at a time
 
 
 def on_grid(
-    embeddings: Shaped[np.ndarray, "rows width"], what: str
+    embeddings: Shaped[np.ndarray, "rows width"], noun: str
 ) -> Float[np.ndarray, "rows width"]:
     """Normalises rows and rounds them to multiples of 2^-26; products of two such rows are exact.
 
@@ -29,17 +29,17 @@ def on_grid(
 
     Args:
       embeddings: any float dtype; need not be normalised.
-      what: the plural that an error calls them by, such as "image embeddings".
+      noun: the plural that an error calls them by, such as "image embeddings".
 
     Raises:
       RunError: for NaN or infinity, with the number of rows and the first one's index.
     """
-    return grid_integers(embeddings, what) / 2.0**_BITS
+    return grid_integers(embeddings, noun) / 2.0**_BITS
 
 
 def grid_integers(
     embeddings: Shaped[np.ndarray, "rows width"],
-    what: str,
+    noun: str,
     order: Int[np.ndarray, " rows"] | None = None,
 ) -> Int32[np.ndarray, "rows width"]:
     """`on_grid` times 2^26, in half the memory; arguments and errors as there.
@@ -54,7 +54,7 @@ def grid_integers(
     damaged = np.flatnonzero(~np.concatenate(sound)) if sound else np.zeros(0, int)
     if damaged.size:
         raise RunError(
-            f"{damaged.size} of {len(rows)} {what} hold NaN or infinity; the first is index "
+            f"{damaged.size} of {len(rows)} {noun} hold NaN or infinity; the first is index "
             f"{damaged[0]}"
         )
     grid = np.empty(rows.shape, np.int32)
@@ -74,9 +74,9 @@ def products(
     pairs: tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]],
 ) -> Float64[np.ndarray, " pairs"]:
     """Exact inner products of rows of `grid_integers`, for pairs of a left and a right row."""
-    found = np.empty(len(pairs[0]))
+    inner_products = np.empty(len(pairs[0]))
     step = max(1, _PART // max(1, left.shape[1]))
-    for start in range(0, len(found), step):
+    for start in range(0, len(inner_products), step):
         a, b = (indices[start : start + step] for indices in pairs)
-        found[start : start + step] = np.einsum("pe,pe->p", left[a] * 1.0, right[b] * 1.0)
-    return found
+        inner_products[start : start + step] = np.einsum("pe,pe->p", left[a] * 1.0, right[b] * 1.0)
+    return inner_products

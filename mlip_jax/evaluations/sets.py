@@ -1,4 +1,4 @@
-"""Image sets as a model sees them: opened and embedded once, whoever asks for them."""
+"""Image datasets as a model sees them: opened and embedded once, whoever asks for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NAMED_BY_THEMSELVES = ("coco", "karpathy", "voc")
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """A set's readable images as the model sees them, with what is known of each."""
+    """A dataset's readable images as the model sees them, with what is known of each."""
 
     source: Source
     name: str  # as the figures' keys carry it
@@ -49,7 +49,7 @@ class EmbeddedSet:
     def targets(self) -> Int8[np.ndarray, "images classes"]:
         """1 where an image shows a class, -1 where not, 0 where it is too difficult to count.
 
-        Of a set with one class an image, a single 1 a row; rows of -1 have no class at all.
+        Of a dataset with one class an image, a single 1 a row; rows of -1 have no class at all.
         """
         classes = len(self.source.class_names)
         if isinstance(self.source, MultiLabel):
@@ -62,7 +62,7 @@ class EmbeddedSet:
         return isinstance(self.source, MultiLabel)
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> EmbeddedSet:
-        """The set with some of its images alone."""
+        """The dataset with some of its images alone."""
         return replace(
             self,
             embeddings=None if self.embeddings is None else self.embeddings[rows],
@@ -84,7 +84,7 @@ class EmbeddedSet:
 
 
 class Sets:
-    """The sets of an evaluation by their spec, each embedded once.
+    """The datasets of an evaluation by their spec, each embedded once.
 
     "validation" stands for the run's own validation set, and its training set for that one's
     training split.
@@ -107,7 +107,7 @@ class Sets:
         self._names: dict[str, str] = {}
 
     def source(self, spec: str) -> Source | None:
-        """The set to evaluate on; None for "validation" where the run has none.
+        """The dataset to evaluate on; None for "validation" where the run has none.
 
         Raises:
           UserError: when it cannot be opened.
@@ -123,18 +123,18 @@ class Sets:
         return self._opened[spec, "evaluation"]
 
     def training_source(self, spec: str) -> Source | None:
-        """The training split that goes with the set; None where all of it is for evaluation.
+        """The training split that goes with the dataset; None where all of it is for evaluation.
 
         Raises:
           UserError: when it cannot be opened.
         """
         if (spec, "training") not in self._opened:
             opened = None
-            own = spec == "validation"
-            if not own or self.config.data.validation == "auto":
-                named = own_set(self.config.data) if own else split_spec(spec)[0]
+            is_validation = spec == "validation"
+            if not is_validation or self.config.data.validation == "auto":
+                training_spec = own_set(self.config.data) if is_validation else split_spec(spec)[0]
                 try:
-                    opened = open_source(named, "train", **self._how)
+                    opened = open_source(training_spec, "train", **self._how)
                 except MissingSplit:
                     opened = None
             evaluation = self.source(spec)
@@ -146,20 +146,20 @@ class Sets:
         return self._opened[spec, "training"]
 
     def name(self, spec: str) -> str:
-        """What figures call the set: the spec's last word, with a number where two share it."""
+        """What figures call the dataset: the spec's last word, with a number where two share it."""
         if spec not in self._names:
             source = self.source(spec)
             if spec == "validation":
                 name = "validation" if source is None else short_name(source.name)
             else:
                 name = short_name(spec, source.name)
-            taken = self._names.values()
-            numbers = (f"{name}-{number}" for number in range(2, len(taken) + 3))
-            self._names[spec] = next(word for word in (name, *numbers) if word not in taken)
+            known_names = self._names.values()
+            numbers = (f"{name}-{number}" for number in range(2, len(known_names) + 3))
+            self._names[spec] = next(word for word in (name, *numbers) if word not in known_names)
         return self._names[spec]
 
     def evaluation(self, spec: str, *, features: bool = False) -> EmbeddedSet | None:
-        """The set, embedded in the joint space, or with the features before it instead.
+        """The dataset, embedded in the joint space, or with the features before it instead.
 
         None for "validation" where the run has no validation set.
 
@@ -172,7 +172,7 @@ class Sets:
     def train_and_test(self, spec: str) -> tuple[EmbeddedSet, EmbeddedSet, str] | None:
         """Features of what a classifier is trained on and of what it is tested on.
 
-        A set with a single split is cut in halves by a hash of the images' names.
+        A dataset with a single split is cut in halves by a hash of the images' names.
 
         Returns:
           Both, and a sentence on where they come from; None for "validation" where the run has no
@@ -195,8 +195,8 @@ class Sets:
             train,
             test,
             (
-                f"the set has one split: {len(train):,} images, chosen by a hash of their names, "
-                "are for training"
+                f"the dataset has one split: {len(train):,} images, chosen by a hash of their "
+                "names, are for training"
             ),
         )
 
@@ -244,7 +244,7 @@ def embed_source(
 
     Args:
       model: what embeds them.
-      source: a set.
+      source: a dataset.
       name: what figures and errors call it.
       batch_size: images a call.
       limit: how many images, from the first.
@@ -253,11 +253,11 @@ def embed_source(
       progress: whether to draw a bar.
 
     Raises:
-      UserError: for an empty set, or when too many images or all of them cannot be read.
+      UserError: for an empty dataset, or when too many images or all of them cannot be read.
     """
     size = len(source) if limit is None else min(limit, len(source))
     if not size:
-        raise UserError(f"the set {name!r} is empty: there is nothing to evaluate on")
+        raise UserError(f"the dataset {name!r} is empty: there is nothing to evaluate on")
     batches = evaluation_batches(source, model.preprocess, batch_size)
     count = track(range(-(-size // batch_size)), f"Embedding {name}", shown=progress)
     embed = model.image_features if features else model.encode_image_pixels
@@ -271,10 +271,10 @@ def embed_source(
         labels.extend(batch.labels[rows].tolist())
         unreadable.extend(batch.unreadable)
     if not indices:
-        raise UserError(f"none of the {size:,} images of the set {name!r} can be read")
+        raise UserError(f"none of the {size:,} images of the dataset {name!r} can be read")
     if len(unreadable) > max_skipped_share * size:
         raise UserError(
-            f"{len(unreadable):,} of {size:,} images of the set {name!r} cannot be read, the "
+            f"{len(unreadable):,} of {size:,} images of the dataset {name!r} cannot be read, the "
             f"first: {unreadable[0]}; more than "
             f"config.data.max_skipped_share={max_skipped_share:g} allows"
         )
@@ -282,11 +282,11 @@ def embed_source(
     wrong = next((row for row, label in enumerate(labels) if label >= classes), None)
     if classes and wrong is not None:
         raise UserError(
-            f"the set {name!r}: the label {labels[wrong]} of {source.name_of(indices[wrong])} is "
-            f"out of range: there are {classes} classes"
+            f"the dataset {name!r}: the label {labels[wrong]} of {source.name_of(indices[wrong])} "
+            f"is out of range: there are {classes} classes"
         )
     if source.name in _FIRST_CAPTION_ONLY:
-        captions = [own[:1] for own in captions]
+        captions = [image_captions[:1] for image_captions in captions]
     rows = np.concatenate(parts)
     return EmbeddedSet(
         source=source,
@@ -305,39 +305,41 @@ def check_classes(embedded: EmbeddedSet, spec: str) -> None:
 
     Args:
       embedded: what is evaluated on.
-      spec: the set; of other kinds than class folders, classes may well have no image in a split.
+      spec: the dataset; of other kinds than class folders, classes may well have no image in
+        a split.
 
     Raises:
       UserError: for the first such class.
     """
     if not spec.startswith(("folder:", "zip:")):
         return
-    shown = (embedded.targets == 1).any(axis=0)
-    for name, present in zip(embedded.source.class_names, shown, strict=True):
+    has_images = (embedded.targets == 1).any(axis=0)
+    for name, present in zip(embedded.source.class_names, has_images, strict=True):
         if not present:
-            raise UserError(f"the class {name!r} of the set {spec!r} has no readable image")
+            raise UserError(f"the class {name!r} of the dataset {spec!r} has no readable image")
 
 
-def short_name(spec: str, own: str = "") -> str:
-    """The name of a set in a figure's key, a split that the spec pins included.
+def short_name(spec: str, own_name: str = "") -> str:
+    """The name of a dataset in a figure's key, a split that the spec pins included.
 
     "jsonl:/data/birds.jsonl" -> "birds"; "coco:/data/coco#test" -> "coco-test".
 
     Args:
-      spec: the set.
-      own: what it calls itself; of kinds whose files are called alike everywhere, that is its name.
+      spec: the dataset.
+      own_name: what it calls itself; of kinds whose files are called alike everywhere, that is its
+        name.
     """
     where, split = split_spec(spec)
     kind, colon, path = where.partition(":")
     name = Path(path if colon else kind).stem or kind
     if kind == "objects" and name == "objects":
         name = Path(path).absolute().parent.name or name
-    if own and kind in _NAMED_BY_THEMSELVES:
-        name = own
+    if own_name and kind in _NAMED_BY_THEMSELVES:
+        name = own_name
         split = split if kind == "voc" else ""
     return f"{name}-{split}" if split else name
 
 
 def _is_for_training(name: str) -> bool:
-    # The folders above the last would make the halves depend on where the set lies.
+    # The folders above the last would make the halves depend on where the dataset lies.
     return bool(hashlib.sha256("/".join(Path(name).parts[-2:]).encode()).digest()[0] & 1)

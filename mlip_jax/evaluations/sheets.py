@@ -13,12 +13,12 @@ from rich.text import Text
 
 from mlip_jax.evaluations.results import Results
 
-_HEADINGS = ("Set", "Figure", "Value", "Chance", "Examples", "Protocol")
+_HEADINGS = ("Dataset", "Figure", "Value", "Chance", "Examples", "Protocol")
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table. The first two columns are words; rows of one set stand together."""
+    """A table. The first two columns are words; rows of one dataset stand together."""
 
     title: str
     headings: tuple[str, ...]
@@ -45,7 +45,7 @@ def sheet(results: Results, title: str) -> Sheet:
 
 
 def names(key: str) -> tuple[str, str]:
-    """A figure's key in words: its family and set, and the figure."""
+    """A figure's key in words: its family and dataset, and the figure."""
     family, name, figure = key.split("/", 2)
     words = figure.replace("_recall@", " R@").replace("top", "top-").replace("_", " ")
     return _group(f"{family}/{name}"), words
@@ -65,25 +65,25 @@ def formatted(key: str, value: float) -> str:
 
 def table(results: Results) -> Table:
     """The results for the terminal; the notes below say the protocols."""
-    found = sheet(results, "Results" if results.figures else "No set to evaluate on")
-    short = Sheet(found.title, _HEADINGS[:-1], [row[:-1] for row in found.rows], found.notes)
+    full = sheet(results, "Results" if results.figures else "No dataset to evaluate on")
+    short = Sheet(full.title, _HEADINGS[:-1], [row[:-1] for row in full.rows], full.notes)
     return terminal(short)
 
 
-def terminal(found: Sheet) -> Table:
+def terminal(sheet: Sheet) -> Table:
     """A sheet for the terminal, notes below it."""
     drawn = Table(
         box=box.SIMPLE_HEAD,
-        title=found.title,
-        caption=Text("\n".join(found.notes)),
+        title=sheet.title,
+        caption=Text("\n".join(sheet.notes)),
         caption_justify="left",
     )
-    drawn.add_column(found.headings[0], overflow="fold")
-    drawn.add_column(found.headings[1], overflow="fold")
-    for heading in found.headings[2:]:
+    drawn.add_column(sheet.headings[0], overflow="fold")
+    drawn.add_column(sheet.headings[1], overflow="fold")
+    for heading in sheet.headings[2:]:
         drawn.add_column(heading, justify="right", no_wrap=True)
     last = None
-    for group, *cells in found.rows:
+    for group, *cells in sheet.rows:
         if last is not None and group != last:
             drawn.add_section()
         drawn.add_row(Text("" if group == last else group), *map(Text, cells))
@@ -91,18 +91,18 @@ def terminal(found: Sheet) -> Table:
     return drawn
 
 
-def markdown(found: Sheet) -> str:
+def markdown(sheet: Sheet) -> str:
     """A sheet as a Markdown table, notes below it."""
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
-    rule = ["---", "---", *["---:"] * (len(found.headings) - 2)]
-    lines = [f"# {found.title}", "", line(found.headings), line(rule), *map(line, found.rows)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in found.notes)]) + "\n"
+    rule = ["---", "---", *["---:"] * (len(sheet.headings) - 2)]
+    lines = [f"# {sheet.title}", "", line(sheet.headings), line(rule), *map(line, sheet.rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in sheet.notes)]) + "\n"
 
 
-def html(found: Sheet) -> str:
+def html(sheet: Sheet) -> str:
     """A sheet as a page that needs no other file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -111,4 +111,4 @@ def html(found: Sheet) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("sheet.html").render(sheet=found)
+    return environment.get_template("sheet.html").render(sheet=sheet)

@@ -1,4 +1,4 @@
-"""The evaluation of a model: every family of figures on every set that the config names for it."""
+"""The evaluation of a model: every family of figures on every dataset that the config names."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def the_others() -> list[str]:
 
 
 def apply_suite(config: ConfigDict, suite: str) -> None:
-    """Leaves in config.evaluation the families of a suite alone, each with a set, in place.
+    """Leaves in config.evaluation the families of a suite alone, each with a dataset, in place.
 
     Args:
-      config: its sets stay where it names some; elsewhere the family's default set comes in.
+      config: its datasets stay where it names some; elsewhere the family's default dataset
+        comes in.
       suite: "mlip" and "clip_lite" are the evaluations of those papers, "all" every one; or names
         of families, separated by commas.
 
@@ -62,7 +63,7 @@ def check(config: ConfigDict) -> None:
     """Finds now what would otherwise end a run at its first evaluation, hours later.
 
     Raises:
-      UserError: for sets that cannot be opened, or prompts without a slot.
+      UserError: for datasets that cannot be opened, or prompts without a slot.
     """
     prompts.check(config)
     sets = Sets(None, config, progress=False)
@@ -81,25 +82,25 @@ def evaluate(
     done: Results | None = None,
     keep: Callable[[Results], None] | None = None,
 ) -> Results:
-    """Scores a model on config.evaluation's sets.
+    """Scores a model on config.evaluation's datasets.
 
     "validation" stands for the run's own validation set and gives what it can: without captions
     no retrieval, without labels no zero-shot classification, and nothing when there is none. A
-    set that is named outright must have what it is named for.
+    dataset that is named outright must have what it is named for.
 
     Args:
       model: what embeds images and texts.
       config: the run's config.
       validation: the run's validation set if it is open already.
       progress: whether to draw bars; a caller that draws its own says no.
-      families: those to evaluate; None: all. The config names the sets.
+      families: those to evaluate; None: all. The config names the datasets.
       done: figures of the same model that an evaluation which was cut short has kept; they are
         not computed again.
-      keep: called with all results so far after each set.
+      keep: called with all results so far after each dataset.
 
     Raises:
-      UserError: for an empty set, a set without captions or labels, a class without images, or a
-        template without a slot.
+      UserError: for an empty dataset, a dataset without captions or labels, a class without images,
+        or a template without a slot.
       RunError: for NaN or infinity among the embeddings.
     """
     results = Results() if done is None else done

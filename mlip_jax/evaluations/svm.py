@@ -1,8 +1,8 @@
 """One linear SVM a class on frozen features, scored by average precision.
 
 The protocol for PASCAL VOC 2007 of VirTex (Desai and Johnson, 2021, section 4.1), which CLIP-Lite
-follows: it takes any set whose images show several classes, and sets of one class an image as one
-class against the rest.
+follows: it takes any dataset whose images show several classes, and datasets of one class an
+image as one class against the rest.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class Fits(NamedTuple):
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a set without labels."""
+    """Raises UserError for a dataset without labels."""
     classifiers.check(sets, spec, _FAMILY, multi_label=True)
 
 
 def score(sets: Sets, spec: str) -> Outcome | None:
-    """Mean average precision of one SVM a class, trained on a set's training part.
+    """Mean average precision of one SVM a class, trained on a dataset's training part.
 
     Returns:
       None for "validation" without labels.
 
     Raises:
-      UserError: for a set without labels, a label that is no class, or no class with images both
-        to train and to test on.
+      UserError: for a dataset without labels, a label that is no class, or no class with images
+        both to train and to test on.
       RunError: for NaN or infinity among the features.
     """
     parts = classifiers.open_parts(sets, spec, _FAMILY, multi_label=True)
@@ -69,34 +69,36 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     train_targets, test_targets = train.targets, test.targets
     usable = (train_targets == 1).any(axis=0) & (train_targets != 1).any(axis=0)
     usable &= (test_targets == 1).any(axis=0)
-    kept = np.flatnonzero(usable)
-    if not kept.size:
+    usable_classes = np.flatnonzero(usable)
+    if not usable_classes.size:
         raise UserError(
-            f"config.evaluation.{_FAMILY}: the set {spec!r} has no class that some training images "
-            "show, others not, and some test images show"
+            f"config.evaluation.{_FAMILY}: the dataset {spec!r} has no class that some training "
+            "images show, others not, and some test images show"
         )
     fits = fit(
         on_grid(train.features, f"training features of {test.name}"),
-        train_targets[:, kept],
+        train_targets[:, usable_classes],
         on_grid(test.features, f"test features of {test.name}"),
         progress=sets.progress,
     )
-    found = average_precision.mean_over_classes(test_targets[:, kept], fits.scores)
+    class_means = average_precision.mean_over_classes(test_targets[:, usable_classes], fits.scores)
     names = test.source.class_names
-    note = _note([names[index] for index in kept], found.per_class, fits, len(names))
+    note = _note(
+        [names[index] for index in usable_classes], class_means.per_class, fits, len(names)
+    )
     if (train_targets == 0).any() or (test_targets == 0).any():
         note += " Difficult images are negatives in training and left out in test."
-    if kept.size < len(names):
+    if usable_classes.size < len(names):
         left_out = [names[index] for index in np.flatnonzero(~usable)]
         note += (
             f" {len(left_out):,} classes without an image to train or to test on are left out: "
             f"{named(left_out)}."
         )
     figures = {
-        "mean_average_precision": found.step_sum,
-        "mean_average_precision_11_point": found.eleven_point,
+        "mean_average_precision": class_means.step_sum,
+        "mean_average_precision_11_point": class_means.eleven_point,
     }
-    chance = (found.chance, found.eleven_point_chance)
+    chance = (class_means.chance, class_means.eleven_point_chance)
     protocols = ("linear SVM, step-sum AP", "linear SVM, 11-point AP")
     return Outcome(
         test.name,
@@ -131,8 +133,8 @@ def fit(
         parallel = train.size * classes > _LARGE
     # Processes, as threads would share liblinear's random numbers.
     work = Parallel(n_jobs=cores() if parallel else 1, return_as="generator")
-    done = work(delayed(_fit_class)(train, own == 1, test) for own in targets.T)
-    drawn = track(done, "Training SVMs", classes, shown=progress)
+    fits = work(delayed(_fit_class)(train, class_targets == 1, test) for class_targets in targets.T)
+    drawn = track(fits, "Training SVMs", classes, shown=progress)
     scores, costs, unconverged = zip(*drawn, strict=True)
     return Fits(np.stack(scores, axis=1), np.array(costs), sum(unconverged))
 

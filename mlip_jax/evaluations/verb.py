@@ -1,4 +1,4 @@
-"""The evaluate verb: a finished or running workdir, scored again, perhaps by another config."""
+"""The evaluate subcommand: a workdir is scored again, perhaps by another config."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def evaluate_workdir(
     """Evaluates a workdir's newest checkpoint, prints the table and writes the results.
 
     What the config changes about the model or the evaluation goes into the file's name, so that
-    results.json stays that of the run as trained; figures of other sets or families join those
+    results.json stays that of the run as trained; figures of other datasets or families join those
     that the file has of the same checkpoint. Beside it lies the table in Markdown and HTML. What is
-    found is kept set by set: an evaluation that was cut short goes on at the set that it was at.
+    found is kept dataset by dataset: an evaluation that was cut short goes on where it was.
 
     An exported model is evaluated likewise. The results of another library's are kept in
     runs/foreign/<its folder's name>: its folder is not ours to write in.
@@ -83,8 +83,8 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
         home.mkdir(parents=True, exist_ok=True)
     if not rates:
         model = load(workdir, config=config)
-        found, path = _score(model, config, trained, home, console)
-        console.print(table(found))
+        results, path = _score(model, config, trained, home, console)
+        console.print(table(results))
         console.print(f"results: {path} (also .md, .html)")
         return 0
 
@@ -107,32 +107,34 @@ def _score(
     """Evaluates and files a model; returns what was found, and where it is filed."""
     name = results_name(changes(trained, config))
     draft = home / f".{name}.partial"
-    found = _kept(draft, model.step)
-    if found.done:
-        console.print(f"going on after {', '.join(found.done)}, kept from an evaluation cut short")
-    found = evaluate(model, config, done=found, keep=lambda results: _keep(draft, results))
-    if not found.figures:
+    results = _read_draft(draft, model.step)
+    if results.done:
+        console.print(
+            f"going on after {', '.join(results.done)}, kept from an evaluation cut short"
+        )
+    results = evaluate(model, config, done=results, keep=lambda results: _keep(draft, results))
+    if not results.figures:
         raise UserError(
-            f"{home} names no set to evaluate on: add --config.data.validation=jsonl:PATH or "
+            f"{home} names no dataset to evaluate on: add --config.data.validation=jsonl:PATH or "
             "--config.evaluation.retrieval"
         )
-    path = file_results(home, found, name)
+    path = file_results(home, results, name)
     draft.unlink(missing_ok=True)
-    return found, path
+    return results, path
 
 
-def file_results(workdir: str | Path, found: Results, file_name: str = FILE_NAME) -> Path:
+def file_results(workdir: str | Path, results: Results, file_name: str = FILE_NAME) -> Path:
     """Puts results among those that the file has of the same checkpoint; tables lie beside it."""
-    whole = read_results(workdir, file_name)
+    merged = read_results(workdir, file_name)
     # Files of older versions do not say which checkpoint they are of: the last one.
-    if whole.step not in (None, found.step):
-        whole = Results()
-    whole.step = found.step
-    whole.update(found)
-    path = write_results(workdir, whole, file_name)
-    found = sheet(whole, f"Results of {path.parent.resolve().name}")
-    write_atomically(path.with_suffix(".md"), markdown(found))
-    write_atomically(path.with_suffix(".html"), html(found))
+    if merged.step not in (None, results.step):
+        merged = Results()
+    merged.step = results.step
+    merged.update(results)
+    path = write_results(workdir, merged, file_name)
+    results_sheet = sheet(merged, f"Results of {path.parent.resolve().name}")
+    write_atomically(path.with_suffix(".md"), markdown(results_sheet))
+    write_atomically(path.with_suffix(".html"), html(results_sheet))
     return path
 
 
@@ -140,18 +142,18 @@ def _keep(draft: Path, results: Results) -> None:
     write_atomically(draft, json.dumps(vars(results)))
 
 
-def _kept(draft: Path, step: int | None) -> Results:
+def _read_draft(draft: Path, step: int | None) -> Results:
     """What an evaluation of the same checkpoint has kept; nothing where there is none."""
     try:
-        found = Results(**read_json(draft))
+        results = Results(**read_json(draft))
     except (UserError, TypeError):
         return Results(step=step)
-    return found if found.step == step else Results(step=step)
+    return results if results.step == step else Results(step=step)
 
 
 def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
     """Every key that moves a figure and differs from how the run was trained: "key=value"."""
-    # The families' keys name sets, and figures carry the sets' names.
+    # The families' keys name datasets, and figures carry the datasets' names.
     moves_none = {"evaluation.batch_size", *(f"evaluation.{family}" for family in EVALUATIONS)}
     before, now = schema.flatten(trained.to_dict()), schema.flatten(config.to_dict())
     return [

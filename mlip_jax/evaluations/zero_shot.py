@@ -88,34 +88,34 @@ def chance(classes: int) -> dict[str, float]:
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a set that cannot be opened or has no classes."""
+    """Raises UserError for a dataset that cannot be opened or has no classes."""
     source = sets.source(spec)
     if not source.class_names:
-        raise UserError(f"config.evaluation.zero_shot: the set {spec!r} has no class labels")
+        raise UserError(f"config.evaluation.zero_shot: the dataset {spec!r} has no class labels")
 
 
 def score(sets: Sets, spec: str) -> Outcome | None:
-    """Zero-shot classification of a set by config.evaluation.templates and class_names.
+    """Zero-shot classification of a dataset by config.evaluation.templates and class_names.
 
-    A set whose images show several classes each is scored by mean average precision.
+    A dataset whose images show several classes each is scored by mean average precision.
 
     Returns:
       None for "validation" without labels.
 
     Raises:
-      UserError: for a set without labels, or a class folder without images.
+      UserError: for a dataset without labels, or a class folder without images.
       RunError: for NaN or infinity among the embeddings.
     """
     embedded = sets.evaluation(spec)
-    own = () if embedded is None else embedded.source.class_names
-    if embedded is None or not own or not (embedded.targets == 1).any():
+    class_names = () if embedded is None else embedded.source.class_names
+    if embedded is None or not class_names or not (embedded.targets == 1).any():
         if spec == "validation":
             return None
-        raise UserError(f"config.evaluation.zero_shot: the set {spec!r} has no class labels")
+        raise UserError(f"config.evaluation.zero_shot: the dataset {spec!r} has no class labels")
     check_classes(embedded, spec)
     config = sets.config.evaluation
     templates = find_templates(config.templates, embedded.name)
-    names = find_class_names(config.class_names, own, embedded.name)
+    names = find_class_names(config.class_names, class_names, embedded.name)
     classes = embed_classes(sets.model, names, templates)
     prompts = f"{len(templates)} prompts a class" if len(templates) > 1 else repr(templates[0])
     if embedded.multi_label:
@@ -153,16 +153,16 @@ def _average_precision(
 
     images = on_grid(embedded.embeddings, "image embeddings")
     scores = images @ on_grid(classes, "class embeddings").T
-    found = average_precision.mean_over_classes(embedded.targets, scores)
+    class_means = average_precision.mean_over_classes(embedded.targets, scores)
     key = "mean_average_precision"
     note = (
-        f"{len(found.classes):,} of {len(classes):,} classes have images here and count, "
+        f"{len(class_means.classes):,} of {len(classes):,} classes have images here and count, "
         f"{prompts}; images in which a class is marked difficult are left out for it."
     )
     return Outcome(
         embedded.name,
-        {key: found.step_sum},
-        {key: found.chance},
+        {key: class_means.step_sum},
+        {key: class_means.chance},
         {key: len(embedded)},
         {key: f"zero-shot, {prompts}, step-sum AP"},
         note + embedded.omissions(),

@@ -139,10 +139,10 @@ def _data(model: Model, source: Path) -> list[str]:
 
 
 def _results(source: Path) -> str:
-    found = read_results(source)
-    if not found.figures:
+    results = read_results(source)
+    if not results.figures:
         return "None are known: `python -m mlip_jax.main evaluate --workdir=FOLDER` finds some."
-    return markdown(sheet(found, "Results")).partition("\n")[2].strip()  # without its title
+    return markdown(sheet(results, "Results")).partition("\n")[2].strip()  # without its title
 
 
 def _licence(model: Model, source: Path) -> list[str]:

@@ -20,6 +20,6 @@ def write(folder: Path, model: Model) -> list[str]:
       No notes: nothing is lost.
     """
     parts = (model.config, model.variables, model.tokenizer, model.preprocess)
-    found = Artefact(*parts, model.step, model.about)
-    artefact.write(folder, found)
+    exported = Artefact(*parts, model.step, model.about)
+    artefact.write(folder, exported)
     return []

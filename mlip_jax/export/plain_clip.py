@@ -33,11 +33,11 @@ _KEPT = (
 
 def refuse(library: str, reasons: Mapping[str, bool]) -> None:
     """Raises UserError with every reason that holds, unless none does."""
-    held = [reason for reason, holds in reasons.items() if holds]
-    if held:
+    obstacles = [reason for reason, holds in reasons.items() if holds]
+    if obstacles:
         raise UserError(
-            f"{library} has no place for this model: {'; '.join(held)}. --format=mlip, stablehlo "
-            "and onnx take any model"
+            f"{library} has no place for this model: {'; '.join(obstacles)}. --format=mlip, "
+            "stablehlo and onnx take any model"
         )
 
 
@@ -64,22 +64,22 @@ def reasons(model: Model) -> dict[str, bool]:
 
 def notes(model: Model, crop: str) -> list[str]:
     """What is lost on the way to a library that crops so (see `Preprocessing`), in words."""
-    found = []
+    sentences = []
     if isinstance(model.preprocess, MissingPreprocessing):
-        found.append(model.preprocess.reason)
+        sentences.append(model.preprocess.reason)
     elif model.preprocess.transparency == "white":
-        found.append("the library drops transparency, this model lays such images on white")
+        sentences.append("the library drops transparency, this model lays such images on white")
     if model.preprocess.resize == "shortest" and model.preprocess.crop != crop:
-        found.append(
+        sentences.append(
             "where an odd number of pixels is cut off, the library's crop lies one pixel beside "
             "this model's"
         )
     if isinstance(model.tokenizer, MissingTokenizer):
-        found.append(model.tokenizer.reason)
-    left = sorted(name for name in model.variables["params"] if name not in _KEPT)
-    if left:
-        found.append(f"left out, as no embedding needs them: {', '.join(left)}")
-    return found
+        sentences.append(model.tokenizer.reason)
+    unused = sorted(name for name in model.variables["params"] if name not in _KEPT)
+    if unused:
+        sentences.append(f"left out, as no embedding needs them: {', '.join(unused)}")
+    return sentences
 
 
 def save_weights(file: Path, layout: Layout, model: Model) -> None:

@@ -24,10 +24,10 @@ def examples(model: Model, name: str, rows: int) -> np.ndarray:
     program = model.programs()[name]
     high = 256 if program.dtype == np.uint8 else model.tokenizer.vocab_size
     rng = np.random.default_rng(rows)
-    found = rng.integers(0, high, (rows, *program.shape)).astype(program.dtype)
+    inputs = rng.integers(0, high, (rows, *program.shape)).astype(program.dtype)
     if program.dtype != np.uint8:
-        found[:, -1] = model.tokenizer.eot  # a text ends
-    return found
+        inputs[:, -1] = model.tokenizer.eot  # a text ends
+    return inputs
 
 
 class Agreement(NamedTuple):
@@ -47,18 +47,18 @@ def check(model: Model, name: str, run: Callable[[np.ndarray], np.ndarray]) -> A
     Raises:
       RunError: when the difference is more than that.
     """
-    found = []
+    row_differences = []
     for rows in _ROWS:
         inputs = examples(model, name, rows)
-        wanted = np.asarray(model.programs()[name].function(inputs))
-        given = np.asarray(run(inputs))
-        if given.shape != wanted.shape:
+        expected = np.asarray(model.programs()[name].function(inputs))
+        actual = np.asarray(run(inputs))
+        if actual.shape != expected.shape:
             raise RunError(
-                f"the program {name} was written but gives {given.shape} in place of "
-                f"{wanted.shape}; nothing is kept"
+                f"the program {name} was written but gives {actual.shape} in place of "
+                f"{expected.shape}; nothing is kept"
             )
-        found.append(np.abs(given - wanted).max(axis=1))
-    differences = np.concatenate(found)
+        row_differences.append(np.abs(actual - expected).max(axis=1))
+    differences = np.concatenate(row_differences)
     agrees = differences <= _TOLERANCE
     merges = name == "encode_image" and model.config.model.image.merging.rate > 0
     flipped = int((~agrees).sum())

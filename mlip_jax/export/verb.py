@@ -1,4 +1,4 @@
-"""The export verb: a model from a folder of any kind to a folder that others read."""
+"""The export subcommand: a model from a folder of any kind to a folder that others read."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def read(folder: Path) -> Artefact:
         tokenizer = foreign.tokenizer_of(file.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(f"{file}: damaged: {error!r}; export the model again") from None
-    found = tensors.read(folder / WEIGHTS, lambda _: False)
-    variables = traverse_util.unflatten_dict(found, sep="/")
+    flat = tensors.read(folder / WEIGHTS, lambda _: False)
+    variables = traverse_util.unflatten_dict(flat, sep="/")
     if "params" not in variables:
         raise UserError(f"{folder / WEIGHTS}: holds no params; export the model again")
     return Artefact(

@@ -84,21 +84,23 @@ def read(path: str | Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     }
     recipes = {key: _recipe(key, shape) for key, shape in shapes.items()}
     skipped = r"(^|\.)position_ids$|^cls\." + ("" if "pooler/kernel" in shapes else r"|^pooler\.")
-    found = _read(path, re.compile(skipped))
+    file_tensors = _read(path, re.compile(skipped))
     rows = shapes["position"][0]
-    if _POSITION in found and len(found[_POSITION]) > rows:
-        found[_POSITION] = found[_POSITION][:rows]
-    made = tensors.build(path, found, recipes, _hint)
-    return traverse_util.unflatten_dict(made, sep="/")
+    if _POSITION in file_tensors and len(file_tensors[_POSITION]) > rows:
+        file_tensors[_POSITION] = file_tensors[_POSITION][:rows]
+    parameters = tensors.build(path, file_tensors, recipes, _hint)
+    return traverse_util.unflatten_dict(parameters, sep="/")
 
 
 def _read(path: str | Path, skipped: re.Pattern[str]) -> dict[str, np.ndarray]:
     """The encoder's tensors under their plain names: no prefix, norms of a weight and a bias."""
-    found = tensors.read(path, lambda name: bool(skipped.search(name.removeprefix("bert."))))
-    if any(name.startswith("bert.") for name in found):
-        found = {name: tensor for name, tensor in found.items() if name.startswith("bert.")}
+    file_tensors = tensors.read(path, lambda name: bool(skipped.search(name.removeprefix("bert."))))
+    if any(name.startswith("bert.") for name in file_tensors):
+        file_tensors = {
+            name: tensor for name, tensor in file_tensors.items() if name.startswith("bert.")
+        }
     plain = {}
-    for name, tensor in found.items():
+    for name, tensor in file_tensors.items():
         # Files as old as BERT call a norm's scale gamma and its bias beta.
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
         plain[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)] = tensor

@@ -31,10 +31,10 @@ _NO_IMAGE_HEAD = {
 _WITHOUT_PATCH_BIAS = {f"{_PATCH}/bias": Part((), "zero")}
 
 
-def _blocks(ours: str, theirs: str, names: tuple[str, ...]) -> dict[str, str]:
+def _blocks(path: str, prefix: str, names: tuple[str, ...]) -> dict[str, str]:
     modules = ("norm_attention", "attention/qkv", "attention/out", "norm_mlp", "mlp/up", "mlp/down")
     return {
-        f"{ours}/{module}": f"{theirs}.{name}"
+        f"{path}/{module}": f"{prefix}.{name}"
         for module, name in zip(modules, names, strict=True)
         if name
     }
@@ -117,13 +117,13 @@ def _hugging_face(parts: dict[str, Part], modules: dict[str, str]) -> tuple[dict
         "text_encoder/position": Part((f"{embeddings}.position_embedding.weight",), "same"),
     }
     joined = {}
-    for ours, tower in (
+    for path, tower in (
         ("image_encoder/spatial_{}", "vision_model"),
         ("text_encoder/block_{}", "text_model"),
     ):
         layer = f"{tower}.encoder.layers.{{}}"
-        modules |= _blocks(ours, layer, _HUGGING_FACE_BLOCK)
-        joined[f"{ours}/attention/qkv"] = tuple(
+        modules |= _blocks(path, layer, _HUGGING_FACE_BLOCK)
+        joined[f"{path}/attention/qkv"] = tuple(
             f"{layer}.self_attn.{part}_proj" for part in ("q", "k", "v")
         )
     modules |= {

@@ -146,14 +146,16 @@ def check_computed(file: Path, section: str, values: Mapping[str, Any], computed
     Raises:
       UserError: naming the key.
     """
-    for key, (here, absent) in computed.items():
+    for key, (supported, absent) in computed.items():
         value = values.get(key, absent)
         value = absent if value is None else value
-        if value != here:
-            raise UserError(f"{file}: {section}.{key} is {value!r}; only {here!r} is supported")
+        if value != supported:
+            raise UserError(
+                f"{file}: {section}.{key} is {value!r}; only {supported!r} is supported"
+            )
 
 
-def whole(file: Path, section: str, values: Mapping[str, Any], key: str, absent: int) -> int:
+def positive_int(file: Path, section: str, values: Mapping[str, Any], key: str, absent: int) -> int:
     """A positive whole number of a config; a square's sides may be given as two alike.
 
     Raises:
@@ -187,10 +189,10 @@ def section_of(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any
     Raises:
       UserError: when it is missing, or no object.
     """
-    found = values.get(key)
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: damaged: {key} is {type(found).__name__}, expected an object")
-    return found
+    section = values.get(key)
+    if not isinstance(section, dict):
+        raise UserError(f"{file}: damaged: {key} is {type(section).__name__}, expected an object")
+    return section
 
 
 def colours(file: Path, values: Mapping[str, Any], key: str, absent: Any) -> tuple[float, ...]:

@@ -18,9 +18,9 @@ from mlip_jax.interop.foreign import (
     check_computed,
     colours,
     number,
+    positive_int,
     section_of,
     tokenizer_or_reason,
-    whole,
 )
 
 # A key that is left out means what transformers 5 takes for it.
@@ -91,7 +91,9 @@ def describe(folder: Path) -> Foreign:
     config = base_config(folder)
     _set_tower(file, config.model.image, "vision_config", vision, _VISION, kind)
     _set_tower(file, config.model.text, "text_config", text, _ABSENT[kind]["text"], kind)
-    vocab_size = whole(file, "text_config", text, "vocab_size", _ABSENT[kind]["text"]["vocab_size"])
+    vocab_size = positive_int(
+        file, "text_config", text, "vocab_size", _ABSENT[kind]["text"]["vocab_size"]
+    )
     config.model.text.vocab_size = vocab_size
     config.model.text.tokenizer = f"folder:{folder}"
     if kind == "clip":
@@ -125,7 +127,7 @@ def _set_tower(
     kind: str,
 ) -> None:
     def size(key: str) -> int:
-        return whole(file, section, values, key, absent[key])
+        return positive_int(file, section, values, key, absent[key])
 
     tower.width, tower.depth = size("hidden_size"), size("num_hidden_layers")
     tower.heads = size("num_attention_heads")
@@ -145,7 +147,7 @@ def _set_tower(
         return
     tower.image_size = size("image_size")
     patch = _ABSENT[kind]["vision"]["patch_size"]
-    tower.patch_size = whole(file, section, values, "patch_size", patch)
+    tower.patch_size = positive_int(file, section, values, "patch_size", patch)
     check_computed(file, section, values, {"num_channels": (3, 3)})
 
 
@@ -154,8 +156,8 @@ def _set_clip(
 ) -> tuple[int, int]:
     """What `CLIPModel` is beyond its sizes; returns the ids that start and end a text."""
     config.model.image.pre_norm = True
-    config.model.embed_dim = whole(file, "config", values, "projection_dim", 512)
-    end = whole(file, "text_config", text, "eos_token_id", 49407)
+    config.model.embed_dim = positive_int(file, "config", values, "projection_dim", 512)
+    end = positive_int(file, "text_config", text, "eos_token_id", 49407)
     config.model.text.pooling = "highest" if end == _LEGACY_END else "last"
     start = text.get("bos_token_id", 49406)
     return start if type(start) is int else -1, end
@@ -167,7 +169,7 @@ def _set_siglip(
     """What `SiglipModel` is beyond its sizes; returns the ids that start and end a text."""
     model = config.model
     check_computed(file, "vision_config", vision, {"vision_use_head": (True, True)})
-    model.embed_dim = whole(file, "text_config", text, "projection_size", model.text.width)
+    model.embed_dim = positive_int(file, "text_config", text, "projection_size", model.text.width)
     if model.embed_dim != model.image.width:
         raise UserError(
             f"{file}: vision_config.hidden_size is {model.image.width}, but texts are projected to "
@@ -175,7 +177,7 @@ def _set_siglip(
         )
     set_siglip(config)
     # Its config.json names ids that its tokenizer does not have, and no id is looked for.
-    return -1, whole(file, "text_config", text, "pad_token_id", 1)
+    return -1, positive_int(file, "text_config", text, "pad_token_id", 1)
 
 
 def set_siglip(config: Any) -> None:
@@ -242,7 +244,7 @@ def _resize(file: Path, values: dict[str, Any], image_size: int, kind: str) -> t
     if isinstance(crop, dict):
         crop = crop.get("height") if crop.get("height") == crop.get("width") else None
     if set(size) == {"shortest_edge"} and crops and crop == image_size:
-        short = whole(file, "size", size, "shortest_edge", 0)
+        short = positive_int(file, "size", size, "shortest_edge", 0)
         if short >= image_size:
             return "shortest", 0 if short == image_size else short
     if set(size) == {"height", "width"} and not (crops and crop != image_size):

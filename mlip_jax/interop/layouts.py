@@ -156,7 +156,7 @@ def read(weights: Path, layout: Layout, wanted: Mapping[str, Any]) -> dict[str, 
       UserError: for a file that is missing, damaged or of another model.
     """
     skipped = re.compile(layout.skipped)
-    found = {}
+    file_tensors = {}
     for name, tensor in tensors.read(weights, lambda name: bool(skipped.search(name))).items():
         if name in ("logit_scale", "logit_bias") and tensor.size == 1:
             tensor = tensor.reshape(())
@@ -166,13 +166,13 @@ def read(weights: Path, layout: Layout, wanted: Mapping[str, Any]) -> dict[str, 
             share = layout.cut[name]
             rows = round(share * len(tensor)) if share < 1 else 1
             first = tensor[:rows] if share < 1 else tensor[0]
-            found |= {f"{name}#0": first, f"{name}#1": tensor[rows:]}
+            file_tensors |= {f"{name}#0": first, f"{name}#1": tensor[rows:]}
         else:
-            found[name] = tensor
+            file_tensors[name] = tensor
     flat = traverse_util.flatten_dict(dict(wanted), sep="/")
     recipes = {key: _recipe(layout, key, tuple(leaf.shape)) for key, leaf in flat.items()}
-    made = tensors.build(weights, found, recipes, _hint)
-    return traverse_util.unflatten_dict(made, sep="/")
+    parameters = tensors.build(weights, file_tensors, recipes, _hint)
+    return traverse_util.unflatten_dict(parameters, sep="/")
 
 
 def _hint(name: str, has: Shape | None, wanted: Shape | None) -> str:
@@ -194,7 +194,7 @@ def write(layout: Layout, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
       UserError: for a parameter that the layout has no place for.
     """
-    found: dict[str, np.ndarray] = {}
+    file_tensors: dict[str, np.ndarray] = {}
     for key, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
         value = np.asarray(leaf, np.float32)
         try:
@@ -203,10 +203,12 @@ def write(layout: Layout, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
             raise UserError(f"{layout.name} has no place for the parameter {key}") from None
         rule = KINDS[kind]
         parts = rule.write(value, rule.shape(value.shape, max(len(names), 1)))
-        found |= dict(zip(names, parts, strict=True))
+        file_tensors |= dict(zip(names, parts, strict=True))
     for name in layout.cut:
-        if f"{name}#0" in found:
-            first, rest = found.pop(f"{name}#0"), found.pop(f"{name}#1")
-            found[name] = np.concatenate([np.atleast_2d(first) if rest.ndim > 1 else first, rest])
-    found |= {name: found[name][None] for name in layout.led if name in found}
-    return {name: np.asarray(tensor, order="C") for name, tensor in found.items()}
+        if f"{name}#0" in file_tensors:
+            first, second = file_tensors.pop(f"{name}#0"), file_tensors.pop(f"{name}#1")
+            file_tensors[name] = np.concatenate(
+                [np.atleast_2d(first) if second.ndim > 1 else first, second]
+            )
+    file_tensors |= {name: file_tensors[name][None] for name in layout.led if name in file_tensors}
+    return {name: np.asarray(tensor, order="C") for name, tensor in file_tensors.items()}

@@ -49,8 +49,8 @@ def kind(folder: Path) -> str:
     is_theirs = "model_type" in values
     if has_open_clip:
         own_weights = (folder / open_clip.WEIGHTS[0]).is_file()
-        theirs = is_theirs and values["model_type"] in hugging_face.MODEL_TYPES
-        return "open_clip" if own_weights or not theirs else "hugging_face"
+        is_supported = is_theirs and values["model_type"] in hugging_face.MODEL_TYPES
+        return "open_clip" if own_weights or not is_supported else "hugging_face"
     return "hugging_face" if is_theirs else "workdir"
 
 
@@ -70,10 +70,10 @@ def settings(folder: Path) -> tuple[ConfigDict, Preprocessing]:
     Raises:
       UserError: when it holds none, a damaged one, or one that is not computed here.
     """
-    found = kind(folder)
-    if found == "exported":
+    folder_kind = kind(folder)
+    if folder_kind == "exported":
         return artefact.read_settings(folder)[:2]
-    if found != "workdir":
+    if folder_kind != "workdir":
         foreign = describe(folder)
         return foreign.config, foreign.preprocessing
     config = schema.from_file(folder / "config.json")
@@ -90,12 +90,12 @@ def read(folder: Path, step: int | None = None) -> Artefact:
     Raises:
       UserError: when it holds none, a damaged one, or one that is not computed here.
     """
-    found = kind(folder)
-    if found == "workdir":
+    folder_kind = kind(folder)
+    if folder_kind == "workdir":
         return _of_workdir(folder, step)
     if step is not None:
         raise UserError(f"{folder} is no workdir: it has one model, and no step {step}")
-    if found == "exported":
+    if folder_kind == "exported":
         return artefact.read(folder)
     foreign = describe(folder)
     validate(foreign.config)

@@ -19,9 +19,9 @@ from mlip_jax.interop.foreign import (
     check_computed,
     colours,
     number,
+    positive_int,
     section_of,
     tokenizer_or_reason,
-    whole,
 )
 from mlip_jax.interop.hugging_face import set_siglip
 
@@ -105,7 +105,7 @@ def describe(folder: Path) -> Foreign:
     vision, text = section_of(file, model, "vision_cfg"), section_of(file, model, "text_cfg")
     _refuse_unknown(file, "model_cfg", model, _MODEL)
     config = base_config(folder)
-    config.model.embed_dim = whole(file, "model_cfg", model, "embed_dim", 0)
+    config.model.embed_dim = positive_int(file, "model_cfg", model, "embed_dim", 0)
     quick = bool(model.get("quick_gelu", False))
     siglip = vision.get("timm_model_name") is not None
     if siglip:
@@ -157,11 +157,11 @@ def _set_vision(file: Path, image: Any, vision: dict[str, Any], quick: bool) -> 
     check_computed(file, section, vision, _VISION)
     _refuse_unknown(file, section, vision, _NEUTRAL[section] | _VISION.keys())
 
-    image.image_size = whole(file, section, vision, "image_size", 224)
-    image.patch_size = whole(file, section, vision, "patch_size", 16)
-    image.width = whole(file, section, vision, "width", 768)
-    image.depth = whole(file, section, vision, "layers", 12)
-    image.heads = image.width // whole(file, section, vision, "head_width", 64)
+    image.image_size = positive_int(file, section, vision, "image_size", 224)
+    image.patch_size = positive_int(file, section, vision, "patch_size", 16)
+    image.width = positive_int(file, section, vision, "width", 768)
+    image.depth = positive_int(file, section, vision, "layers", 12)
+    image.heads = image.width // positive_int(file, section, vision, "head_width", 64)
     image.mlp_ratio = number(file, section, vision, "mlp_ratio", 4.0)
     image.pre_norm = not vision.get("no_ln_pre", False)
     image.activation = _activation(file, section, vision, quick)
@@ -170,18 +170,20 @@ def _set_vision(file: Path, image: Any, vision: dict[str, Any], quick: bool) -> 
 
 def _set_timm(file: Path, image: Any, vision: dict[str, Any]) -> None:
     name = vision["timm_model_name"]
-    found = _TIMM_NAME.fullmatch(str(name))
-    if not found or found["size"] not in _TIMM_SIZES:
+    match = _TIMM_NAME.fullmatch(str(name))
+    if not match or match["size"] not in _TIMM_SIZES:
         raise UserError(
             f"{file}: vision_cfg.timm_model_name is {name!r}; of timm's models only SigLIP's, such "
             "as vit_base_patch16_siglip_224, are known here"
         )
     check_computed(file, "vision_cfg", vision, _TIMM)
     _refuse_unknown(file, "vision_cfg", vision, _NEUTRAL["vision_cfg"])
-    image.width, image.depth, image.heads, hidden = _TIMM_SIZES[found["size"]]
+    image.width, image.depth, image.heads, hidden = _TIMM_SIZES[match["size"]]
     image.mlp_ratio = hidden / image.width
-    image.patch_size = int(found["patch"])
-    image.image_size = whole(file, "vision_cfg", vision, "image_size", int(found["image_size"]))
+    image.patch_size = int(match["patch"])
+    image.image_size = positive_int(
+        file, "vision_cfg", vision, "image_size", int(match["image_size"])
+    )
     image.activation = "gelu_tanh" if _TIMM_TANH.fullmatch(name) else "gelu"
     image.norm_epsilon = 1e-6
 
@@ -190,11 +192,11 @@ def _set_text(file: Path, text: Any, values: dict[str, Any], quick: bool) -> Non
     section = "text_cfg"
     check_computed(file, section, values, _TEXT)
     _refuse_unknown(file, section, values, _NEUTRAL[section] | _TEXT.keys())
-    text.context_length = whole(file, section, values, "context_length", 77)
-    text.vocab_size = whole(file, section, values, "vocab_size", 49408)
-    text.width = whole(file, section, values, "width", 512)
-    text.heads = whole(file, section, values, "heads", 8)
-    text.depth = whole(file, section, values, "layers", 12)
+    text.context_length = positive_int(file, section, values, "context_length", 77)
+    text.vocab_size = positive_int(file, section, values, "vocab_size", 49408)
+    text.width = positive_int(file, section, values, "width", 512)
+    text.heads = positive_int(file, section, values, "heads", 8)
+    text.depth = positive_int(file, section, values, "layers", 12)
     text.mlp_ratio = number(file, section, values, "mlp_ratio", 4.0)
     text.causal = not values.get("no_causal_mask", False)
     text.activation = _activation(file, section, values, quick)
@@ -233,12 +235,12 @@ def _tokenizer(folder: Path, config: Any, text: dict[str, Any]) -> Tokenizer:
         config.model.text.tokenizer = "clip" if vocab_size == 49408 else f"folder:{folder}"
 
         def read() -> Tokenizer:
-            found = load_tokenizer("clip")
-            if found.vocab_size == vocab_size and not text.get("tokenizer_kwargs"):
-                return found
+            clip_tokenizer = load_tokenizer("clip")
+            if clip_tokenizer.vocab_size == vocab_size and not text.get("tokenizer_kwargs"):
+                return clip_tokenizer
             raise UserError(
                 f"{folder}: {CONFIG} names no tokenizer, and CLIP's, which goes with it then, has "
-                f"{found.vocab_size} tokens, the model {vocab_size}"
+                f"{clip_tokenizer.vocab_size} tokens, the model {vocab_size}"
             )
 
         return tokenizer_or_reason(read, vocab_size, vocab_size - 2, end)
@@ -260,19 +262,19 @@ def _tokenizer(folder: Path, config: Any, text: dict[str, Any]) -> Tokenizer:
 
 def _preprocessing(file: Path, values: Mapping[str, Any], image_size: int) -> Preprocessing:
     """By preprocess_cfg; a key that is left out means what open_clip takes for it."""
-    found = values.get("preprocess_cfg") or {}
-    if not isinstance(found, dict):
+    section = values.get("preprocess_cfg") or {}
+    if not isinstance(section, dict):
         raise UserError(f"{file}: damaged: preprocess_cfg is no object")
-    size = whole(file, "preprocess_cfg", found, "size", image_size)
+    size = positive_int(file, "preprocess_cfg", section, "size", image_size)
     if size != image_size:
         raise UserError(
             f"{file}: preprocess_cfg.size is {size}, but vision_cfg.image_size {image_size}"
         )
-    check_computed(file, "preprocess_cfg", found, {"mode": ("RGB", "RGB"), "fill_color": (0, 0)})
-    interpolation = found.get("interpolation") or "bicubic"
+    check_computed(file, "preprocess_cfg", section, {"mode": ("RGB", "RGB"), "fill_color": (0, 0)})
+    interpolation = section.get("interpolation") or "bicubic"
     # "random" is of training; open_clip evaluates such a model by bicubic.
     interpolation = "bicubic" if interpolation == "random" else interpolation
-    resize = found.get("resize_mode") or "shortest"
+    resize = section.get("resize_mode") or "shortest"
     if interpolation not in ("bicubic", "bilinear") or resize not in RESIZES:
         raise UserError(
             f"{file}: preprocess_cfg has interpolation {interpolation!r} and resize_mode "
@@ -280,8 +282,8 @@ def _preprocessing(file: Path, values: Mapping[str, Any], image_size: int) -> Pr
         )
     return Preprocessing(
         image_size,
-        colours(file, found, "mean", CLIP_MEAN),
-        colours(file, found, "std", CLIP_STD),
+        colours(file, section, "mean", CLIP_MEAN),
+        colours(file, section, "std", CLIP_STD),
         "drop",
         interpolation,
         resize,

@@ -41,17 +41,17 @@ def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, A
     image, text = config.model.image.pretrained, config.model.text.pretrained
     if not (image or text):
         return {}
-    taken: dict[str, dict[str, Any]] = {"params": {}}
+    variables: dict[str, dict[str, Any]] = {"params": {}}
     if text:
         _check_sizes(config, text)
-        taken["params"]["text_encoder"] = bert.read(text, wanted["params"]["text_encoder"])
+        variables["params"]["text_encoder"] = bert.read(text, wanted["params"]["text_encoder"])
     if image:
         params, stats = resnet.read(
             image, wanted["params"]["image_encoder"], wanted["batch_stats"]["image_encoder"]
         )
-        taken["params"]["image_encoder"] = params
-        taken["batch_stats"] = {"image_encoder": stats}
-    return taken
+        variables["params"]["image_encoder"] = params
+        variables["batch_stats"] = {"image_encoder": stats}
+    return variables
 
 
 def adopt_bert(config: ConfigDict, path: str) -> None:
@@ -131,19 +131,19 @@ def adopt(config: ConfigDict, path: str) -> None:
       UserError: for a folder that holds no model, or whose normalisation has no name here.
     """
     folder = Path(path).expanduser()
-    found, preprocessing = model_folders.settings(folder)
+    pretrained, preprocessing = model_folders.settings(folder)
     image, text = config.model.image, config.model.text
     for key in ("image_size", *_IMAGE_SIZES):
-        image[key] = found.model.image[key]
-    image.frequency.depth = found.model.image.frequency.depth
+        image[key] = pretrained.model.image[key]
+    image.frequency.depth = pretrained.model.image.frequency.depth
     image.merging.proportional_attention = True  # its attention has never met a merged token
     image.normalization = _normalization(folder, preprocessing)
     for key in _TEXT_SIZES:
-        text[key] = found.model.text[key]
-    named = found.model.text.tokenizer
-    text.tokenizer = named if named in ("clip", "clip_8k") else f"folder:{path}"
+        text[key] = pretrained.model.text[key]
+    tokenizer_name = pretrained.model.text.tokenizer
+    text.tokenizer = tokenizer_name if tokenizer_name in ("clip", "clip_8k") else f"folder:{path}"
     for key in ("embed_dim", "token_dim", "head", "critic"):
-        config.model[key] = found.model[key]
+        config.model[key] = pretrained.model[key]
     config.model.pretrained = path
     config.optimizer.learning_rate *= 0.1
     config.optimizer.max_scale = 100.0
@@ -164,57 +164,59 @@ def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
 
 def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     folder = Path(config.model.pretrained).expanduser()
-    found = model_folders.read(folder)
+    pretrained = model_folders.read(folder)
     for tower, keys in (("image", _IMAGE_SIZES), ("text", _TEXT_SIZES)):
         for key in set(keys) - {"depth", "vocab_size", "cleaning"}:
-            here, there = config.model[tower][key], found.config.model[tower][key]
-            if here != there:
+            value, pretrained_value = config.model[tower][key], pretrained.config.model[tower][key]
+            if value != pretrained_value:
                 raise UserError(
-                    f"config.model.{tower}.{key}={here!r}, but the model in {folder} has "
-                    f"{there!r}: set it so"
+                    f"config.model.{tower}.{key}={value!r}, but the model in {folder} has "
+                    f"{pretrained_value!r}: set it so"
                 )
-    variables = dict(found.variables)
+    variables = dict(pretrained.variables)
     if building.image_encoder(config).patch_tokens:
         variables["params"] = positions.fit(variables["params"], building.grid(config))
     has = traverse_util.flatten_dict(variables, sep="/")
-    asked = traverse_util.flatten_dict(dict(wanted), sep="/")
-    taken = {}
-    for key, leaf in asked.items():
+    wanted_leaves = traverse_util.flatten_dict(dict(wanted), sep="/")
+    start_values = {}
+    for key, leaf in wanted_leaves.items():
         if key in has and has[key].shape == leaf.shape:
-            taken[key] = np.asarray(has[key], np.float32)
+            start_values[key] = np.asarray(has[key], np.float32)
         elif key in has:
             raise UserError(
                 f"{folder}: {key} has shape {has[key].shape}, the config's model wants "
                 f"{leaf.shape}: see interop.pretrained.adopt, which sets the sizes"
             )
         elif re.search(r"/frequency_\d+/mlp/down/", key):
-            taken[key] = np.zeros(leaf.shape, np.float32)
-    if not any("image_encoder/spatial_0/" in key for key in taken):
+            start_values[key] = np.zeros(leaf.shape, np.float32)
+    if not any("image_encoder/spatial_0/" in key for key in start_values):
         raise UserError(f"{folder}: the config's model shares no block of its image encoder")
-    return traverse_util.unflatten_dict(taken, sep="/")
+    return traverse_util.unflatten_dict(start_values, sep="/")
 
 
-def summary(config: ConfigDict, taken: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def summary(
+    config: ConfigDict, variables: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> list[str]:
     """What a run starts from, in words: what is taken and what is new; [] for a fresh start.
 
     Args:
       config: the run's.
-      taken: from `read`.
+      variables: from `read`.
       wanted: the model's variables, or anything with their structure and shapes.
     """
-    if not config.model.pretrained or not taken:
+    if not config.model.pretrained or not variables:
         return []
-    asked = traverse_util.flatten_dict(dict(wanted), sep="/")
+    wanted_leaves = traverse_util.flatten_dict(dict(wanted), sep="/")
     has = {
         key
-        for key in traverse_util.flatten_dict(dict(taken), sep="/")
+        for key in traverse_util.flatten_dict(dict(variables), sep="/")
         if not re.search(r"/frequency_\d+/mlp/down/", key)
     }
-    new = asked.keys() - has
-    sizes = {key: math.prod(leaf.shape) for key, leaf in asked.items()}
+    new = wanted_leaves.keys() - has
+    sizes = {key: math.prod(leaf.shape) for key, leaf in wanted_leaves.items()}
     share = sum(sizes[key] for key in has) / sum(sizes.values())
     lines = [
-        f"starts from {config.model.pretrained}: {len(has)} of {len(asked)} tensors, "
+        f"starts from {config.model.pretrained}: {len(has)} of {len(wanted_leaves)} tensors, "
         f"{100 * share:.1f} % of the parameters"
     ]
     if new:

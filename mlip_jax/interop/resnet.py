@@ -46,9 +46,9 @@ def read(
         ).items()
     }
     skipped = re.compile(r"^fc\.|\.num_batches_tracked$")
-    found = tensors.read(path, lambda name: bool(skipped.search(name)))
-    made = tensors.build(path, found, recipes, _hint)
-    trees = traverse_util.unflatten_dict(made)
+    file_tensors = tensors.read(path, lambda name: bool(skipped.search(name)))
+    arrays = tensors.build(path, file_tensors, recipes, _hint)
+    trees = traverse_util.unflatten_dict(arrays)
     return trees["params"], trees["batch_stats"]
 
 

@@ -116,7 +116,7 @@ def build(
       UserError: for a tensor that is missing, of another shape, or asked for by no recipe.
     """
     shapes = {name: recipe.shape for recipe in recipes.values() for name in recipe.names}
-    for what, names in (
+    for verb, names in (
         ("lacks", shapes.keys() - tensors.keys()),
         ("also has", tensors.keys() - shapes.keys()),
     ):
@@ -124,7 +124,7 @@ def build(
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             first = min(names)
             raise UserError(
-                f"{path}: unlike the configured model the file {what} tensor {first}{more}: "
+                f"{path}: unlike the configured model the file {verb} tensor {first}{more}: "
                 f"{hint(first, None, None)}"
             )
     for name, shape in sorted(shapes.items()):

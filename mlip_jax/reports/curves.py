@@ -23,15 +23,20 @@ def draw_curves(history: History) -> Figure | None:
     if training:
         panels.append(("Loss, total", lambda axes: _lines(axes, training, ["loss"])))
     for title, prefix in (("Loss of each perspective", "loss/"), ("Logit scales", "scale/")):
-        found = keys(training, prefix)
-        if found:
-            panels.append((title, lambda axes, found=found: _lines(axes, training, found)))
-    for family, title in (("retrieval/", "Retrieval"), ("zero_shot/", "Zero-shot")):
-        found = [key for key in keys(evaluation, family) if not key.endswith("rank")]
-        for name in dict.fromkeys(key.split("/")[1] for key in found):
-            own = [key for key in found if key.split("/")[1] == name]
+        metric_keys = keys(training, prefix)
+        if metric_keys:
             panels.append(
-                (f"{title}, {name}", lambda axes, own=own: _shares(axes, evaluation, own))
+                (title, lambda axes, metric_keys=metric_keys: _lines(axes, training, metric_keys))
+            )
+    for family, title in (("retrieval/", "Retrieval"), ("zero_shot/", "Zero-shot")):
+        metric_keys = [key for key in keys(evaluation, family) if not key.endswith("rank")]
+        for name in dict.fromkeys(key.split("/")[1] for key in metric_keys):
+            dataset_keys = [key for key in metric_keys if key.split("/")[1] == name]
+            panels.append(
+                (
+                    f"{title}, {name}",
+                    lambda axes, dataset_keys=dataset_keys: _shares(axes, evaluation, dataset_keys),
+                )
             )
     for key, title in (
         ("learning_rate", "Learning rate"),
@@ -87,8 +92,8 @@ def _shares(axes: Axes, lines: list[Line], names: list[str]) -> None:
     for position, name in enumerate(names):
         samples, values = series(lines, name)
         figure = name.split("/")[-1]
-        direction, found, k = figure.partition("_recall@")
-        if found:
+        direction, separator, k = figure.partition("_recall@")
+        if separator:
             dash = "-" if directions.index(direction) == 0 else (0, (4, 1.5))
             color = SERIES[{"1": 0, "5": 2, "10": 4}.get(k, 3)]
             label = f"{direction.replace('_', ' ')} R@{k}"

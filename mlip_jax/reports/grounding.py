@@ -75,8 +75,8 @@ def _draw(axes: Axes, example: Example) -> None:
     heat = _enlarged(example.saliency, size)
     axes.imshow(np.ones_like(heat), extent=extent, cmap=_HEAT, vmin=0, vmax=1, alpha=_DEPTH * heat)
     _outline(axes, example.box, size, _TRUE)
-    if example.found is not None:
-        _outline(axes, example.found, size, _FOUND, dashed=True)
+    if example.predicted is not None:
+        _outline(axes, example.predicted, size, _FOUND, dashed=True)
         rows, columns = np.nonzero(strongest(example.saliency[None])[0])
         x = (columns + 0.5) / example.saliency.shape[1] * size[0]
         y = (rows + 0.5) / example.saliency.shape[0] * size[1]
@@ -84,9 +84,9 @@ def _draw(axes: Axes, example: Example) -> None:
         axes.plot(x, y, "+", color=INK, markersize=7.5, markeredgewidth=1.4)
     lines = textwrap.wrap(example.expression, _WORDS, max_lines=_LINES, placeholder=" …")
     axes.set_title("\n".join(lines), fontsize=8.5, fontweight="normal", pad=4)
-    told, color = ("hit", _TRUE) if example.hit else ("miss", QUIET)
+    verdict, color = ("hit", _TRUE) if example.hit else ("miss", QUIET)
     axes.set_xlabel(
-        f"{told}, IoU {example.iou:.2f}", fontsize=8.5, color=color, loc="left", labelpad=3
+        f"{verdict}, IoU {example.iou:.2f}", fontsize=8.5, color=color, loc="left", labelpad=3
     )
 
 

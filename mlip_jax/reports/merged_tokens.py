@@ -45,15 +45,15 @@ def draw_merging(
     panel_width = 11.5 / (across * (panels + 0.15))
     figure = Figure(figsize=(11.5, rows * (panel_width + 0.42)), layout="constrained")
     blocks = np.ravel(figure.subfigures(rows, across, squeeze=False, wspace=0.03))
-    for number, (image, own) in enumerate(zip(images, source, strict=True)):
+    for number, (image, token_of_patch) in enumerate(zip(images, source, strict=True)):
         row = blocks[number].subplots(1, panels)
-        tokens = len(np.unique(own))
+        tokens = len(np.unique(token_of_patch))
         row[0].set_title("image", fontweight="normal", fontsize=9)
-        row[1].set_title(f"{len(own)} → {tokens} tokens", fontsize=9)
+        row[1].set_title(f"{len(token_of_patch)} → {tokens} tokens", fontsize=9)
         extent = (0, grid[1], grid[0], 0)
         row[0].imshow(image, extent=extent, interpolation="nearest")
-        row[1].imshow(_tinted(image, own, grid), extent=extent, interpolation="nearest")
-        _outline(row[1], own.reshape(grid))
+        row[1].imshow(_tinted(image, token_of_patch, grid), extent=extent, interpolation="nearest")
+        _outline(row[1], token_of_patch.reshape(grid))
         if importance is not None:
             row[2].set_title("guidance", fontweight="normal", fontsize=9)
             row[2].imshow(importance[number].reshape(grid), cmap="magma", extent=extent, vmin=0)

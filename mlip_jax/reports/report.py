@@ -70,8 +70,8 @@ def write_report(
 ) -> Path:
     """Writes workdir/report.html, a page that needs no other file, and workdir/report/*.png.
 
-    Reads results.json, metrics.jsonl and environment.json of the workdir where they exist. What a
-    model or a run does not have (merging, filters, curves) is said on the page in a sentence.
+    Reads results.json, metrics.jsonl and environment.json of the workdir where they exist. Where a
+    model or a run does not have something (merging, filters, curves), the page says so.
 
     Args:
       workdir: of a run.
@@ -134,7 +134,7 @@ def write_report(
 
 
 def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
-    """The report verb: writes the report of a workdir's newest checkpoint and prints its place.
+    """The report subcommand: writes the report of a workdir's newest checkpoint, prints its place.
 
     Raises:
       UserError: for a folder without a checkpoint, or a config that does not fit it.
@@ -188,14 +188,14 @@ def _filters(model: Inspectable, folder: Path) -> Picture | None:
 
 
 def _grounding(model: Inspectable, source: Source | None, folder: Path) -> Picture | None:
-    """Queries of the first set with boxes that the config names, of the emoji's by default."""
+    """Queries of the first dataset with boxes that the config names, of the emoji's by default."""
     config = model.config
-    named = config.evaluation.grounding
-    if not named and source is not None and source.name == "emoji":
-        named = ("compositions",)
-    if not named or building.image_encoder(config).evidence is None:
+    specs = config.evaluation.grounding
+    if not specs and source is not None and source.name == "emoji":
+        specs = ("compositions",)
+    if not specs or building.image_encoder(config).evidence is None:
         return None
-    regions = grounding.open_set(named[0], config)
+    regions = grounding.open_set(specs[0], config)
     figure = draw_grounding(grounding.examples(model, regions, config, GROUNDED_QUERIES))
     return Picture(
         style.save(figure, folder / "grounding.png"),
@@ -222,7 +222,7 @@ def _headline(figures: dict[str, float], chance: dict[str, float]) -> list[tuple
 def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
     """The config in a dozen lines."""
     image = config.model.image
-    seen = max([line["samples"] for line in history.training], default=0)
+    samples_seen = max([line["samples"] for line in history.training], default=0)
     frequency = (
         f"first {image.frequency.depth} of {image.depth} blocks"
         if image.frequency.depth
@@ -239,7 +239,10 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
     ]
     facts = [
         ("Training set", config.data.train),
-        ("Samples seen", f"{seen:,.0f} of {config.samples:,}" if seen else "not recorded"),
+        (
+            "Samples seen",
+            f"{samples_seen:,.0f} of {config.samples:,}" if samples_seen else "not recorded",
+        ),
         ("Batch", f"{config.batch_size:,}"),
         ("Image encoder", building.image_encoder(config).describe(config)),
         ("Frequency Stage", frequency),

@@ -49,13 +49,13 @@ class RetrievalSheet:
 def make_sheet(model: Encoder, embedded: EmbeddedSet) -> RetrievalSheet | None:
     """Queries at even steps through all queries sorted by rank, best and worst included.
 
-    None for a set without captions.
+    None for a dataset without captions.
     """
     texts, pairs = pair_captions(embedded.captions)
     if not texts:
         return None
     text_embeddings = np.asarray(model.encode_text(texts))
-    found = ranks(embedded.embeddings, text_embeddings, pairs, depth=1)
+    query_ranks = ranks(embedded.embeddings, text_embeddings, pairs, depth=1)
     image_grid = on_grid(embedded.embeddings, "image embeddings")
     text_grid = on_grid(text_embeddings, "text embeddings")
 
@@ -63,19 +63,23 @@ def make_sheet(model: Encoder, embedded: EmbeddedSet) -> RetrievalSheet | None:
         return thumbnail(embedded.source[int(embedded.indices[image])].image)
 
     text_queries = []
-    for text in evenly_by_rank(found.text_to_image, TEXT_QUERIES):
+    for text in evenly_by_rank(query_ranks.text_to_image, TEXT_QUERIES):
         right = np.isin(np.arange(len(image_grid)), pairs[pairs[:, 1] == text, 0])
         order = _order(image_grid @ text_grid[text], right)
         answers = tuple(Answer(picture(image), bool(right[image])) for image in order[:SHOWN])
         truth = "" if right[order[:SHOWN]].any() else picture(order[right[order]][0])
-        text_queries.append(Query(texts[text], int(found.text_to_image[text]), answers, truth))
+        text_queries.append(
+            Query(texts[text], int(query_ranks.text_to_image[text]), answers, truth)
+        )
     image_queries = []
-    for image in evenly_by_rank(found.image_to_text, IMAGE_QUERIES):
+    for image in evenly_by_rank(query_ranks.image_to_text, IMAGE_QUERIES):
         right = np.isin(np.arange(len(text_grid)), pairs[pairs[:, 0] == image, 1])
         order = _order(text_grid @ image_grid[image], right)
         answers = tuple(Answer(texts[text], bool(right[text])) for text in order[:SHOWN])
         truth = "" if right[order[:SHOWN]].any() else texts[order[right[order]][0]]
-        image_queries.append(Query(picture(image), int(found.image_to_text[image]), answers, truth))
+        image_queries.append(
+            Query(picture(image), int(query_ranks.image_to_text[image]), answers, truth)
+        )
     return RetrievalSheet(
         tuple(text_queries), tuple(image_queries), images=len(image_grid), texts=len(texts)
     )

@@ -114,7 +114,7 @@ class Answers:
                 "count": about.count,
                 "images": printable(images),
                 "name": printable(Path(images).name) or images,
-                "model": about.told(),
+                "model": about.model_name(),
                 "attribution": self.collection.attribution,
             }
         )
@@ -133,11 +133,11 @@ class Answers:
 
     def _nearest(self, query: Float32[np.ndarray, " width"], values: Mapping[str, str]) -> Answer:
         top = _number(values.get("top", str(self.top)), "top", 1, max(MOST_TOP, self.top))
-        found = [
+        results = [
             {"row": int(row), "score": float(score), "path": self._place(int(row))}
             for score, row in zip(*nearest(self.index, query, top), strict=True)
         ]
-        return _json({"results": found})
+        return _json({"results": results})
 
     def _place(self, row: int) -> str:
         return printable(self.collection.place(self.index.path(row)))

@@ -39,7 +39,7 @@ class Outcome:
 
     new: int = 0
     changed: int = 0
-    kept: int = 0
+    unchanged: int = 0
     removed: int = 0
     unreadable: Unreadable = field(default_factory=list)
 
@@ -53,8 +53,8 @@ class _Known:
 
     def add(self, items: Iterable[Item], embeddings: Path) -> None:
         self.files.append(embeddings)
-        for row, found in enumerate(items):
-            self.rows[found] = (len(self.files) - 1, row)
+        for row, item in enumerate(items):
+            self.rows[item] = (len(self.files) - 1, row)
 
 
 def build(
@@ -76,14 +76,14 @@ def build(
         indexes there, or no image is found.
       RunError: when more than `share` of the images are unreadable. What is embedded is kept.
     """
-    with contextlib.ExitStack() as held:
-        held.enter_context(nothing_left(folder))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nothing_left(folder))
         check_folder(folder)
-        held.enter_context(locked(folder))
+        stack.enter_context(locked(folder))
         clean(folder)
         old = Index(folder) if (folder / FILE_NAME).exists() else None
         if old:
-            check_model(old.about, folder, about.digest, about.told())
+            check_model(old.about, folder, about.digest, about.model_name())
             if old.about.images != about.images:
                 raise UserError(
                     f"the index in {folder} is of {old.about.images}, not of {about.images}: "
@@ -109,21 +109,21 @@ def _update(
     known, outcome = _Known(), Outcome()
     if old:
         known.add(old.items(), old.file("embeddings", "npy"))
-    before = {found.path for found in known.rows}
-    outcome.kept = sum(found in known.rows for found in items)
-    outcome.removed = len(before - {found.path for found in items})
+    before = {item.path for item in known.rows}
+    outcome.unchanged = sum(item in known.rows for item in items)
+    outcome.removed = len(before - {item.path for item in items})
     # Paths and stamps say which image it is below one folder only.
     owner = hashlib.sha256(f"{about.digest} {about.images}".encode(errors="surrogateescape"))
     pieces = Pieces(folder / f"{PIECES}{owner.hexdigest()[:16]}")
     for piece in pieces.finished():
         known.add(*piece)
-    todo = [found for found in items if found not in known.rows]
+    todo = [item for item in items if item not in known.rows]
     for part, embeddings in embedded(collection, model, todo, outcome.unreadable):
         known.add(part, pieces.save(part, embeddings))
-    readable = [found for found in items if found in known.rows]
-    outcome.new = sum(found.path not in before for found in readable)
-    outcome.changed = len(readable) - outcome.new - outcome.kept
-    same = old is not None and outcome.kept == old.about.count == len(readable)
+    readable = [item for item in items if item in known.rows]
+    outcome.new = sum(item.path not in before for item in readable)
+    outcome.changed = len(readable) - outcome.new - outcome.unchanged
+    same = old is not None and outcome.unchanged == old.about.count == len(readable)
     generation = (old.about.generation + (not same)) if old else 0
     listed = folder / f"unreadable-{generation}.jsonl"
     lines = [json.dumps({"path": path, "error": why}) for path, why in outcome.unreadable]
@@ -170,9 +170,9 @@ def _write(folder: Path, known: _Known, readable: Sequence[Item], about: About) 
         whole_file(folder / f"images-{generation}.jsonl") as draft,
         draft.open("w", encoding="ascii") as file,
     ):
-        for row, found in enumerate(readable):
+        for row, item in enumerate(readable):
             # ASCII: names of files need not be valid Unicode.
-            offsets[row + 1] = offsets[row] + file.write(json.dumps(found._asdict()) + "\n")
+            offsets[row + 1] = offsets[row] + file.write(json.dumps(item._asdict()) + "\n")
     with whole_file(folder / f"offsets-{generation}.npy") as draft, draft.open("wb") as file:
         np.save(file, offsets)
     if about.neighbours:
@@ -182,14 +182,14 @@ def _write(folder: Path, known: _Known, readable: Sequence[Item], about: About) 
 
 
 def _copy(draft: Path, known: _Known, readable: Sequence[Item]) -> None:
-    places = np.array([known.rows[found] for found in readable], np.int64)
+    places = np.array([known.rows[item] for item in readable], np.int64)
     width = np.load(known.files[0], mmap_mode="r").shape[1]
-    whole = open_memmap(draft, "w+", np.float32, (len(readable), width))
+    embeddings = open_memmap(draft, "w+", np.float32, (len(readable), width))
     for start in range(0, len(readable), _ROWS):
         numbers, rows = places[start : start + _ROWS].T
-        block = whole[start : start + _ROWS]
+        block = embeddings[start : start + _ROWS]
         for number in np.unique(numbers):
-            here = numbers == number
+            in_file = numbers == number
             # Opened anew each time: there may be more pieces than files that a process may open.
-            block[here] = np.load(known.files[number], mmap_mode="r")[rows[here]]
-    whole.flush()
+            block[in_file] = np.load(known.files[number], mmap_mode="r")[rows[in_file]]
+    embeddings.flush()

@@ -1,4 +1,4 @@
-"""What is searched: a folder of image files, or a set that training or evaluation could open."""
+"""What is searched: a folder of image files, or a dataset that training or evaluation opens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlip_jax.registry import DATASETS
 class Item(NamedTuple):
     """An image, by what an index knows it."""
 
-    path: str  # below the folder; of a set, the record's name
+    path: str  # below the folder; of a dataset, the record's name
     stamp: str  # another one: the image is another one
 
 
@@ -43,11 +43,11 @@ class Collection(Protocol):
 
 
 def open_collection(spec: str, cache_dir: str = "") -> Collection:
-    """Opens a folder, with all folders below it, or a set by its spec.
+    """Opens a folder, with all folders below it, or a dataset by its spec.
 
     Args:
-      spec: a folder, or what `open_source` takes; of a set, all splits unless one is pinned.
-      cache_dir: where sets named by one word lie.
+      spec: a folder, or what `open_source` takes; of a dataset, all splits unless one is pinned.
+      cache_dir: where datasets named by one word lie.
 
     Raises:
       UserError: for a folder that is not there, or as `open_source`.
@@ -58,17 +58,17 @@ def open_collection(spec: str, cache_dir: str = "") -> Collection:
     kind, colon, where = spec.partition(":")
     if not colon and split_spec(spec)[0] not in named():
         near = suggestion(spec, (*named(), *_siblings(folder)))
-        what = "a file, not a folder of images" if folder.exists() else "no folder or set"
-        raise UserError(f"--images={spec} is {what}{near}")
+        fault = "a file, not a folder of images" if folder.exists() else "no folder or dataset"
+        raise UserError(f"--images={spec} is {fault}{near}")
     if colon and kind not in DATASETS:
         raise UserError(
-            f"--images={spec} is no folder, and no set is called {kind}:"
+            f"--images={spec} is no folder, and no dataset is called {kind}:"
             f"{suggestion(kind, DATASETS)}"
         )
     if colon and DATASETS[kind].where == "PATH":
         spec = f"{kind}:{Path(where).expanduser().absolute()}"
-    whole = spec if split_spec(spec)[1] else f"{spec}#{ALL}"
-    return _Set(spec, open_source(whole, "train", cache_dir=cache_dir))
+    opened_spec = spec if split_spec(spec)[1] else f"{spec}#{ALL}"
+    return _Set(spec, open_source(opened_spec, "train", cache_dir=cache_dir))
 
 
 def reason(error: OSError) -> str:
@@ -114,17 +114,19 @@ class _Folder:
         return read_file(self._folder / path)
 
     def place(self, path: str) -> str:
-        whole = self._folder / path
-        return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+        full_path = self._folder / path
+        return str(
+            full_path.relative_to(Path.cwd()) if full_path.is_relative_to(Path.cwd()) else full_path
+        )
 
 
 class _Set:
-    """The records of a set. They have no time of change: the stamp is a digest of the image."""
+    """The records of a dataset. They have no time of change: the stamp is a digest of the image."""
 
     def __init__(self, spec: str, source: Source) -> None:
         self.spec, self.attribution = spec, source.attribution
         self._source = source
-        self._lock = threading.Lock()  # not every set's reader is made for several threads
+        self._lock = threading.Lock()  # not every dataset's reader is made for several threads
         self._indices: dict[str, int] = {}
         for index in range(len(source)):
             name = source.name_of(index)

@@ -30,14 +30,14 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
     Whatever lies in it but the lock stays.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if made and [path.name for path in folder.iterdir()] == [_LOCK]:
+            if new_folders and [path.name for path in folder.iterdir()] == [_LOCK]:
                 (folder / _LOCK).unlink()
-            for path in made:
+            for path in new_folders:
                 path.rmdir()
         raise
 

@@ -25,11 +25,11 @@ def digest(model: Model) -> str:
     config = schema.flatten(model.config.to_dict())
     settings = {key: config[key] for key in sorted(config) if key.startswith(_MOVE_AN_EMBEDDING)}
     settings["preprocessing"] = foreign.preprocessing_values(model.preprocess)
-    found = hashlib.sha256(json.dumps(settings).encode())
+    sha256 = hashlib.sha256(json.dumps(settings).encode())
     leaves = jax.tree_util.tree_leaves_with_path(model.variables)
     by_name = {parallel.path_name(path): leaf for path, leaf in leaves}
     for name in sorted(by_name):
         array = np.asarray(jax.device_get(by_name[name]))
-        found.update(f"{name} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return found.hexdigest()
+        sha256.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return sha256.hexdigest()

@@ -44,7 +44,7 @@ class About:
     neighbours: bool = False  # whether there is an approximate index too
     format: int = _FORMAT
 
-    def told(self) -> str:
+    def model_name(self) -> str:
         """The model in words."""
         return self.model if self.step is None else f"{self.model} (step {self.step})"
 
@@ -79,12 +79,12 @@ class Index:
             # All stay open: a server goes on with the files that it has when others replace them.
             self._lines = np.memmap(self.file("images", "jsonl"), np.uint8, "r")
             rows, width = self.embeddings.shape
-            whole = rows == len(self._offsets) - 1 == self.about.count and width > 0
-            whole = whole and self.embeddings.dtype == np.float32
-            whole = whole and self._offsets[-1] == len(self._lines)
+            consistent = rows == len(self._offsets) - 1 == self.about.count and width > 0
+            consistent = consistent and self.embeddings.dtype == np.float32
+            consistent = consistent and self._offsets[-1] == len(self._lines)
         except (OSError, ValueError, EOFError) as error:
             raise _damaged(folder, str(error)) from error
-        if not whole:
+        if not consistent:
             raise _damaged(folder, "its files do not fit together")
 
     def file(self, name: str, suffix: str) -> Path:
@@ -126,12 +126,12 @@ def item(line: bytes) -> Item:
     """An image of its line. Raises ValueError where it is none."""
     values = decode_json(line, one_line=True)
     try:
-        found = Item(values["path"], values["stamp"])
+        parsed = Item(values["path"], values["stamp"])
     except KeyError as error:
         raise ValueError("no path and stamp") from error
-    if not all(isinstance(value, str) for value in found):
+    if not all(isinstance(value, str) for value in parsed):
         raise ValueError("no texts")
-    return found
+    return parsed
 
 
 def write_about(folder: Path, about: About) -> None:
@@ -141,25 +141,26 @@ def write_about(folder: Path, about: About) -> None:
 
 def _about(path: Path, values: Any) -> About:
     try:
-        found = About(**values)
-        sizes = (found.count, found.unreadable, found.generation)
-        fits = all(isinstance(text, str) for text in (found.images, found.model, found.digest))
+        about = About(**values)
+        sizes = (about.count, about.unreadable, about.generation)
+        fits = all(isinstance(text, str) for text in (about.images, about.model, about.digest))
         fits = fits and all(type(size) is int and size >= 0 for size in sizes)
     except TypeError:
         fits = False
-    if not fits or found.format != _FORMAT:
+    if not fits or about.format != _FORMAT:
         raise UserError(f"{path} is no index of this version: index anew with another --index=DIR")
-    return found
+    return about
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
     return UserError(f"the index in {folder} is damaged ({reason}): remove it and index again")
 
 
-def check_model(about: About, folder: Path, digest: str, told: str) -> None:
-    """Raises UserError where an index was made with another model than `told` with `digest`."""
+def check_model(about: About, folder: Path, digest: str, model_name: str) -> None:
+    """Raises UserError where an index was made with another model than that of `digest`."""
     if about.digest != digest:
         raise UserError(
-            f"the index in {folder} was made with another model, {about.told()}, than {told} as "
-            "it is now: index again with --images and another --index=DIR, or remove that folder"
+            f"the index in {folder} was made with another model, {about.model_name()}, than "
+            f"{model_name} as it is now: index again with --images and another --index=DIR, "
+            "or remove that folder"
         )

@@ -49,7 +49,7 @@ class Pieces:
         self._next += 1
         with whole_file(path) as draft, draft.open("wb") as file:
             np.save(file, embeddings)
-        lines = "".join(json.dumps(found._asdict()) + "\n" for found in items)
+        lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in items)
         write_atomically(path.with_suffix(".jsonl"), lines)
         return path
 
@@ -71,22 +71,22 @@ def embedded(
     size = model.config.evaluation.batch_size
     part: list[Item] = []
     rows: list[np.ndarray] = []
-    done = iter(track(range(len(todo)), "indexing images"))
+    bar = iter(track(range(len(todo)), "indexing images"))
     for batch, pixels in _decoded(collection, model, todo, size):
         images = []
-        for found, image in zip(batch, pixels, strict=True):
-            next(done)
+        for entry, image in zip(batch, pixels, strict=True):
+            next(bar)
             if isinstance(image, OSError):
-                unreadable.append((found.path, reason(image)))
+                unreadable.append((entry.path, reason(image)))
             else:
-                part.append(found)
+                part.append(entry)
                 images.append(image)
         if images:
             rows.append(model.encode_image_pixels(np.stack(images)))
         if len(part) >= PIECE:
             yield part, np.concatenate(rows)
             part, rows = [], []
-    next(done, None)
+    next(bar, None)
     if part:
         yield part, np.concatenate(rows)
 
@@ -94,9 +94,9 @@ def embedded(
 def _decoded(
     collection: Collection, model: Model, todo: Sequence[Item], size: int
 ) -> Iterator[tuple[Sequence[Item], list[UInt8[np.ndarray, "size size 3"] | OSError]]]:
-    def decoded(found: Item) -> np.ndarray | OSError:
+    def decoded(entry: Item) -> np.ndarray | OSError:
         try:
-            return model.preprocess(collection.read(found.path))
+            return model.preprocess(collection.read(entry.path))
         except OSError as error:
             return error
 
@@ -105,7 +105,7 @@ def _decoded(
         try:
             for start in range(0, len(todo), size):
                 batch = todo[start : start + size]
-                ahead.append((batch, [pool.submit(decoded, found) for found in batch]))
+                ahead.append((batch, [pool.submit(decoded, entry) for entry in batch]))
                 if len(ahead) > 1:
                     batch, futures = ahead.pop(0)
                     yield batch, [future.result() for future in futures]

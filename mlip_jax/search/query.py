@@ -43,12 +43,12 @@ def best_rows(
     """The rows with the largest products with `query`, in no order; a block is read at a time."""
     scores, rows = np.zeros(0, np.float32), np.zeros(0, np.int64)
     for start in range(0, len(embeddings), _ROWS):
-        found = embeddings[start : start + _ROWS] @ query
-        scores = np.concatenate([scores, found])
-        rows = np.concatenate([rows, np.arange(start, start + len(found))])
+        block_scores = embeddings[start : start + _ROWS] @ query
+        scores = np.concatenate([scores, block_scores])
+        rows = np.concatenate([rows, np.arange(start, start + len(block_scores))])
         if len(rows) > top:
-            kept = np.argpartition(-scores, top - 1)[:top]
-            scores, rows = scores[kept], rows[kept]
+            best = np.argpartition(-scores, top - 1)[:top]
+            scores, rows = scores[best], rows[best]
     return rows
 
 

@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         site = self.headers.get("Sec-Fetch-Site", "none")
         if host.lower() not in hosts:
             raise Refusal(HTTPStatus.FORBIDDEN, f"this page is http://{hosts[0]} alone")
-        if origin is not None and origin not in [f"http://{own}" for own in hosts]:
+        if origin is not None and origin not in [f"http://{allowed}" for allowed in hosts]:
             raise Refusal(HTTPStatus.FORBIDDEN, "requests of other sites are not answered")
         if site not in ("none", "same-origin") and not anyone:
             raise Refusal(HTTPStatus.FORBIDDEN, "requests of other sites are not answered")

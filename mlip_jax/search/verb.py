@@ -1,4 +1,4 @@
-"""The search verb: index a folder of images, query it, serve it to a browser on this machine."""
+"""The search subcommand: index a folder of images, query it, serve it to a local browser."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def search(
     serve: int | None = None,
     max_skipped_share: float = _SHARE,
 ) -> int:
-    """Indexes images, answers queries, serves a page; whatever of these is asked for, in order.
+    """Indexes images, answers queries and serves a page: what the flags ask for, in this order.
 
     Args:
       config: the model's, with the overrides of the command line.
       workdir: any folder that `mlip_jax.load` takes.
-      images: a folder, or a set's spec: what is indexed, or brought up to date.
+      images: a folder, or a dataset's spec: what is indexed, or brought up to date.
       index: the index's folder; left out, search/NAME in the workdir, with NAME that of the images
         (of another library's model: in runs/foreign/ITS_NAME).
       text: to be found.
@@ -120,7 +120,7 @@ def _search(
         outcome = build(folder, collection, model, about, share)
         _tell(console, folder, outcome, time.monotonic() - started)
     opened = Index(folder)
-    check_model(opened.about, folder, about.digest, about.told())
+    check_model(opened.about, folder, about.digest, about.model_name())
     collection = collection or open_collection(opened.about.images, cache_dir)
     for title, query in queries:
         console.print(_table(title, opened, collection, query, top or _TOP))
@@ -139,12 +139,12 @@ def find_index(workdir: str | Path) -> Index:
       UserError: where there is none, or where there are several.
     """
     above = _home(Path(workdir)) / "search"
-    found = sorted(path.parent for path in above.glob(f"*/{FILE_NAME}"))
-    if len(found) == 1:
-        return Index(found[0])
-    if found:
+    folders = sorted(path.parent for path in above.glob(f"*/{FILE_NAME}"))
+    if len(folders) == 1:
+        return Index(folders[0])
+    if folders:
         raise UserError(
-            f"there are several indices, say which: --index={', --index='.join(map(str, found))}"
+            f"there are several indices, say which: --index={', --index='.join(map(str, folders))}"
         )
     raise UserError(
         f"there is no index in {above}: make one with --images=FOLDER, or name one with --index=DIR"
@@ -152,7 +152,7 @@ def find_index(workdir: str | Path) -> Index:
 
 
 def _home(workdir: Path) -> Path:
-    """Where indices lie that are not told another place."""
+    """The folder above a model's indices by default."""
     if model_folders.kind(workdir) in ("workdir", "exported"):
         return workdir
     return Path("runs") / "foreign" / workdir.resolve().name  # not ours to write in
@@ -192,12 +192,12 @@ def _tell(console: Console, folder: Path, outcome: Outcome, seconds: float) -> N
     counts = {
         "new": outcome.new,
         "changed": outcome.changed,
-        "as before": outcome.kept,
+        "as before": outcome.unchanged,
         "removed": outcome.removed,
         "unreadable": len(outcome.unreadable),
     }
-    told = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
-    console.print(f"index: {folder}: {opened.about.count:,} images ({told}) in {seconds:,.1f} s")
+    summary = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
+    console.print(f"index: {folder}: {opened.about.count:,} images ({summary}) in {seconds:,.1f} s")
 
 
 def _table(

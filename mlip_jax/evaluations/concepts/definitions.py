@@ -46,11 +46,11 @@ class Concept:
 
     def side(self, captions: Sequence[str]) -> int:
         """0 or 1 when the captions hold words of that side alone, else -1."""
-        found = {word for caption in captions for word in _words(caption)}
-        held = [
-            bool(found & {pair[side] for pair in (*self.pairs, *self.words)}) for side in (0, 1)
+        words = {word for caption in captions for word in _words(caption)}
+        has_words_of_side = [
+            bool(words & {pair[side] for pair in (*self.pairs, *self.words)}) for side in (0, 1)
         ]
-        return -1 if held[0] == held[1] else held.index(True)
+        return -1 if has_words_of_side[0] == has_words_of_side[1] else has_words_of_side.index(True)
 
     def neutral(self, captions: Sequence[str]) -> str:
         """The first caption, the same whichever side its words are of."""
@@ -63,10 +63,10 @@ class Concept:
 
 
 def read_concept(spec: str) -> tuple[Concept, str]:
-    """A concept and the set that a spec names with it, "" where it names none.
+    """A concept and the dataset that a spec names with it, "" where it names none.
 
     Args:
-      spec: NAME of concepts.json or PATH.json, then perhaps "@" and a set: "gender@coco".
+      spec: NAME of concepts.json or PATH.json, then perhaps "@" and a dataset: "gender@coco".
 
     Raises:
       UserError: for an unknown name, or a file that defines no concept; names file and key.
@@ -77,13 +77,15 @@ def read_concept(spec: str) -> tuple[Concept, str]:
         return _concept(read_json(file), str(file)), place
     name, _, place = spec.partition("@")
     built_in = resources.files(__package__) / "concepts.json"
-    named = {values["name"]: values for values in json.loads(built_in.read_text(encoding="utf-8"))}
-    if name not in named:
+    by_name = {
+        values["name"]: values for values in json.loads(built_in.read_text(encoding="utf-8"))
+    }
+    if name not in by_name:
         raise UserError(
-            f"config.evaluation.concepts={spec!r}: {name!r} is neither one of {', '.join(named)} "
-            f"nor a file that ends in .json{suggestion(name, named)}"
+            f"config.evaluation.concepts={spec!r}: {name!r} is neither one of {', '.join(by_name)} "
+            f"nor a file that ends in .json{suggestion(name, by_name)}"
         )
-    return _concept(named[name], "concepts.json"), place
+    return _concept(by_name[name], "concepts.json"), place
 
 
 def figure_name(query: str) -> str:

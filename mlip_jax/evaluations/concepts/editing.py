@@ -84,7 +84,7 @@ def edit(
 
 
 def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a spec whose concept or set cannot be opened."""
+    """Raises UserError for a spec whose concept or dataset cannot be opened."""
     _, place = read_concept(spec)
     if place:
         sets.source(place)
@@ -100,24 +100,26 @@ def score(sets: Sets, spec: str) -> Outcome | None:
       which differ in the side's words alone are never on both sides of a split. It is trained on
       the kind of embeddings that it is tested on.
     - zero_shot_probe: the same of the nearer of both sides' mean definitional text.
-    - task: what the concept is no part of: the set's own classes, by a ridge classifier; without
+    - task: what the concept is no part of: the dataset's classes, by a ridge classifier; without
       classes, text-to-image R@1 of images on neither side.
     - QUERY_SIDE_..._cosine: mean of the 20 highest cosines between a query and a side's images.
     - gap_..._cosine: mean over the queries of the absolute difference between the sides.
 
-    "image_pairs_..." are the figures of the second method, where the set has enough pairs: captions
-    are cut in thirds, and each third's images are edited with the subspace of the other two.
+    "image_pairs_..." are the figures of the second method, where the dataset has enough pairs:
+    captions are cut in thirds, and each third's images are edited with the subspace of the other
+    two.
 
     Args:
       sets: where embeddings come from.
-      spec: a concept of concepts.json or a file that defines one, and perhaps "@" and a set.
-        Without a set, the run's own validation and training images are taken.
+      spec: a concept of concepts.json or a file that defines one, and perhaps "@" and a dataset.
+        Without a dataset, the run's own validation and training images are taken.
 
     Returns:
-      None where the run's own set has too few images of a side.
+      None where the run's own dataset has too few images of a side.
 
     Raises:
-      UserError: for a concept or set that cannot be opened, or too few images in a named set.
+      UserError: for a concept or dataset that cannot be opened, or too few images in a named
+        dataset.
       RunError: for NaN or infinity among the embeddings.
     """
     concept, place = read_concept(spec)
@@ -131,9 +133,9 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         if not place:
             return None
         raise UserError(
-            f"config.evaluation.concepts={spec!r}: the set {embedded.name!r} has {fewest[0]} and "
-            f"{fewest[1]} different captions with words of {concept.sides[0]!r} and "
-            f"{concept.sides[1]!r} alone; {_FEWEST_CAPTIONS} a side are the least"
+            f"config.evaluation.concepts={spec!r}: the dataset {embedded.name!r} has "
+            f"{fewest[0]} and {fewest[1]} different captions with words of {concept.sides[0]!r} "
+            f"and {concept.sides[1]!r} alone; {_FEWEST_CAPTIONS} a side are the least"
         )
     task = classification(images.labels, images.training) or finding(
         sets.model, images.captions, images.training, images.sides
@@ -163,15 +165,20 @@ def _open(sets: Sets, place: str) -> tuple[EmbeddedSet, EmbeddedSet | None] | No
 
 def _gather(concept: Concept, embedded: EmbeddedSet, training: EmbeddedSet | None) -> Images:
     parts = [part for part in (training, embedded) if part is not None]
-    captions = tuple(own for part in parts for own in part.captions)
+    captions = tuple(image_captions for part in parts for image_captions in part.captions)
     names: dict[str, int] = {}
     return Images(
         embeddings=np.concatenate([on_grid(part.embeddings, "image embeddings") for part in parts]),
         captions=captions,
         labels=np.concatenate([part.labels for part in parts]),
         training=np.repeat([part is training for part in parts], [len(part) for part in parts]),
-        sides=np.array([concept.side(own) for own in captions]),
-        groups=np.array([names.setdefault(concept.neutral(own), len(names)) for own in captions]),
+        sides=np.array([concept.side(image_captions) for image_captions in captions]),
+        groups=np.array(
+            [
+                names.setdefault(concept.neutral(image_captions), len(names))
+                for image_captions in captions
+            ]
+        ),
     )
 
 
@@ -277,10 +284,10 @@ def _by_image_pairs(components: int, images: Images, task: Task) -> dict[str, fl
         thirds = cut_in_thirds(images, draw)
         subspaces = []
         for third in range(THIRDS):
-            own = images.sided[thirds[images.sided] == third]
-            others = images.sided[thirds[images.sided] != third]
-            subspaces.append(concept_subspace(*image_pairs(images, others), components))
-            rows = first_of_each_side(images, own)
+            in_third = images.sided[thirds[images.sided] == third]
+            outside = images.sided[thirds[images.sided] != third]
+            subspaces.append(concept_subspace(*image_pairs(images, outside), components))
+            rows = first_of_each_side(images, in_third)
             before.append(side_probe(images.embeddings[rows], images, rows))
             after.append(side_probe(edit(images.embeddings[rows], subspaces[-1]), images, rows))
         if not draw:

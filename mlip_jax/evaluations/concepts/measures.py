@@ -51,15 +51,15 @@ def side_probe(
     classifier = make_pipeline(
         StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=5_000)
     )
-    said = np.empty_like(sides)
+    predicted = np.empty_like(sides)
     outer = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=0)
     for train, test in outer.split(edited, sides, groups):
         search = GridSearchCV(
             classifier, _STRENGTHS, scoring="balanced_accuracy", cv=StratifiedGroupKFold(3)
         )
         search.fit(edited[train], sides[train], groups=groups[train])
-        said[test] = search.predict(edited[test])
-    return float(balanced_accuracy_score(sides, said))
+        predicted[test] = search.predict(edited[test])
+    return float(balanced_accuracy_score(sides, predicted))
 
 
 def nearest_text(
@@ -70,8 +70,8 @@ def nearest_text(
     """Balanced accuracy of the nearer side's mean text."""
     means = on_grid(np.stack([texts.mean(axis=0) for texts in sides]), "text embeddings")
     rows = images.sided
-    said = np.argmax(edited[rows] @ means.T, axis=1)
-    return float(balanced_accuracy_score(images.sides[rows], said))
+    predicted = np.argmax(edited[rows] @ means.T, axis=1)
+    return float(balanced_accuracy_score(images.sides[rows], predicted))
 
 
 def first_of_each_side(
@@ -79,8 +79,8 @@ def first_of_each_side(
 ) -> Int[np.ndarray, " kept"]:
     """Of the rows, by default all on a side, the first 2,000 of each side, in order."""
     rows = images.sided if rows is None else rows
-    kept = [rows[images.sides[rows] == side][:_MOST] for side in (0, 1)]
-    return np.sort(np.concatenate(kept))
+    rows_by_side = [rows[images.sides[rows] == side][:_MOST] for side in (0, 1)]
+    return np.sort(np.concatenate(rows_by_side))
 
 
 def cut_in_thirds(images: Images, draw: int) -> Int[np.ndarray, " images"]:
@@ -89,8 +89,8 @@ def cut_in_thirds(images: Images, draw: int) -> Int[np.ndarray, " images"]:
     rows = images.sided
     splitter = StratifiedGroupKFold(THIRDS, shuffle=True, random_state=draw)
     parts = splitter.split(rows, images.sides[rows], images.groups[rows])
-    for third, (_, own) in enumerate(parts):
-        thirds[rows[own]] = third
+    for third, (_, members) in enumerate(parts):
+        thirds[rows[members]] = third
     return thirds
 
 
@@ -98,14 +98,14 @@ def image_pairs(
     images: Images, rows: Int[np.ndarray, " rows"]
 ) -> tuple[Float[np.ndarray, "pairs width"], Float[np.ndarray, "pairs width"]]:
     """Of each group with images on both sides, the mean embedding of either."""
-    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    means: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for group in np.unique(images.groups[rows]):
-        own = rows[images.groups[rows] == group]
-        first, second = (own[images.sides[own] == side] for side in (0, 1))
+        members = rows[images.groups[rows] == group]
+        first, second = (members[images.sides[members] == side] for side in (0, 1))
         if len(first) and len(second):
-            found[0].append(images.embeddings[first].mean(axis=0))
-            found[1].append(images.embeddings[second].mean(axis=0))
-    return np.array(found[0]), np.array(found[1])
+            means[0].append(images.embeddings[first].mean(axis=0))
+            means[1].append(images.embeddings[second].mean(axis=0))
+    return np.array(means[0]), np.array(means[1])
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,11 @@ def finding(
       training: which images are left out.
       sides: -1: neither.
     """
-    ours = ~training & np.array([any(text.strip() for text in own) for own in captions])
-    neither = ours & (sides < 0)
-    rows = np.flatnonzero(neither if neither.sum() > 1 else ours)
+    searchable = ~training & np.array(
+        [any(text.strip() for text in image_captions) for image_captions in captions]
+    )
+    neither = searchable & (sides < 0)
+    rows = np.flatnonzero(neither if neither.sum() > 1 else searchable)
     texts, pairs = retrieval.pair_captions([captions[row] for row in rows])
     embedded = np.asarray(model.encode_text(texts))
     key = "text_to_image_recall@1"
