@@ -141,7 +141,7 @@ def _data(model: Model, source: Path) -> list[str]:
 def _results(source: Path) -> str:
     results = read_results(source)
     if not results.figures:
-        return "None are known: `python -m mlip_jax.main evaluate --workdir=FOLDER` finds some."
+        return "None are known: `mlip evaluate --workdir=FOLDER` finds some."
     return markdown(sheet(results, "Results")).partition("\n")[2].strip()  # without its title
 
 

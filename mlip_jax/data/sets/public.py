@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
 _PREPARED = (
     "fetch the images of {table} with img2dataset (--output_format webdataset) into a folder TARS, "
-    "then run python -m mlip_jax.main prepare --source=webdataset:TARS --resize=256 --out={folder}"
+    "then run mlip prepare --source=webdataset:TARS --resize=256 --out={folder}"
 )
 
 

@@ -86,8 +86,8 @@ def read_index(folder: Path) -> Index:
     content = read_json(path, missing=None)
     if content is None:
         raise UserError(
-            f"{folder} holds no prepared dataset: it has no {INDEX}. Prepare it by python -m "
-            f"mlip_jax.main prepare --source=KIND:PATH --out={folder}"
+            f"{folder} holds no prepared dataset: it has no {INDEX}. Prepare it by "
+            f"mlip prepare --source=KIND:PATH --out={folder}"
         )
     try:
         if content.pop("format") != FORMAT:
