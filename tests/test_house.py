@@ -111,7 +111,7 @@ def test_hooks_before_a_commit_use_the_tools_of_the_extra_test(monkeypatch):
         scripts |= {path.name for path in files if path.parent.name == "bin"}
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     tools = {hook["entry"].split()[0] for hook in local["hooks"] if hook["language"] == "system"}
-    assert {"ruff", "lint-imports", "shellcheck"} == tools <= scripts
+    assert {"ruff", "lint-imports", "mypy", "shellcheck"} == tools <= scripts
 
 
 @pytest.mark.parametrize("name", ["bug_report", "feature_request"])
