@@ -24,8 +24,8 @@ class Page:
         self._number, self._session, self._rest = 0, None, b""
         self.complaints = []  # exceptions, and what the page's policy has blocked
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        found = self.ask("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = found["sessionId"]
+        attached = self.ask("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "DOM"):
             self.ask(f"{domain}.enable")
 
@@ -37,12 +37,12 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._sending, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._message()
-            if told.get("id") == self._number:
-                assert "error" not in told, (method, told["error"])
-                return told["result"]
-            if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.complaints.append(told["params"])
+            answer = self._message()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.complaints.append(answer["params"])
 
     def _message(self):
         while b"\0" not in self._rest:
@@ -54,11 +54,11 @@ class Page:
 
     def value(self, expression):
         """A JavaScript expression's value, awaited."""
-        found = self.ask(
+        evaluated = self.ask(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        assert "exceptionDetails" not in evaluated, evaluated["exceptionDetails"]
+        return evaluated["result"].get("value")
 
     def wait(self, expression):
         """Waits until an expression is true."""

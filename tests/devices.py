@@ -1,4 +1,4 @@
-"""The devices of the tests' processes: what XLA is told before JAX starts."""
+"""The devices of the tests' processes: the flags that XLA gets before JAX starts."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Inputs of the verb prepare, and what it makes of them."""
+"""Inputs of the subcommand prepare, and what it makes of them."""
 
 import io
 import json

@@ -80,13 +80,13 @@ def loss_and_gradient(accumulation, changes=MLIP, shape=ONE):
     return metrics, jax.tree.map(np.subtract, before, after.params)
 
 
-def assert_same_gradient(found, expected):
-    metrics, gradient = found
-    whole_metrics, whole = expected
+def assert_same_gradient(actual, expected):
+    metrics, gradient = actual
+    whole_metrics, whole_gradient = expected
     assert_same(metrics, whole_metrics, rtol=1e-5)
-    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole))
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole_gradient))
     assert scale > 0.01
-    assert_same(gradient, whole, rtol=1e-4, atol=1e-5 * scale)
+    assert_same(gradient, whole_gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_it_is_the_gradient_of_the_whole_batch():
@@ -99,18 +99,18 @@ def test_it_is_the_gradient_of_the_whole_batch():
     ids=["data", "fsdp", "tensor"],
 )
 def test_on_a_mesh_too_and_no_part_waits_for_another_device(shape, changes):
-    whole = loss_and_gradient(1, CLIP if changes == CLIP else MLIP)
-    assert_same_gradient(loss_and_gradient(2, changes, shape), whole)
+    expected = loss_and_gradient(1, CLIP if changes == CLIP else MLIP)
+    assert_same_gradient(loss_and_gradient(2, changes, shape), expected)
     start, step, _ = program(2, changes, shape)
-    found = hlo.read(step.as_text(), math.prod(shape))
-    repeated = {collective.kind for collective in found.collectives if collective.times > 1}
-    assert found.unknown_loops == 0
+    parsed = hlo.read(step.as_text(), math.prod(shape))
+    repeated = {collective.kind for collective in parsed.collectives if collective.times > 1}
+    assert parsed.unknown_loops == 0
     assert repeated == ({"collective-permute"} if changes == RING else set())
     # Virtual CPU devices meet collectives in the same order, except those within a branch.
     assert " conditional(" not in step.as_text()
     # The gradient is added up once, not once a part.
     size = 4 * sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(start).params))
-    sums = [c.payload for c in found.collectives if c.kind in ("all-reduce", "reduce-scatter")]
+    sums = [c.payload for c in parsed.collectives if c.kind in ("all-reduce", "reduce-scatter")]
     assert size <= sum(sums) < 1.5 * size
 
 
@@ -122,13 +122,13 @@ def test_what_is_dropped_is_a_matter_of_the_row_alone():
             rows = {ROWS: {NUMBER: jnp.array(numbers)}}
             return layer.apply(rows, x, False, rngs={"dropout": jax.random.key(0)})
 
-        whole = layer.apply({}, x, False, rngs={"dropout": jax.random.key(0)})
-        np.testing.assert_array_equal(drop(x, range(8)), whole)
-        np.testing.assert_array_equal(drop(x[:3], [6, 1, 4]), whole[np.array([6, 1, 4])])
+        all_rows = layer.apply({}, x, False, rngs={"dropout": jax.random.key(0)})
+        np.testing.assert_array_equal(drop(x, range(8)), all_rows)
+        np.testing.assert_array_equal(drop(x[:3], [6, 1, 4]), all_rows[np.array([6, 1, 4])])
         # Two views of a row lie beside one another, and each has draws of its own.
-        np.testing.assert_array_equal(drop(x[:4], [1, 3]), whole[np.array([2, 3, 6, 7])])
-        kept = np.asarray(whole != 0).mean()
-        assert 0 < kept < 1 and set(np.unique(whole)) == {0.0, 2.0}
+        np.testing.assert_array_equal(drop(x[:4], [1, 3]), all_rows[np.array([2, 3, 6, 7])])
+        kept_share = np.asarray(all_rows != 0).mean()
+        assert 0 < kept_share < 1 and set(np.unique(all_rows)) == {0.0, 2.0}
 
 
 def test_dropout_keeps_the_share_and_the_mean_that_it_says():
@@ -171,6 +171,6 @@ def test_what_it_cannot_do_is_said():
 def test_blocks_that_are_computed_again_change_nothing():
     again = {"model.image.remat": True, "model.text.remat": True}
     metrics, gradient = loss_and_gradient(1, tuple(again.items()))
-    whole_metrics, whole = loss_and_gradient(1)
+    whole_metrics, whole_gradient = loss_and_gradient(1)
     assert_same(metrics, whole_metrics, rtol=1e-6)
-    assert_same(gradient, whole, rtol=1e-4, atol=1e-6)
+    assert_same(gradient, whole_gradient, rtol=1e-4, atol=1e-6)

@@ -80,9 +80,9 @@ def test_config_files_of_the_first_version_run(tmp_path):
 
 def test_callbacks_hear_steps_metrics_evaluations_and_checkpoints(tiny, trained, tmp_path):
     heard = Heard()
-    done = mlip_jax.train(mlip_jax.config(str(tiny)), tmp_path / "run", callbacks=[heard])
-    assert done.finished and (done.step, done.workdir) == (8, tmp_path / "run")
-    assert done.figures["retrieval/pairs/text_to_image_recall@1"] >= 0
+    result = mlip_jax.train(mlip_jax.config(str(tiny)), tmp_path / "run", callbacks=[heard])
+    assert result.finished and (result.step, result.workdir) == (8, tmp_path / "run")
+    assert result.figures["retrieval/pairs/text_to_image_recall@1"] >= 0
     steps = {
         event: [step for name, step in heard.events if name == event]
         for event in ("start", "step", "metrics", "evaluation", "checkpoint", "end")
@@ -126,8 +126,8 @@ def test_a_callback_that_raises_at_the_start_costs_no_step(tiny, tmp_path):
 def test_a_source_of_ones_own(tiny, pairs, tmp_path, capsys):
     source = open_source(f"jsonl:{pairs}", "train")
     config, run = mlip_jax.config(str(tiny), {"data.train": "emoji"}), tmp_path / "run"
-    done = mlip_jax.train(config, run, source=source)
-    assert done.finished and not done.figures
+    result = mlip_jax.train(config, run, source=source)
+    assert result.finished and not result.figures
     assert config.data.train == "emoji"  # the caller's own is left as it is
     assert json.loads((run / "config.json").read_text())["data"]["train"] == "object:pairs"
     assert "32 images of pairs; validation: none" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_a_source_of_ones_own(tiny, pairs, tmp_path, capsys):
     assert mlip_jax.load(run).step == 8
     assert door.main(["mlip", "train", f"--config={tiny}", f"--workdir={run}"]) == 2
     assert "run of another config (data.train: object:pairs ->" in capsys.readouterr().err
-    given = config.copy_and_resolve_references()
-    given.data.train = "object:pairs"
+    other_config = config.copy_and_resolve_references()
+    other_config.data.train = "object:pairs"
     with pytest.raises(UserError, match="'pairs', a source object of a Python program"):
-        mlip_jax.train(given, tmp_path / "other")
+        mlip_jax.train(other_config, tmp_path / "other")

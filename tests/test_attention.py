@@ -57,11 +57,11 @@ def gradient(function, params, x):
     """Value, the three outputs, and gradients to parameters and tokens, in float32."""
 
     def loss(params, x):
-        found = [part.astype(jnp.float32) for part in function(params, x)]
-        return sum(jnp.sum(jnp.sin(part)) for part in found), found
+        outputs = [part.astype(jnp.float32) for part in function(params, x)]
+        return sum(jnp.sum(jnp.sin(part)) for part in outputs), outputs
 
-    found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-    return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), found)
+    results = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), results)
 
 
 def ours(dtype, x, mask, size, form="plain"):
@@ -77,17 +77,19 @@ def test_in_float32_it_is_the_plain_formula_bit_for_bit(inputs, masked, sized):
     x, size, mask = inputs
     mask, size = mask if masked else None, size if sized else None
     function, params = ours("float32", x, mask, size)
-    found = gradient(function, params, x)
-    wanted = gradient(lambda params, x: plain(params, x, mask, size), params, x)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    actual = gradient(function, params, x)
+    expected = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_in_bfloat16_it_is_near_float32(inputs):
     x, size, mask = inputs
     function, params = ours("bfloat16", x, mask, size)
-    found = gradient(function, params, x.astype(jnp.bfloat16))
-    wanted = gradient(lambda params, x: plain(params, x, mask, size), params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.1), found, wanted)
+    actual = gradient(function, params, x.astype(jnp.bfloat16))
+    expected = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.1), actual, expected
+    )
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
@@ -132,9 +134,11 @@ def test_the_forms_are_equal_up_to_rounding(inputs, form, masked, sized):
     x, size, mask = inputs
     mask, size = mask if masked else None, size if sized else None
     function, params = ours("float32", x, mask, size, form)
-    found = gradient(function, params, x)
-    wanted = gradient(lambda params, x: plain(params, x, mask, size), params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+    actual = gradient(function, params, x)
+    expected = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
+    )
 
 
 @pytest.fixture
@@ -193,8 +197,8 @@ def test_the_probe_takes_the_largest_attention_of_each_tower(config):
     config.perspectives.other_caption.weight = 1.0
     config.model.image.patch_dropout = 0.5
     config.accumulation = 2
-    found = attention_choice.shapes(config, mesh)
-    assert (found["image"].rows, found["image"].tokens, found["text"].rows) == (4, 19, 8)
+    shapes = attention_choice.shapes(config, mesh)
+    assert (shapes["image"].rows, shapes["image"].tokens, shapes["text"].rows) == (4, 19, 8)
     config.model.image.architecture, config.model.text.architecture = "resnet", "bert"
     assert attention_choice.shapes(config, mesh) == {}
     assert attention_choice.choose(config, mesh) == attention_choice.Choice({}, [])

@@ -1,4 +1,4 @@
-"""The benchmark verb: what it writes, in which order it times, and what it refuses."""
+"""The subcommand benchmark: what it writes, in which order it times, and what it refuses."""
 
 import collections
 import json
@@ -35,11 +35,11 @@ def config(tiny):
 def run(capfd, *arguments):
     capfd.readouterr()
     code = door.main(["mlip", "benchmark", *map(str, arguments)])
-    told = capfd.readouterr()
-    return code, told.out, told.err
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
 
 
-def written(folder):
+def read_results(folder):
     (path,) = folder.glob("benchmark-*.json")
     return json.loads(path.read_text())
 
@@ -49,26 +49,26 @@ def test_configs_are_timed_and_written(tiny, tmp_path, capfd):
     other = f"{tiny} --config.log_every=3"  # the same program: compiled once
     code, out, _ = run(capfd, *flags, f"--compare={other}")
     assert code == 0
-    found = written(tmp_path)
-    assert [result["name"] for result in found["results"]] == [str(tiny), other]
-    for result in found["results"]:
+    results = read_results(tmp_path)
+    assert [result["name"] for result in results["results"]] == [str(tiny), other]
+    for result in results["results"]:
         assert result["batch_size"] == 8 and result["steps"] == 5
         assert result["step_seconds_low"] <= result["step_seconds"] <= result["step_seconds_high"]
         assert result["images_per_second"] == pytest.approx(8 / result["step_seconds"])
         flops, seconds = result["model_flops"], result["step_seconds"]
-        assert result["utilisation"] == pytest.approx(flops / seconds / found["matrix_peak"])
+        assert result["utilisation"] == pytest.approx(flops / seconds / results["matrix_peak"])
         assert result["memory"] > 0 and result["compile_seconds"] > 0
     assert "images a second" in out and "over the first" in out and f"2: {other}" in out
-    assert found["environment"]
+    assert results["environment"]
 
 
 def test_the_input_alone_beside_pillow_and_the_step(tiny, tmp_path, capfd):
     flags = [f"--config={tiny}", ADAMW, f"--workdir={tmp_path}", "--steps=2", "--warmup=1"]
     code, out, _ = run(capfd, *flags, "--only=data")
     assert code == 0 and "Pillow, decode and resize alone" in out and "the step takes" in out
-    found = written(tmp_path)["input"]
-    assert found["per_core"] * found["cores"] == pytest.approx(found["images_per_second"])
-    assert found["step"] > 0 and found["pillow_per_core"] > 0
+    measured = read_results(tmp_path)["input"]
+    assert measured["per_core"] * measured["cores"] == pytest.approx(measured["images_per_second"])
+    assert measured["step"] > 0 and measured["pillow_per_core"] > 0
 
 
 def test_real_input_is_that_of_a_run(config, tiny):
@@ -77,8 +77,8 @@ def test_real_input_is_that_of_a_run(config, tiny):
         result = side.result(timings, 1e9)
     assert len(timings) == 2 and result.input == "data" and 0 < result.data_wait < 1
     source, _ = contender.open_input(config)
-    found = input_speed.measure_input(config, *contender.open_input(config), 1, 2)
-    assert len(source) and found.images_per_second > 0
+    measured = input_speed.measure_input(config, *contender.open_input(config), 1, 2)
+    assert len(source) and measured.images_per_second > 0
 
 
 def test_a_step_waits_for_what_it_computes(config):
@@ -112,7 +112,7 @@ def test_sides_take_turns():
 
 def test_figures_are_medians_and_quartiles():
     timings = [Timing(seconds, 0.1) for seconds in (1.0, 2.0, 3.0, 4.0, 100.0)]
-    found = summarize(
+    summary = summarize(
         timings,
         name="x",
         batch_size=6,
@@ -122,9 +122,9 @@ def test_figures_are_medians_and_quartiles():
         model_flops=30.0,
         matrix_peak=20.0,
     )
-    assert (found.step_seconds, found.step_seconds_low, found.step_seconds_high) == (3, 2, 4)
-    assert found.images_per_second == 2 and found.utilisation == 0.5
-    assert found.data_wait == pytest.approx(0.5 / 110)
+    assert (summary.step_seconds, summary.step_seconds_low, summary.step_seconds_high) == (3, 2, 4)
+    assert summary.images_per_second == 2 and summary.utilisation == 0.5
+    assert summary.data_wait == pytest.approx(0.5 / 110)
 
 
 def test_the_peak_is_of_the_product():

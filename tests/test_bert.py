@@ -51,7 +51,7 @@ def encoder(**changes):
     return BertEncoder(**fields | changes)
 
 
-def wanted(**changes):
+def parameter_shapes(**changes):
     model = encoder(**changes)
     ids = jnp.zeros((1, model.context_length), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
@@ -59,7 +59,7 @@ def wanted(**changes):
 
 @functools.cache
 def parameters():
-    return reader.read(FILE, wanted())
+    return reader.read(FILE, parameter_shapes())
 
 
 def encode(token_ids, params=None, **changes):
@@ -89,13 +89,15 @@ def test_it_is_bert():
 def test_pooling():
     expected = reference()
     hidden, mask = expected["hidden"], expected["mask"]
-    spoken = mask & (expected["token_ids"] != START)
+    word_masks = mask & (expected["token_ids"] != START)
     pooled = {
         "first": hidden[:, 0],
         "last": hidden[np.arange(2), mask.sum(axis=1) - 1],
-        "mean": np.stack([rows[kept].mean(0) for rows, kept in zip(hidden, spoken, strict=True)]),
+        "mean": np.stack(
+            [rows[word_mask].mean(0) for rows, word_mask in zip(hidden, word_masks, strict=True)]
+        ),
     }
-    params = reader.read(FILE, wanted(pooling="mean"))
+    params = reader.read(FILE, parameter_shapes(pooling="mean"))
     assert "pooler" in parameters() and "pooler" not in params
     for pooling, value in pooled.items():
         views = encode(expected["token_ids"], params, pooling=pooling)
@@ -123,7 +125,7 @@ def test_half_precision_stays():
             )
         )
         assert views.text_global.dtype == views.text_tokens.dtype == BFLOAT16
-    assert all(leaf.dtype == FLOAT32 for leaf in jax.tree.leaves(wanted(dtype=BFLOAT16)))
+    assert all(leaf.dtype == FLOAT32 for leaf in jax.tree.leaves(parameter_shapes(dtype=BFLOAT16)))
 
 
 def test_describe(folder):
@@ -159,7 +161,7 @@ def test_what_is_no_folder_is_refused(folder):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         reader.describe(folder / "nowhere")
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
-        reader.read(folder / "nowhere", wanted())
+        reader.read(folder / "nowhere", parameter_shapes())
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not JSON: .*, line 1, column 2"):
         reader.describe(folder)
@@ -199,16 +201,16 @@ def test_positions_beyond_the_context_are_left_out():
 )
 def test_another_model_is_refused(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        reader.read(FILE, wanted(**changes))
+        reader.read(FILE, parameter_shapes(**changes))
 
 
 def test_a_missing_tensor_is_named(folder):
     tensors = load_file(FILE)
     for name in (f"{QKV_OF_BLOCK_1}.key.bias", "pooler.dense.bias"):
-        left = {key: tensor for key, tensor in tensors.items() if key != name}
-        save_file(left, folder / "model.safetensors")
+        remaining = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(remaining, folder / "model.safetensors")
         with pytest.raises(UserError, match=f"lacks tensor {name}: set config.model.text"):
-            reader.read(folder, wanted())
+            reader.read(folder, parameter_shapes())
 
 
 def older(name):
@@ -228,20 +230,22 @@ def test_other_names_heads_and_shards(folder):
         save_file({name: tensors[name] for name in part}, folder / shard)
     index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    jax.tree.map(np.testing.assert_array_equal, reader.read(folder, wanted()), parameters())
+    jax.tree.map(
+        np.testing.assert_array_equal, reader.read(folder, parameter_shapes()), parameters()
+    )
     (folder / "b.safetensors").unlink()
     with pytest.raises(UserError, match="b.safetensors: cannot be read as safetensors"):
-        reader.read(folder, wanted())
+        reader.read(folder, parameter_shapes())
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="index.json: expected a JSON object, found a list"):
-        reader.read(folder, wanted())
+        reader.read(folder, parameter_shapes())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files(folder, dtype):
     halves = {name: tensor.astype(dtype) for name, tensor in load_file(FILE).items()}
     save_file(halves, folder / "model.safetensors")
-    params = reader.read(folder, wanted())
+    params = reader.read(folder, parameter_shapes())
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     np.testing.assert_array_equal(
         params["embedding"], halves["embeddings.word_embeddings.weight"].astype(np.float32)

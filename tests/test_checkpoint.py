@@ -89,8 +89,8 @@ def test_restores_bits_shardings_and_extras(saved):
     with Checkpoints(folder) as checkpoints:
         restored, extras = checkpoints.restore(abstract(state))
     assert_same_bits(restored, state.replace(step=state.step + 1))
-    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        assert leaf.sharding == wanted.sharding
+    for leaf, original in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert leaf.sharding == original.sharding
     assert extras["config"] == {"seed": 2} and extras["step"] == 2
     assert {"mlip_jax", "python", "jax", "flax", "optax"} <= extras["versions"].keys()
     assert "commit" in extras
@@ -187,8 +187,8 @@ def test_a_damaged_newest_falls_back_and_says_so(workdir, saved, capfd, damage):
         assert_same_bits(restored, saved[1])
         # The way is free for the step to be saved again.
         checkpoints.save(2, saved[1], {})
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 2 and all(line.startswith("warning: checkpoint") for line in told)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: checkpoint") for line in lines)
     assert steps_of(workdir) == [1, 2]
     assert (workdir / "checkpoints" / "damaged-2").is_dir()
 
@@ -312,8 +312,11 @@ def test_a_workdir_keeps_config_environment_and_its_lock(tmp_path):
     config = schema.default()
     with open_workdir(tmp_path / "run", config) as folder:
         assert (folder / "config.json").read_text() == schema.to_json(config)
-        kept = json.loads((folder / "environment.json").read_text())
-        assert kept["devices"] == ["cpu"] * 8 and kept["versions"]["jax"] == jax.__version__
+        environment = json.loads((folder / "environment.json").read_text())
+        assert (
+            environment["devices"] == ["cpu"] * 8
+            and environment["versions"]["jax"] == jax.__version__
+        )
         other = subprocess.run(
             [
                 sys.executable,
@@ -373,14 +376,14 @@ def test_saving_does_not_wait_for_the_disk(tmp_path):
 
 
 def test_a_write_that_outlasts_its_failed_save_says_nothing(monkeypatch):
-    said = []
-    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
     checkpoint._leave_late_writes_alone()
     late = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
     other = SimpleNamespace(exc_value=RuntimeError("anything else"))
     for unraisable in (late, other):
         sys.unraisablehook(unraisable)
-    assert said == [other]
+    assert reported == [other]
     hook = sys.unraisablehook
     checkpoint._leave_late_writes_alone()
     assert sys.unraisablehook is hook  # once a process

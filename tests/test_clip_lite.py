@@ -105,18 +105,18 @@ def history():
     state = jax.jit(lambda: initial_state(model, optimizer, config))()
     states, metrics, step = [jax.device_get(state)], [], jax.jit(step)
     for _ in range(7):
-        state, found = step(state, two_views())
+        state, step_metrics = step(state, two_views())
         states.append(jax.device_get(state))
-        metrics.append({key: float(value) for key, value in found.items()})
+        metrics.append({key: float(value) for key, value in step_metrics.items()})
     return states, metrics
 
 
 def test_every_term_is_learned_and_weighed():
     _, metrics = history()
-    for found in metrics:
-        terms = sum(found[f"loss/{view}"] for view in ALL_TERMS)
-        expected = 0.9 * terms + 0.1 * found["loss/prior"]
-        np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    for step_metrics in metrics:
+        terms = sum(step_metrics[f"loss/{view}"] for view in ALL_TERMS)
+        expected = 0.9 * terms + 0.1 * step_metrics["loss/prior"]
+        np.testing.assert_allclose(step_metrics["loss"], expected, rtol=1e-5)
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
 
 
@@ -134,8 +134,8 @@ def test_every_parameter_and_statistic_moves():
 
 def test_lookahead_pulls_back_every_third_step():
     states, _ = history()
-    for done in (1, 2):
-        assert_same(states[done].slow, states[0].params)
+    for step in (1, 2):
+        assert_same(states[step].slow, states[0].params)
     assert_same(states[3].slow, states[3].params, rtol=1e-5, atol=1e-7)
     assert_same(states[5].slow, states[3].slow)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), states[5].slow, states[6].slow)
@@ -199,10 +199,10 @@ def test_statistics_move_once_a_step():
     variables = {"params": states[0].params, "batch_stats": states[0].batch_stats}
     values = np.asarray(stem(variables, jnp.concatenate(pixels)))
     values = values.reshape(-1, values.shape[-1])
-    found = states[1].batch_stats["image_encoder"]["stem_norm"]
-    np.testing.assert_allclose(found["mean"], 0.1 * values.mean(0), rtol=1e-4, atol=1e-6)
+    stats = states[1].batch_stats["image_encoder"]["stem_norm"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * values.mean(0), rtol=1e-4, atol=1e-6)
     expected = 0.9 + 0.1 * values.var(0, ddof=1)
-    np.testing.assert_allclose(found["var"], expected, rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], expected, rtol=1e-4)
 
 
 def test_a_sharded_step_is_the_step_of_one_device():
@@ -216,10 +216,10 @@ def test_a_sharded_step_is_the_step_of_one_device():
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         placed = jax.device_put(start, shardings)
         _, _, sharded_step = parts(config, mesh)
-        found = jax.jit(sharded_step, out_shardings=(shardings, parallel.replicated(mesh)))(
+        actual = jax.jit(sharded_step, out_shardings=(shardings, parallel.replicated(mesh)))(
             placed, jax.device_put(two_views(), parallel.batch_sharding(mesh))
         )
-        assert_same(found, expected, rtol=2e-3, atol=2e-4)
+        assert_same(actual, expected, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -388,8 +388,8 @@ def test_it_is_loaded_with_its_statistics_and_its_cleaning(finished):
         }
     )
     assert not np.allclose(embedded, other.encode_image([image]))
-    spoken = model.tokenize(["Picture-3!", "picture 3"])
-    np.testing.assert_array_equal(spoken[0], spoken[1])
+    token_ids = model.tokenize(["Picture-3!", "picture 3"])
+    np.testing.assert_array_equal(token_ids[0], token_ids[1])
 
 
 def test_pairs_are_scored_where_there_is_no_joint_space(run, tmp_path, capsys):

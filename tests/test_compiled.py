@@ -27,11 +27,11 @@ def run(tiny, tmp_path):
     """Trains two steps in a folder of that name; returns how many programs came from the disk."""
 
     def act(name, devices=1):
-        own = with_devices(devices) | {"MLIP_JAX_CACHE": str(tmp_path / "cache")}
-        del own["JAX_COMPILATION_CACHE_DIR"]
+        environment = with_devices(devices) | {"MLIP_JAX_CACHE": str(tmp_path / "cache")}
+        del environment["JAX_COMPILATION_CACHE_DIR"]
         words = [f"--config={tiny}", f"--workdir={tmp_path / name}", "--config.samples=16"]
         command = [sys.executable, "-c", RUN, *words, "--config.evaluation.every_samples=0"]
-        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1])
 
@@ -53,8 +53,8 @@ def test_a_second_run_compiles_nothing_and_trains_to_the_same_bits(run, tmp_path
 
 def test_programs_of_several_cpu_devices_are_compiled_each_time(run, tmp_path):
     run("one", devices=2)
-    kept = (tmp_path / "cache").glob("compiled/*/*train_step*")
-    assert not list(kept)
+    cached_programs = (tmp_path / "cache").glob("compiled/*/*train_step*")
+    assert not list(cached_programs)
 
 
 def _losses(lines):

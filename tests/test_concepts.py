@@ -98,14 +98,14 @@ def definition(tmp_path):
 def test_the_subspace_is_that_of_pairs_less_their_midpoints():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 9, 6))
-    found = editing.concept_subspace(first, second, 3)
-    np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-12)
+    subspace = editing.concept_subspace(first, second, 3)
+    np.testing.assert_allclose(subspace @ subspace.T, np.eye(3), atol=1e-12)
     middle = (first + second) / 2
     offsets = np.concatenate([first - middle, second - middle])
     values, vectors = np.linalg.eigh(offsets.T @ offsets)
     assert (np.diff(values) > 0).all()
     expected = vectors[:, ::-1][:, :3]
-    np.testing.assert_allclose(found.T @ found, expected @ expected.T, atol=1e-9)
+    np.testing.assert_allclose(subspace.T @ subspace, expected @ expected.T, atol=1e-9)
 
 
 def test_edited_embeddings_are_normalised_and_orthogonal_to_the_subspace():
@@ -129,9 +129,9 @@ def test_components_that_the_pairs_cannot_give_are_refused(components):
 def test_a_concept_that_texts_hold_leaves_the_images_and_the_task_stays(definition):
     texts = captions()
     labels = [int(text.split()[-1][3:]) % 2 if "man" in text else -1 for text in texts]
-    found = editing.score(sets(texts, labels), definition())
-    figures = found.figures
-    assert found.name == "gender-fake"
+    outcome = editing.score(sets(texts, labels), definition())
+    figures = outcome.figures
+    assert outcome.name == "gender-fake"
     assert figures["probe_before"] == figures["zero_shot_probe_before"] == 1
     assert figures["gap_before_cosine"] > 0.1 > figures["gap_after_cosine"]
     for name in ("probe_after", "image_pairs_probe_after"):
@@ -140,10 +140,15 @@ def test_a_concept_that_texts_hold_leaves_the_images_and_the_task_stays(definiti
     assert figures["task_after"] > 0.95 * figures["task_before"]
     assert figures["image_pairs_task_after"] > 0.95 * figures["task_before"]
     assert {"nurse_man_before_cosine", "job2_woman_after_cosine"} <= set(figures)
-    assert figures.keys() == found.chance.keys() == found.examples.keys() == found.protocols.keys()
-    assert found.chance["probe_after"] == found.chance["task_after"] == 0.5
-    assert found.examples["task_before"] == found.examples["probe_before"] == 80
-    assert "40 pairs" in found.note
+    assert (
+        figures.keys()
+        == outcome.chance.keys()
+        == outcome.examples.keys()
+        == outcome.protocols.keys()
+    )
+    assert outcome.chance["probe_after"] == outcome.chance["task_after"] == 0.5
+    assert outcome.examples["task_before"] == outcome.examples["probe_before"] == 80
+    assert "40 pairs" in outcome.note
 
 
 def test_pairs_of_images_take_out_what_texts_do_not_hold(definition):
@@ -164,9 +169,9 @@ def test_the_figures_do_not_depend_on_the_batch(definition):
 
 
 def test_too_few_pairs_of_images_leave_that_method_out(definition):
-    found = editing.score(sets(captions(NAMES[:22])), definition(queries=None))
-    assert not [key for key in found.figures if "image_pairs" in key or "cosine" in key]
-    assert "22" in found.note
+    outcome = editing.score(sets(captions(NAMES[:22])), definition(queries=None))
+    assert not [key for key in outcome.figures if "image_pairs" in key or "cosine" in key]
+    assert "22" in outcome.note
 
 
 def test_too_few_images_of_a_side_are_refused_in_a_named_set_alone(definition, pairs):
@@ -199,9 +204,9 @@ def test_the_training_images_of_the_run_count_too(definition, tmp_path):
     config = default()
     config.data.train = f"jsonl:{path}"
     case = Sets(Model(texts), config, progress=False)
-    found = editing.score(case, definition(queries=None))
-    assert found.examples["probe_before"] == 44
-    assert "of the training split too" in found.note
+    outcome = editing.score(case, definition(queries=None))
+    assert outcome.examples["probe_before"] == 44
+    assert "of the training split too" in outcome.note
     with pytest.raises(UserError, match="has 7 and 7 different captions"):
         editing.score(case, f"{definition()}@jsonl:{path}")
 
@@ -209,7 +214,7 @@ def test_the_training_images_of_the_run_count_too(definition, tmp_path):
 def test_sides_are_told_by_whole_words_of_one_side(definition):
     concept, place = read_concept(definition())
     assert place == ""
-    told = {
+    expected_sides = {
         "A Man runs": 0,
         "she runs": 1,
         "a man and a woman": -1,
@@ -217,7 +222,7 @@ def test_sides_are_told_by_whole_words_of_one_side(definition):
         "human": -1,
         "": -1,
     }
-    assert {text: concept.side([text]) for text in told} == told
+    assert {text: concept.side([text]) for text in expected_sides} == expected_sides
     assert concept.side(["a man", "she"]) == -1
     assert concept.neutral(["The man, farmer"]) == concept.neutral(["the woman farmer"])
     assert concept.neutral(["he farmer"]) != concept.neutral(["man farmer"])

@@ -144,7 +144,7 @@ def test_a_mistake_names_the_nearest(argument, message):
 def test_a_rate_that_cannot_be_reached_names_the_largest():
     config = parse("mlip.py", "--config.model.image.merging.rate=0.95")
     config.model.image.frequency.depth = config.model.image.depth - 1
-    with pytest.raises(UserError, match="largest rate here is") as found:
+    with pytest.raises(UserError, match="largest rate here is") as caught:
         building.merge_counts(config)
-    config.model.image.merging.rate = float(str(found.value).rsplit(" ", 1)[1])
+    config.model.image.merging.rate = float(str(caught.value).rsplit(" ", 1)[1])
     assert sum(building.merge_counts(config)) > 0

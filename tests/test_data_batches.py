@@ -69,12 +69,12 @@ def batches(config, source, count, *, start_step=0, **processes):
     stream = train_batches(
         config, source, load_tokenizer("clip"), start_step=start_step, **processes
     )
-    taken = [
+    copies = [
         {key: np.array(value) for key, value in batch.items()}
         for batch in itertools.islice(stream, count)
     ]
     stream.close()
-    return taken
+    return copies
 
 
 def assert_same(some, others):
@@ -94,9 +94,9 @@ def test_shapes(source):
 
 
 def test_stream_is_a_function_of_seed_and_position(source):
-    whole = batches(settings(), source, 10)
-    assert_same(whole, batches(settings(), source, 10))
-    assert_same(whole[6:], batches(settings(), source, 4, start_step=6))
+    all_batches = batches(settings(), source, 10)
+    assert_same(all_batches, batches(settings(), source, 10))
+    assert_same(all_batches[6:], batches(settings(), source, 4, start_step=6))
     halves = [
         batches(settings(), source, 10, rows=range(4 * index, 4 * index + 4)) for index in (0, 1)
     ]
@@ -104,9 +104,9 @@ def test_stream_is_a_function_of_seed_and_position(source):
         {key: np.concatenate([first[key], second[key]]) for key in first}
         for first, second in zip(*halves, strict=True)
     ]
-    assert_same(whole, joined)
+    assert_same(all_batches, joined)
     other = batches(settings(seed=1), source, 1)
-    assert (other[0]["image"] != whole[0]["image"]).any()
+    assert (other[0]["image"] != all_batches[0]["image"]).any()
 
 
 def test_margins_that_always_go_are_cut_once_to_the_same_pixels(tmp_path):
@@ -114,8 +114,8 @@ def test_margins_that_always_go_are_cut_once_to_the_same_pixels(tmp_path):
     rows = []
     for index in range(8):
         picture = Image.new("RGB", (48, 40), "white")
-        shown = Image.fromarray(rng.integers(0, 200, (9 + index, 12, 3), np.uint8))
-        picture.paste(shown, (5 + index, 20 - index))
+        foreground = Image.fromarray(rng.integers(0, 200, (9 + index, 12, 3), np.uint8))
+        picture.paste(foreground, (5 + index, 20 - index))
         picture.save(tmp_path / f"{index}.png")
         rows.append({"file": f"{index}.png", "captions": [f"number {index}"]})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -130,8 +130,8 @@ def test_margins_that_always_go_are_cut_once_to_the_same_pixels(tmp_path):
 
 def test_workers_change_nothing(source):
     config = settings(**{"data.workers": 2})
-    found = batches(config, source, 5, start_step=3)
-    assert_same(found, batches(settings(), source, 5, start_step=3))
+    with_workers = batches(config, source, 5, start_step=3)
+    assert_same(with_workers, batches(settings(), source, 5, start_step=3))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -139,11 +139,11 @@ def test_kept_batches_stay_as_they_are(source, workers):
     """Workers use memory again, and only what nobody looks at any more."""
     config = settings(**{"data.workers": workers, "perspectives.augmented_image.weight": 1.0})
     stream = train_batches(config, source, load_tokenizer("clip"), start_step=0)
-    whole = list(itertools.islice(stream, 16))  # more than a worker lends
+    kept_batches = list(itertools.islice(stream, 16))  # more than a worker lends
     views = [next(stream)["image"][2:4, ::2] for _ in range(8)]
     stream.close()
     expected = batches(settings(**{"perspectives.augmented_image.weight": 1.0}), source, 24)
-    assert_same(whole, expected[:16])
+    assert_same(kept_batches, expected[:16])
     for view, batch in zip(views, expected[16:], strict=True):
         np.testing.assert_array_equal(view, batch["image"][2:4, ::2])
 
@@ -152,13 +152,13 @@ def test_epochs(source):
     """Each epoch holds every record once, in another order, seen in another way."""
     config = settings(**{"data.augment.flip": False})
     tokenizer = load_tokenizer("clip")
-    taken = batches(config, source, COUNT * 2 // 8 + 1)
-    ids = np.concatenate([batch["token_ids"] for batch in taken])
+    loaded = batches(config, source, COUNT * 2 // 8 + 1)
+    ids = np.concatenate([batch["token_ids"] for batch in loaded])
     numbers = [int("".join(filter(str.isdigit, tokenizer.decode(row)))) for row in ids]
     first, second = numbers[:COUNT], numbers[COUNT : 2 * COUNT]
     assert sorted(first) == sorted(second) == list(range(COUNT))
     assert first != second and first != sorted(first)
-    images = np.concatenate([batch["image"] for batch in taken])
+    images = np.concatenate([batch["image"] for batch in loaded])
     assert (images[first.index(3)] != images[COUNT + second.index(3)]).any()
 
 
@@ -183,8 +183,8 @@ SECOND = {
 def test_second_views(source):
     """Another view of the same image, another of its captions."""
     decode = load_tokenizer("clip").decode
-    taken = batches(settings(**SECOND), source, 4)
-    for batch in taken:
+    loaded = batches(settings(**SECOND), source, 4)
+    for batch in loaded:
         assert batch["image_2"].dtype == np.uint8
         assert batch["image_2"].shape == batch["image"].shape
         assert (batch["image_2"] != batch["image"]).any(axis=(1, 2, 3)).all()
@@ -192,7 +192,7 @@ def test_second_views(source):
             (first, *number), (second, *same) = (decode(row).split() for row in rows)
             assert number == same
             assert (first == "number") != (second == "number")
-    assert_same(taken, batches(settings(**SECOND, **{"data.workers": 1}), source, 4))
+    assert_same(loaded, batches(settings(**SECOND, **{"data.workers": 1}), source, 4))
 
 
 def test_second_views_leave_the_first_of_an_image_alone(source):
@@ -296,8 +296,8 @@ def test_fast_decoding_is_close_to_exact(photos, monkeypatch, kept):
 @pytest.mark.parametrize("how", ["fast", "exact"])
 def test_workers_change_nothing_of_photos(photos, how):
     chosen = {**PHOTOS, "data.decode": how, "perspectives.augmented_image.weight": 1.0}
-    found = batches(settings(**chosen, **{"data.workers": 2}), photos, 4)
-    assert_same(found, batches(settings(**chosen), photos, 4))
+    with_workers = batches(settings(**chosen, **{"data.workers": 2}), photos, 4)
+    assert_same(with_workers, batches(settings(**chosen), photos, 4))
 
 
 TRAIN = """
@@ -363,16 +363,16 @@ def test_workers_end_with_their_parent(folder, tmp_path, killed):
 
 def test_evaluation_batches(bad_source):
     preprocessing = Preprocessing(16)
-    taken = list(evaluation_batches(bad_source, preprocessing, 16))
-    assert [batch.images.shape for batch in taken] == [(16, 16, 16, 3)] * 2
-    indices = np.concatenate([batch.indices for batch in taken])
-    readable = np.concatenate([batch.readable for batch in taken])
+    loaded = list(evaluation_batches(bad_source, preprocessing, 16))
+    assert [batch.images.shape for batch in loaded] == [(16, 16, 16, 3)] * 2
+    indices = np.concatenate([batch.indices for batch in loaded])
+    readable = np.concatenate([batch.readable for batch in loaded])
     np.testing.assert_array_equal(indices, [*range(COUNT), -1, -1])
     assert set(np.flatnonzero(~readable)) == {*BAD, 30, 31}
-    assert [len(batch.unreadable) for batch in taken] == [2, 1]
-    assert "bad20.png" in taken[1].unreadable[0]
-    images = np.concatenate([batch.images for batch in taken])
+    assert [len(batch.unreadable) for batch in loaded] == [2, 1]
+    assert "bad20.png" in loaded[1].unreadable[0]
+    images = np.concatenate([batch.images for batch in loaded])
     for index in np.flatnonzero(readable):
         np.testing.assert_array_equal(images[index], preprocessing(bad_source[index].image))
-    assert taken[0].captions[:1] == [("left 0", "number 0")] and taken[0].captions[4] == ()
-    assert (taken[0].labels == -1).all()
+    assert loaded[0].captions[:1] == [("left 0", "number 0")] and loaded[0].captions[4] == ()
+    assert (loaded[0].labels == -1).all()

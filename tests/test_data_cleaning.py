@@ -154,13 +154,13 @@ def refer(folder, captions, **how):
 
 
 @pytest.mark.parametrize("cleaning", EMPTIED)
-@pytest.mark.parametrize("opened", [regions, refer], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("opened", [regions, refer], ids=lambda opener: opener.__name__)
 def test_regions_leave_out_and_count_what_is_emptied(tmp_path, opened, cleaning):
     picture(tmp_path / "0.png")
     captions = [CAPTION, EMPTIED[cleaning]]
-    found = opened(tmp_path, captions, cleaning=cleaning, max_skipped_share=0.5)
-    assert [found[i].expression for i in range(len(found))] == [CLEANED[cleaning]]
-    assert "1 of 2 queries have no caption (of 1, nothing is left" in found.notes[0]
+    region_set = opened(tmp_path, captions, cleaning=cleaning, max_skipped_share=0.5)
+    assert [region_set[i].expression for i in range(len(region_set))] == [CLEANED[cleaning]]
+    assert "1 of 2 queries have no caption (of 1, nothing is left" in region_set.notes[0]
     assert len(opened(tmp_path, captions)) == 2
 
 

@@ -104,24 +104,24 @@ def test_images_without_captions_are_left_out(tmp_path):
         open_source(spec, "train")
 
 
-@pytest.mark.parametrize("kept", ["", "annotations/captions_val2017.json", "val2017"])
-def test_what_is_missing(tmp_path, kept):
-    if kept:
+@pytest.mark.parametrize("present", ["", "annotations/captions_val2017.json", "val2017"])
+def test_what_is_missing(tmp_path, present):
+    if present:
         write(tmp_path, "val2017")
         (tmp_path / "val2017/9.jpg").unlink()
         (tmp_path / "annotations/captions_val2017.json").rename(tmp_path / "aside")
-        if kept == "val2017":
+        if present == "val2017":
             (tmp_path / "annotations").rmdir()
         else:
             (tmp_path / "val2017").rmdir()
-            (tmp_path / "aside").rename(tmp_path / kept)
+            (tmp_path / "aside").rename(tmp_path / present)
     with pytest.raises(UserError) as caught:
         open_source(f"coco:{tmp_path}", "validation")
     message = str(caught.value)
     assert "\n" not in message and f"unpack them in {tmp_path}" in message
     lacking = message.partition(":")[0]
     for name in ("annotations/captions_val2017.json", "val2017"):
-        assert (str(tmp_path / name) in lacking.split(" ")) == (name != kept)
+        assert (str(tmp_path / name) in lacking.split(" ")) == (name != present)
     for name in ("train2017.zip", "val2017.zip", "annotations_trainval2017.zip"):
         assert name in message
 

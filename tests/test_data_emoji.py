@@ -91,11 +91,11 @@ def test_records(cache):
 
 def test_cleaned_records(cache):
     source = open_source("emoji", "train", cache_dir=cache, cleaning="clip_lite")
-    found = [source[index] for index in range(len(source))]
-    texts = [text for record in found for text in (*record.captions, *record.tags)]
+    loaded = [source[index] for index in range(len(source))]
+    texts = [text for record in loaded for text in (*record.captions, *record.tags)]
     assert list(source.captions()) == texts
     assert all(text and text == clean_caption(text) for text in texts)
-    assert all(len(set(record.captions)) == len(record.captions) for record in found)
+    assert all(len(set(record.captions)) == len(record.captions) for record in loaded)
 
 
 def test_the_half_held_out_is_stable():

@@ -30,8 +30,8 @@ def by_pillow(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def psnr(found, expected):
-    return 10 * np.log10(255**2 / np.mean((found.astype(float) - expected) ** 2))
+def psnr(actual, expected):
+    return 10 * np.log10(255**2 / np.mean((actual.astype(float) - expected) ** 2))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_views_are_as_good_as_pillows(at_least):
         expected = Image.open(io.BytesIO(data)).resize((48, 48), Image.Resampling.BICUBIC, box)
         pixels = fast_decoding.decode_pixels(data, at_least)
         scale = pixels.shape[1] / 640
-        found = fast_decoding.resize(pixels, tuple(edge * scale for edge in box), 48)
-        assert psnr(found, np.asarray(expected)) > 40
+        view = fast_decoding.resize(pixels, tuple(edge * scale for edge in box), 48)
+        assert psnr(view, np.asarray(expected)) > 40
 
 
 def test_edges_of_crops_may_lie_anywhere():
@@ -88,12 +88,12 @@ def test_edges_of_crops_may_lie_anywhere():
 def test_without_the_resizer_pillow_resizes(monkeypatch):
     """There are no wheels of it for Linux on ARM."""
     pixels, box = np.asarray(photo()), (30.3, 20.2, 250.7, 230.1)
-    found = fast_decoding.resize(pixels, box, 64)
+    resized = fast_decoding.resize(pixels, box, 64)
     monkeypatch.setattr(fast_decoding, "resizer", None)
     plain = fast_decoding.resize(pixels, box, 64)
     expected = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC, box=box)
     assert np.abs(plain.astype(int) - np.asarray(expected)).max() <= 1
-    assert psnr(found, np.asarray(expected)) > 45
+    assert psnr(resized, np.asarray(expected)) > 45
 
 
 @pytest.mark.parametrize("cut", [3, 50, 2000])

@@ -60,8 +60,8 @@ def test_preprocessing_as_json():
 def test_transparency():
     drawing = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     assert Preprocessing(20)(drawing).max() == 0
-    own = Preprocessing.of(config_lib.default())
-    assert own(drawing).min() == 255 and own.image_size == 48
+    preprocessing = Preprocessing.of(config_lib.default())
+    assert preprocessing(drawing).min() == 255 and preprocessing.image_size == 48
     palette = drawing.convert("P")
     palette.info["transparency"] = 0
     assert np.asarray(flatten(decode(encoded(palette)), "white")).min() == 255
@@ -150,10 +150,10 @@ def test_whole_image_unchanged(affine):
     expected = Preprocessing(48)(image).astype(int)
     for seed in range(8):
         pixels, flipped = augment(image, chosen, 48, np.random.default_rng(seed))
-        found = pixels[:, ::-1] if flipped else pixels
+        unflipped = pixels[:, ::-1] if flipped else pixels
         # The aspect of the crop varies by a third.
-        assert np.abs(found - expected).mean() < 25
-        assert np.abs(found - expected).mean() < np.abs(found[:, ::-1] - expected).mean()
+        assert np.abs(unflipped - expected).mean() < 25
+        assert np.abs(unflipped - expected).mean() < np.abs(unflipped[:, ::-1] - expected).mean()
 
 
 def test_affine_paints_what_the_corners_show():

@@ -24,9 +24,9 @@ def encode(values, magic=None):
 
 
 def write(folder, prefix="t10k", pixels=PIXELS, labels=LABELS, form="{}-idx{}-ubyte.gz"):
-    for what, values in (("images", pixels), ("labels", labels)):
+    for kind, values in (("images", pixels), ("labels", labels)):
         content = values if isinstance(values, bytes) else encode(values)
-        file = folder / f"{prefix}-{form.format(what, 3 if what == 'images' else 1)}"
+        file = folder / f"{prefix}-{form.format(kind, 3 if kind == 'images' else 1)}"
         file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
     return f"idx:{folder}"
 
@@ -102,8 +102,8 @@ def test_missing_and_damaged_files(tmp_path):
         open_evaluation(f"idx:{tmp_path / 'none'}")
     spec = write(tmp_path)
     file = tmp_path / "t10k-images-idx3-ubyte.gz"
-    whole = file.read_bytes()
-    for content in (b"no gzip file at all", whole[:-9], whole[:20] + b"\xff" * 9 + whole[29:]):
+    intact = file.read_bytes()
+    for content in (b"no gzip file at all", intact[:-9], intact[:20] + b"\xff" * 9 + intact[29:]):
         file.write_bytes(content)
         with pytest.raises(UserError, match=r"images-idx3-ubyte.gz: no gzip file, or a damaged"):
             open_evaluation(spec)

@@ -1,4 +1,4 @@
-"""Sets of regions: boxes where the files say, and a line for every mistake in them."""
+"""Datasets of regions: boxes where the files say, and a line for every mistake in them."""
 
 import io
 import json
@@ -36,13 +36,13 @@ def write_rows(folder, rows=ROWS, images=("a.png", "b.png")):
 
 def test_rows_become_queries_image_by_image(tmp_path):
     regions = open_region_set(write_rows(tmp_path))
-    found = [regions[index] for index in range(len(regions))]
-    assert [region.expression for region in found] == ["a red ball", "A dog.", "a box"]
-    assert [region.name for region in found] == [str(tmp_path / f"{n}.png") for n in "aab"]
-    assert [regions.name_of(index) for index in range(3)] == [region.name for region in found]
-    assert found[0].image == (tmp_path / "a.png").read_bytes()
-    assert found[0].box == (0.25, 0.25, 0.75, 0.75)
-    assert found[2].box == (0, 0, 1, 1)  # less than a pixel too wide
+    queries = [regions[index] for index in range(len(regions))]
+    assert [region.expression for region in queries] == ["a red ball", "A dog.", "a box"]
+    assert [region.name for region in queries] == [str(tmp_path / f"{n}.png") for n in "aab"]
+    assert [regions.name_of(index) for index in range(3)] == [region.name for region in queries]
+    assert queries[0].image == (tmp_path / "a.png").read_bytes()
+    assert queries[0].box == (0.25, 0.25, 0.75, 0.75)
+    assert queries[2].box == (0, 0, 1, 1)  # less than a pixel too wide
     assert "r.jsonl" in regions.about and regions.notes == ()
 
 
@@ -121,7 +121,7 @@ def test_what_is_no_set_is_said(spec, message):
 
 
 def refer(folder, refs="refs(unc).p", **changes):
-    """A set in REFER's layout, its pickle as Python 2 wrote it."""
+    """A dataset in REFER's layout, its pickle as Python 2 wrote it."""
     content = [
         {
             "ref_id": 1,
@@ -269,16 +269,16 @@ class Drawings:
 
 
 def test_a_composition_shows_each_drawing_in_its_box():
-    made = compositions.Compositions(Drawings(), canvases=6)
-    assert len(made) == 2 * (2 + 3 + 4)
-    regions = [made[index] for index in range(len(made))]
+    composed = compositions.Compositions(Drawings(), canvases=6)
+    assert len(composed) == 2 * (2 + 3 + 4)
+    regions = [composed[index] for index in range(len(composed))]
     side = compositions.SIDE
     for name in dict.fromkeys(region.name for region in regions):
-        own = [region for region in regions if region.name == name]
-        canvas = np.asarray(Image.open(io.BytesIO(own[0].image))).astype(int)
+        canvas_regions = [region for region in regions if region.name == name]
+        canvas = np.asarray(Image.open(io.BytesIO(canvas_regions[0].image))).astype(int)
         assert canvas.shape == (side, side, 3)
         covered = np.zeros((side, side), int)
-        for region in own:
+        for region in canvas_regions:
             left, top, right, bottom = (round(edge * side) for edge in region.box)
             assert 0.4 <= max(right - left, bottom - top) / side <= 0.51
             color = (30 * int(region.expression.split()[1]), 200, 100)

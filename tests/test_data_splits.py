@@ -1,4 +1,4 @@
-"""Which split of a set is opened, by its role and by its name after #."""
+"""Which split of a dataset is opened, by its role and by its name after #."""
 
 import json
 
@@ -23,7 +23,7 @@ def sets(tmp_path):
         split: [f"{split}{index}.png" for index in range(count)]
         for split, count in (("train", 2), ("val", 1), ("test", 3))
     }
-    rows = [(name, split) for split, own in names.items() for name in own]
+    rows = [(name, split) for split, split_names in names.items() for name in split_names]
     (tmp_path / "pairs.jsonl").write_text(
         "\n".join(json.dumps({"file": n, "caption": n, "split": s}) for n, s in rows)
     )

@@ -1,4 +1,4 @@
-"""Sets that TFDS has prepared: captions, a class, several classes."""
+"""Datasets that TFDS has prepared: captions, a class, several classes."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ from mlip_jax.data.sets.records import MissingSplit
 
 
 class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
-    """A set as somebody else's TFDS builder makes it."""
+    """A dataset as somebody else's TFDS builder makes it."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -46,9 +46,9 @@ def test_tfds_folder(tmp_path):
     train = open_source(f"tfds:{builder.data_path}", "train")
     assert len(train) == 4 and train.class_names == ("a square", "disc")
     records = [pickle.loads(pickle.dumps(train))[index] for index in range(4)]
-    found = {record.captions for record in records}
+    captions = {record.captions for record in records}
     # Without a caption, the name of the class is one.
-    assert found == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}
+    assert captions == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}
     assert {record.label for record in records} == {0, 1}
     assert records[0].image.startswith(b"\x89PNG")
     assert list(train.captions()) == [text for record in records for text in record.captions]
@@ -85,8 +85,8 @@ def test_cleaned_tfds(tmp_path):
     builder = Shouted(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     train = open_source(f"tfds:{builder.data_path}", "train", cleaning="clip_lite")
-    found = {train[index].captions for index in range(4)}
-    assert found == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}
+    captions = {train[index].captions for index in range(4)}
+    assert captions == {("a square",), *((f"shape {i}", "a shape") for i in (1, 2, 3))}
 
 
 CLASSES = ["aeroplane", "potted_plant", "tv-monitor"]

@@ -83,11 +83,11 @@ def test_mirrored_captions(before, after):
 
 
 def test_compose():
-    own, tags = ("dog face", "puppy"), ("animals", "mammal")
+    texts, tags = ("dog face", "puppy"), ("animals", "mammal")
 
     def composed(**chances):
         config = {**NEVER, **chances}
-        return {captions.compose(own, tags, config, np.random.default_rng(i)) for i in range(60)}
+        return {captions.compose(texts, tags, config, np.random.default_rng(i)) for i in range(60)}
 
     assert composed() == {"dog face"}
     assert composed(first=0.0) == composed(first=0.5) == {"dog face", "puppy"}
@@ -107,14 +107,14 @@ def test_the_cut_vocabulary_spells_the_same_texts():
 
 
 def test_two_captions_of_one_visit():
-    own, chances = ("one", "two", "three"), {**NEVER, "first": 0.0, "tags": 0.5}
-    found = set()
+    texts, chances = ("one", "two", "three"), {**NEVER, "first": 0.0, "tags": 0.5}
+    pairs = set()
     for seed in range(60):
         rng, alone = np.random.default_rng(seed), np.random.default_rng(seed)
-        first, second = captions.compose_two(own, ("tag",), chances, rng)
-        assert first == captions.compose(own, ("tag",), chances, alone)
-        found.add((first.split(",")[0], second.split(",")[0]))
-    assert found == {(a, b) for a in own for b in own if a != b}
+        first, second = captions.compose_two(texts, ("tag",), chances, rng)
+        assert first == captions.compose(texts, ("tag",), chances, alone)
+        pairs.add((first.split(",")[0], second.split(",")[0]))
+    assert pairs == {(a, b) for a in texts for b in texts if a != b}
     only = captions.compose_two(("one",), (), chances, np.random.default_rng(0))
     assert only == ("one", "one")
 
@@ -155,13 +155,13 @@ def test_the_tokenizer_cleans(name):
         for cleaning in ("none", "clip_lite")
     )
     cleaned = ["a photo of a left hand glove", "cafe"]
-    wanted = cleaning.encode(cleaned, 16)
+    expected_ids = cleaning.encode(cleaned, 16)
     assert (plain.cleaning, cleaning.cleaning) == ("none", "clip_lite")
     assert (plain.encode(texts, 16) != plain.encode(cleaned, 16)).any()
     copies = Tokenizer.from_json(cleaning.to_json()), pickle.loads(pickle.dumps(cleaning))
     for tokenizer in (cleaning, *copies):
-        np.testing.assert_array_equal(tokenizer.encode(texts, 16), wanted)
-        assert [tokenizer.decode(row) for row in wanted] == cleaned
+        np.testing.assert_array_equal(tokenizer.encode(texts, 16), expected_ids)
+        assert [tokenizer.decode(row) for row in expected_ids] == cleaned
 
 
 def test_unknown_cleaning():
@@ -206,8 +206,8 @@ def test_wordpiece_ids_equal_berts(tmp_path):
         assert numbers == (1, 3, 4, len(entries))
         for caption, tokens in BERT_GOLDEN.items():
             ids = [3, *map(entries.index, tokens.split()), 4]
-            found = tokenizer.encode([caption], 16)[0]
-            np.testing.assert_array_equal(found, ids + [1] * (16 - len(ids)))
+            encoded = tokenizer.encode([caption], 16)[0]
+            np.testing.assert_array_equal(encoded, ids + [1] * (16 - len(ids)))
     assert tokenizer.decode(tokenizer.encode(["Surfboard wave"], 16)[0]) == "surfboard wave"
     np.testing.assert_array_equal(
         tokenizer.encode(["a man and a wave"], 4)[0], [3, *map(entries.index, ("a", "man")), 4]

@@ -151,8 +151,8 @@ def test_files_that_are_no_zip(tmp_path):
     with pytest.raises(UserError, match="no zip file in"):
         open_evaluation(f"zip:{tmp_path}")
     spec = pack(tmp_path / "a.zip", ["cat/1.png"])
-    whole = (tmp_path / "a.zip").read_bytes()
-    for content in (b"", b"no zip", whole[: len(whole) // 2]):
+    archive_bytes = (tmp_path / "a.zip").read_bytes()
+    for content in (b"", b"no zip", archive_bytes[: len(archive_bytes) // 2]):
         (tmp_path / "a.zip").write_bytes(content)
         with pytest.raises(UserError, match="a.zip: no zip file, or a damaged one") as caught:
             open_evaluation(spec)

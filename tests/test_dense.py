@@ -25,13 +25,13 @@ def both(dtype, x, use_bias=True):
         y = module.apply(variables, x)
         return jnp.sum(y.astype(jnp.float32) * weight), y
 
-    found = []
+    results = []
     for module, values in ((ours, x), (theirs, x.astype(jnp.float32))):
         gradient = jax.jit(
             jax.grad(lambda v, z, module=module: loss(module, v, z), argnums=(0, 1), has_aux=True)
         )
-        found.append(gradient(variables, values))
-    return found
+        results.append(gradient(variables, values))
+    return results
 
 
 @pytest.mark.parametrize("shape", SHAPES)

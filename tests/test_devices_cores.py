@@ -52,10 +52,10 @@ def test_nobody_counts_otherwise():
 
 
 def test_ranking_uses_as_many_threads(monkeypatch):
-    asked = []
+    pool_sizes = []
 
     def pool(threads):
-        asked.append(threads)
+        pool_sizes.append(threads)
         return ThreadPoolExecutor(threads)
 
     monkeypatch.setattr(counting, "cores", lambda: 3)
@@ -63,4 +63,4 @@ def test_ranking_uses_as_many_threads(monkeypatch):
     grid = 2**20 * np.eye(4, dtype=np.int32)
     side = counting.Side(grid, (np.full(4, 2.0**40),))
     ((left,), (right,)) = counting.count_reaching(side, side)
-    assert asked == [3] and left.tolist() == right.tolist() == [1] * 4
+    assert pool_sizes == [3] and left.tolist() == right.tolist() == [1] * 4

@@ -1,4 +1,4 @@
-"""The evaluate verb: suites, what is kept, runs side by side."""
+"""The subcommand evaluate: suites, what is kept, runs side by side."""
 
 import json
 import shutil
@@ -34,12 +34,12 @@ def evaluate(workdir, *flags):
 
 @pytest.fixture
 def families(monkeypatch):
-    """Every family finds one figure on any set; records what was asked for."""
-    asked = []
+    """Every family scores any dataset with one metric; records the calls."""
+    calls = []
 
     def make(name):
         def score(sets, spec):
-            asked.append((name, spec))
+            calls.append((name, spec))
             return outcome(spec.rpartition("/")[2], top1=0.5)
 
         return SimpleNamespace(
@@ -48,7 +48,7 @@ def families(monkeypatch):
 
     for name in list(EVALUATIONS):
         monkeypatch.setitem(EVALUATIONS._registered, name, make(name))
-    return asked
+    return calls
 
 
 def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
@@ -97,10 +97,10 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
         raise KeyboardInterrupt
 
     svm = EVALUATIONS["svm"]
-    whole, svm.score = svm.score, killed
+    original_score, svm.score = svm.score, killed
     assert evaluate(workdir, "--suite=all") == 130
     assert "linear_probe/own-linear_probe/top1" not in read_results(workdir).figures
-    svm.score = whole
+    svm.score = original_score
     families.clear()
     capsys.readouterr()
     assert evaluate(workdir, "--suite=all") == 0
@@ -152,14 +152,14 @@ def test_runs_side_by_side(tmp_path, capsys):
     run(tmp_path / "merged", 0, 0.7, rate=0.3)
     command = ["mlip", "evaluate", f"--compare={tmp_path}/plain*,{tmp_path}/merged"]
     assert door.main(command) == 0
-    told = capsys.readouterr().out
-    assert "45.00 ± 7.07 %" in told and "70.00 %" in told
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    assert [column["label"] for column in found["columns"]] == [
+    output = capsys.readouterr().out
+    assert "45.00 ± 7.07 %" in output and "70.00 %" in output
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    assert [column["label"] for column in comparison["columns"]] == [
         "clip, rate=0.0 (2 seeds)",
         "clip, rate=0.3",
     ]
-    (figure,) = found["figures"].values()
+    (figure,) = comparison["figures"].values()
     assert figure[0]["values"] == [0.4, 0.5] and figure[1]["deviation"] is None
     assert (
         "| retrieval · a | text to image R@1 | 45.00 ± 7.07 % | 70.00 % | 10.00 % |"
@@ -185,9 +185,9 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 def test_tables_show_what_a_set_is_called(tmp_path):
     results = Results()
     results.add("zero_shot", outcome("a|b<c>", top1=0.25, text_to_image_median_rank=3.0))
-    found = sheet(results, "Results")
-    assert "| zero-shot · a\\|b<c> | top-1 | 25.00 % | 10.00 % | 7 | p |" in markdown(found)
-    assert "a|b&lt;c&gt;" in html(found) and "Note." in html(found)
+    results_sheet = sheet(results, "Results")
+    assert "| zero-shot · a\\|b<c> | top-1 | 25.00 % | 10.00 % | 7 | p |" in markdown(results_sheet)
+    assert "a|b&lt;c&gt;" in html(results_sheet) and "Note." in html(results_sheet)
 
 
 def test_prompts_and_class_names_are_data(tmp_path):
@@ -196,8 +196,8 @@ def test_prompts_and_class_names_are_data(tmp_path):
     assert find_templates("auto", "caltech101-test") == find_templates("caltech101")
     assert find_templates("auto", "my birds") == ("a photo of a {}.",)
     assert find_templates("imagenet1k") == find_templates("clip_80")
-    own = [f"n{number}" for number in range(1000)]
-    assert find_class_names("imagenet1k", own, "imagenet")[0] == "tench"
+    folder_names = [f"n{number}" for number in range(1000)]
+    assert find_class_names("imagenet1k", folder_names, "imagenet")[0] == "tench"
     with pytest.raises(UserError, match="has 1000 names, the dataset 'pets' has 2 classes"):
         find_class_names("imagenet1k", ["a", "b"], "pets")
     file = tmp_path / "names.json"

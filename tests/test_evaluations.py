@@ -67,10 +67,10 @@ def test_zero_shot_on_a_constructed_case():
     images = classes[[0, 0, 0, 1, 2]].copy()
     images[2] = [0.5, 1, 0, 0, 0, 0]  # nearest to class 1, then to its own
     images[4] = [0.5, 0.4, 0, 0.3, 0.2, 0.1]  # its own class comes last
-    found = zero_shot.classify(images, classes, np.array([0, 0, 0, 1, 2]), chunk=2)
-    assert found["top1"] == pytest.approx(3 / 5)
-    assert found["top5"] == pytest.approx(4 / 5)
-    assert found["mean_per_class"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    figures = zero_shot.classify(images, classes, np.array([0, 0, 0, 1, 2]), chunk=2)
+    assert figures["top1"] == pytest.approx(3 / 5)
+    assert figures["top5"] == pytest.approx(4 / 5)
+    assert figures["mean_per_class"] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert "top5" not in zero_shot.classify(images[:, :3], classes[:3, :3], np.zeros(5, int))
 
 
@@ -111,8 +111,8 @@ def test_templates_average_normalised_prompts():
             ends = {"a": [1, 0], "b": [0, 1]}
             return np.array([ends[text[-1]] for text in texts], np.float32)
 
-    found = zero_shot.embed_classes(Model(), ["a", "b"], ["{}", "the {}"])
-    np.testing.assert_allclose(found, np.eye(2))
+    embeddings = zero_shot.embed_classes(Model(), ["a", "b"], ["{}", "the {}"])
+    np.testing.assert_allclose(embeddings, np.eye(2))
     assert len(find_templates("clip_80")) == 80
     assert find_templates("a drawing of {}") == ("a drawing of {}",)
     for bad in ("simpel", "a photo"):

@@ -56,7 +56,7 @@ def run(*arguments):
     return door.main(["mlip", *map(str, arguments)])
 
 
-def written(source, out, form, *more):
+def exported(source, out, form, *more):
     assert run("export", f"--workdir={source}", f"--out={out}", f"--format={form}", *more) == 0
     return mlip_jax.load(out)
 
@@ -71,7 +71,7 @@ def assert_same(one, other, atol=1e-5):
 @pytest.mark.parametrize("form", ["mlip", "hf_clip"])
 def test_a_round_trip_changes_nothing(clip, tmp_path, form):
     before = mlip_jax.load(clip)
-    after = written(clip, tmp_path / form, form)
+    after = exported(clip, tmp_path / form, form)
     assert_same(before, after, atol=1e-6)
     assert after.preprocess == before.preprocess
     np.testing.assert_array_equal(after.tokenize(["a b"]), before.tokenize(["a b"]))
@@ -82,7 +82,7 @@ def test_a_round_trip_changes_nothing(clip, tmp_path, form):
 
 def test_open_clip_from_hugging_face_and_back(clip, tmp_path, capsys):
     before = mlip_jax.load(clip)
-    between = written(clip, tmp_path / "open_clip", "open_clip")
+    between = exported(clip, tmp_path / "open_clip", "open_clip")
     assert "one pixel beside" in capsys.readouterr().out
     config = json.loads((tmp_path / "open_clip/open_clip_config.json").read_text())
     assert config["model_cfg"]["text_cfg"]["pool_type"] == "argmax"
@@ -91,7 +91,7 @@ def test_open_clip_from_hugging_face_and_back(clip, tmp_path, capsys):
     np.testing.assert_allclose(
         between.encode_image_pixels(pixels), before.encode_image_pixels(pixels), atol=1e-6
     )
-    back = written(tmp_path / "open_clip", tmp_path / "back", "hf_clip")
+    back = exported(tmp_path / "open_clip", tmp_path / "back", "hf_clip")
     np.testing.assert_allclose(
         back.encode_image_pixels(pixels), before.encode_image_pixels(pixels), atol=1e-6
     )
@@ -107,7 +107,7 @@ def test_what_a_folder_lacks_stays_lacking(tmp_path, capsys):
     source = hugging_face_folder(tmp_path / "bare")
     expected = reference("hf_clip")
     for form in ("mlip", "hf_clip", "open_clip"):
-        model = written(source, tmp_path / form, form)
+        model = exported(source, tmp_path / form, form)
         texts = model.encode_token_ids(expected["token_ids"])
         np.testing.assert_allclose(texts, unit(expected["text_features"]), atol=2e-6)
         with pytest.raises(UserError, match="tokenizer"):
@@ -150,7 +150,7 @@ def by_own_folder(model, path):
 def test_a_clip_trained_here_goes_out(tmp_path, pre_norm, form, capsys):
     model = own_model(model__image__pre_norm=pre_norm, model__text__norm_epsilon=1e-4)
     source = by_own_folder(model, tmp_path / "own")
-    after = written(source, tmp_path / form, form)
+    after = exported(source, tmp_path / form, form)
     assert "lays such images on white" in capsys.readouterr().out
     texts = ["a photo of a cat", "it's 2 dogs!"]
     np.testing.assert_allclose(after.encode_text(texts), model.encode_text(texts), atol=1e-5)
@@ -199,7 +199,7 @@ def test_what_has_no_place_is_refused_with_the_reason(tmp_path, changes, form, r
 
 def test_a_run_is_exported_with_its_card(trained, tmp_path):
     before = mlip_jax.load(trained)
-    after = written(trained, tmp_path / "out", "mlip")
+    after = exported(trained, tmp_path / "out", "mlip")
     np.testing.assert_array_equal(after.encode_image(IMAGES), before.encode_image(IMAGES))
     np.testing.assert_array_equal(
         after.encode_text(["picture 1"]), before.encode_text(["picture 1"])
@@ -211,11 +211,11 @@ def test_a_run_is_exported_with_its_card(trained, tmp_path):
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
     # Exporting an exported model loses neither its figures nor whom to thank.
-    about = written(tmp_path / "out", tmp_path / "twice", "mlip").about
+    about = exported(tmp_path / "out", tmp_path / "twice", "mlip").about
     assert about == before.about
     assert "R@1" in (tmp_path / "twice/README.md").read_text()
     # With other settings, where they move no parameter.
-    plain = written(trained, tmp_path / "plain", "mlip", "--config.model.image.merging.rate=0.0")
+    plain = exported(trained, tmp_path / "plain", "mlip", "--config.model.image.merging.rate=0.0")
     assert plain.config.model.image.merging.rate == 0
     # An exported model is evaluated like any other.
     assert run("evaluate", f"--workdir={tmp_path / 'out'}") == 0
@@ -242,7 +242,7 @@ def test_no_folder_is_written_over_or_half_written(clip, tmp_path, capsys, monke
 
 def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
     out = tmp_path / "out"
-    written(clip, out, "mlip")
+    exported(clip, out, "mlip")
     config = json.loads((out / "mlip_config.json").read_text())
 
     def refused(values, message):
@@ -281,9 +281,9 @@ def test_a_program_that_errs_is_not_kept(clip):
         programs.check(model, "encode_image", lambda rows: np.zeros((len(rows), 20), np.float32))
 
     def one_wrong(rows):
-        found = np.array(model.programs()["encode_image"].function(rows))
-        found[:1] += 0.01 * (len(found) > 1)
-        return found
+        embeddings = np.array(model.programs()["encode_image"].function(rows))
+        embeddings[:1] += 0.01 * (len(embeddings) > 1)
+        return embeddings
 
     with pytest.raises(RunError, match="differ by 1.0e-02"):
         programs.check(model, "encode_image", one_wrong)
@@ -311,8 +311,8 @@ def test_onnx_runs_in_onnxruntime(clip, tmp_path, capsys):
     session = onnxruntime.InferenceSession(str(out / "encode_image.onnx"))
     model = mlip_jax.load(clip)
     pixels = np.stack([model.preprocess(image) for image in IMAGES])
-    (found,) = session.run(None, {session.get_inputs()[0].name: pixels})
-    np.testing.assert_allclose(found, model.encode_image(IMAGES), atol=1e-5)
+    (embeddings,) = session.run(None, {session.get_inputs()[0].name: pixels})
+    np.testing.assert_allclose(embeddings, model.encode_image(IMAGES), atol=1e-5)
 
 
 def test_foreign_folders_are_evaluated_and_merged(clip, pairs, tmp_path, monkeypatch, capsys):
@@ -347,31 +347,35 @@ def test_training_starts_from_a_folder(clip, pairs, tmp_path, capsys):
         "--config.evaluation.every_samples=0",
         "--config.mesh.data=1",
     ]
-    found = parse(arguments).config
-    image = found.model.image
+    run_config = parse(arguments).config
+    image = run_config.model.image
     assert (image.width, image.depth, image.frequency.depth) == (48, 4, 1)
     assert image.pre_norm and image.merging.proportional_attention
-    assert found.optimizer.learning_rate == pytest.approx(3e-4)
-    assert found.optimizer.max_scale == 100 and found.perspectives.spatial_tokens.weight == 1
-    tokenizer = load_tokenizer(found.model.text.tokenizer, vocab_size=300)
-    network = building.build(
-        found, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
+    assert run_config.optimizer.learning_rate == pytest.approx(3e-4)
+    assert (
+        run_config.optimizer.max_scale == 100 and run_config.perspectives.spatial_tokens.weight == 1
     )
-    wanted = jax.eval_shape(lambda: building.initialise(network, found, jax.random.key(0)))
-    taken = pretrained.read(found, wanted)
-    assert taken["params"]["image_encoder"]["position"].shape == (5, 5, 48)
-    lines = pretrained.summary(found, taken, wanted)
+    tokenizer = load_tokenizer(run_config.model.text.tokenizer, vocab_size=300)
+    network = building.build(
+        run_config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
+    )
+    shapes = jax.eval_shape(lambda: building.initialise(network, run_config, jax.random.key(0)))
+    variables = pretrained.read(run_config, shapes)
+    assert variables["params"]["image_encoder"]["position"].shape == (5, 5, 48)
+    lines = pretrained.summary(run_config, variables, shapes)
     assert "starts from" in lines[0] and "image_encoder/frequency_0" in lines[1]
     # Its Frequency Stage changes nothing yet: without merging it is the model it starts from.
-    found.model.image.merging.rate = 0.0
-    state = jax.jit(lambda taken: initial_state(network, make(found), found, taken))(taken)
-    found.evaluation.frequency_mix = 0.0
+    run_config.model.image.merging.rate = 0.0
+    state = jax.jit(
+        lambda variables: initial_state(network, make(run_config), run_config, variables)
+    )(variables)
+    run_config.evaluation.frequency_mix = 0.0
     prepared = Preprocessing(40, CLIP_MEAN, CLIP_STD, "drop_first", "bilinear", crop="floor")
-    begun = Model(found, {"params": state.params}, tokenizer, prepared)
+    begun = Model(run_config, {"params": state.params}, tokenizer, prepared)
     assert_same(begun, mlip_jax.load(clip, image_size=40, tokenizer=tokenizer))
-    found.model.image.heads = 6
+    run_config.model.image.heads = 6
     with pytest.raises(UserError, match=r"heads=6, but the model in .* has 3: set it so"):
-        pretrained.read(found, wanted)
+        pretrained.read(run_config, shapes)
 
 
 def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path, monkeypatch):

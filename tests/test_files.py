@@ -50,17 +50,17 @@ def test_texts_and_bytes_replace_a_file(tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
-    path, seen = tmp_path / "a", []
+    path, contents_at_sync = tmp_path / "a", []
     path.write_text("old")
     fsync = os.fsync
 
     def sync(descriptor):
-        seen.append((path.read_text(), os.pread(descriptor, 9, 0)))
+        contents_at_sync.append((path.read_text(), os.pread(descriptor, 9, 0)))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync)
     files.write_atomically(path, "new")
-    assert seen == [("old", b"new")] and path.read_text() == "new"
+    assert contents_at_sync == [("old", b"new")] and path.read_text() == "new"
 
 
 def test_a_failure_leaves_what_was_there_and_no_draft(tmp_path):
@@ -97,8 +97,8 @@ def test_drafts_of_killed_processes_are_known_and_removed(tmp_path):
         "    (made / 'weights').write_text('half')\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    kept = [".cache", ".lock", ".results.json.partial", "a.1", "a.json"]
-    for name in kept:
+    kept_names = [".cache", ".lock", ".results.json.partial", "a.1", "a.json"]
+    for name in kept_names:
         (tmp_path / name).write_text("kept")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
@@ -106,7 +106,7 @@ def test_drafts_of_killed_processes_are_known_and_removed(tmp_path):
     drafts = [f".a.json.{killed.pid}", f".model.{killed.pid}"]
     assert [path.name for path in sorted(filter(files.is_draft, tmp_path.iterdir()))] == drafts
     files.remove_drafts(tmp_path)
-    assert names(tmp_path) == kept and (tmp_path / "a.json").read_text() == "kept"
+    assert names(tmp_path) == kept_names and (tmp_path / "a.json").read_text() == "kept"
     files.remove_drafts(tmp_path / "nowhere")
 
 

@@ -141,14 +141,14 @@ def test_open_clips_siglip_is_timms(folders, tmp_path, monkeypatch, models_by_ki
     prepared = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash", "size": 16}
     config = {"model_cfg": model, "preprocess_cfg": prepared}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    found, expected = mlip_jax.load(folder), reference("siglip")
+    loaded, expected = mlip_jax.load(folder), reference("siglip")
     np.testing.assert_allclose(
-        found.encode_image_array(pixels("siglip")), unit(expected["image_features"]), atol=2e-6
+        loaded.encode_image_array(pixels("siglip")), unit(expected["image_features"]), atol=2e-6
     )
     np.testing.assert_allclose(
-        found.encode_token_ids(expected["token_ids"]), unit(expected["text_features"]), atol=2e-6
+        loaded.encode_token_ids(expected["token_ids"]), unit(expected["text_features"]), atol=2e-6
     )
-    assert found.preprocess == Preprocessing(16, (0.5,) * 3, (0.5,) * 3, resize="squash")
+    assert loaded.preprocess == Preprocessing(16, (0.5,) * 3, (0.5,) * 3, resize="squash")
 
 
 @pytest.mark.parametrize(
@@ -316,19 +316,19 @@ def test_the_highest_id_ends_a_text_in_old_files(tmp_path):
 
 
 def test_clips_two_files_are_its_tokenizer(tmp_path):
-    own = load_tokenizer("clip_8k")
-    inner = json.loads(own.to_json())["model"]
+    original = load_tokenizer("clip_8k")
+    inner = json.loads(original.to_json())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(inner["vocab"]))
     pairs = [" ".join(pair) for pair in inner["merges"]]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
-    found = folder_tokenizer(tmp_path)
+    loaded = folder_tokenizer(tmp_path)
     texts = ["A photo of  a cat's  paw, 2 of them!", "ÉCOLE", ""]
-    ours, theirs = own.encode(texts, 20), found.encode(texts, 20)
+    ours, theirs = original.encode(texts, 20), loaded.encode(texts, 20)
     for one, other in zip(ours, theirs, strict=True):
-        end = list(one).index(own.eot) + 1
+        end = list(one).index(original.eot) + 1
         np.testing.assert_array_equal(one[:end], other[:end])
-        assert set(other[end:]) <= {own.eot}  # Hugging Face pads CLIP's with the end
+        assert set(other[end:]) <= {original.eot}  # Hugging Face pads CLIP's with the end
 
 
 def test_siglips_texts_are_cleaned(tmp_path):
@@ -339,9 +339,9 @@ def test_siglips_texts_are_cleaned(tmp_path):
     encoder.save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    found = folder_tokenizer(tmp_path)
-    assert found.cleaning == "siglip" and found.sot == -1
-    assert found.encode(["A,  B!"], 4).tolist() == [[7, 9, 299, 299]]
+    tokenizer = folder_tokenizer(tmp_path)
+    assert tokenizer.cleaning == "siglip" and tokenizer.sot == -1
+    assert tokenizer.encode(["A,  B!"], 4).tolist() == [[7, 9, 299, 299]]
     canonical = folder_tokenizer(tmp_path, "canonicalize", 400)
     assert canonical.encode(["a_B &amp; "], 4).tolist() == [[7, 9, 299, 299]]
     assert canonical.vocab_size == 400
@@ -373,12 +373,12 @@ def test_tokens_are_merged_after_the_fact(folders, models_by_kind, kind):
     size = model.preprocess.image_size
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     if kind == "open_clip":
-        seen = model.inspect(images)
-        np.testing.assert_array_equal(seen["sizes"].sum(axis=1), [16, 16])
-        assert seen["sizes"].shape == (2, 8)
+        inspected = model.inspect(images)
+        np.testing.assert_array_equal(inspected["sizes"].sum(axis=1), [16, 16])
+        assert inspected["sizes"].shape == (2, 8)
     merged = model.encode_image_array(pixels(kind))
-    whole = models_by_kind[kind].encode_image_array(pixels(kind))
-    cosines = np.sum(merged * whole, axis=1)
+    unmerged = models_by_kind[kind].encode_image_array(pixels(kind))
+    cosines = np.sum(merged * unmerged, axis=1)
     assert (cosines < 0.999999).all() and (cosines > 0.3).all()
 
 
@@ -482,9 +482,9 @@ def test_threads_load_and_embed_at_once(folders):
     shared = mlip_jax.load(folders["open_clip"])
     results, errors = [], []
 
-    def work(own):
+    def work(own_model):
         try:
-            model = mlip_jax.load(folders["open_clip"]) if own else shared
+            model = mlip_jax.load(folders["open_clip"]) if own_model else shared
             for _ in range(3):
                 results.append(
                     (model.encode_image(images), model.encode_token_ids(expected["token_ids"]))

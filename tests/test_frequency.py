@@ -21,8 +21,8 @@ filter_grid = jax.jit(frequency.filter_grid, static_argnames="transform")
 def test_published_filter(transform):
     with np.load(DATA / "global_filter.npz") as file:
         x, kernel, expected = file["x"], file["filter"], file["y"]
-    found = filter_grid(x, kernel, transform=transform)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    filtered = filter_grid(x, kernel, transform=transform)
+    np.testing.assert_allclose(filtered, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -69,8 +69,8 @@ def test_it_is_a_circular_convolution(transform):
         for r in range(5)
         for c in range(6)
     )
-    found = filter_grid(x, kernel, transform=transform)[0, :, :, 0]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    filtered = filter_grid(x, kernel, transform=transform)[0, :, :, 0]
+    np.testing.assert_allclose(filtered, expected, atol=1e-4)
 
 
 def test_an_unknown_transform_is_refused():

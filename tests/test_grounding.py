@@ -31,8 +31,8 @@ class Finder:
         assert images.dtype == np.uint8 and images.shape == (len(texts), 32, 32, 3)
         self.calls.append(len(texts))
         channels = [COLORS[text.split()[1]] for text in texts]
-        found = [image[:, :, c] / 255 for image, c in zip(images, channels, strict=True)]
-        maps = np.array(found).reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
+        channel_planes = [image[:, :, c] / 255 for image, c in zip(images, channels, strict=True)]
+        maps = np.array(channel_planes).reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
         return self.change(maps.astype(np.float32))
 
 
@@ -173,8 +173,8 @@ def test_examples_run_from_the_best_to_the_worst(spec, tmp_path):
 
     sets = sets_of(Finder(spoil), spec)
     regions = grounding.open_set(spec, sets.config)
-    found = grounding.examples(Finder(spoil), regions, sets.config, 5)
-    overlaps = [example.iou for example in found]
+    examples = grounding.examples(Finder(spoil), regions, sets.config, 5)
+    overlaps = [example.iou for example in examples]
     everything = grounding.examples(Finder(spoil), regions, sets.config, 99)
     assert overlaps == sorted(overlaps, reverse=True) and len(everything) == 12
     assert overlaps[0] == everything[0].iou and overlaps[-1] == everything[-1].iou
@@ -187,16 +187,16 @@ def test_examples_run_from_the_best_to_the_worst(spec, tmp_path):
 def test_examples_are_drawn(spec, tmp_path):
     config = sets_of(None).config
     regions = grounding.open_set(spec, config)
-    found = grounding.examples(Finder(), regions, config, 8)
+    finder_examples = grounding.examples(Finder(), regions, config, 8)
     nothing = grounding.examples(Finder(np.zeros_like), regions, config, 1)
     with style():
-        for shown in (found, nothing):
-            figure = draw_grounding(shown)
+        for examples in (finder_examples, nothing):
+            figure = draw_grounding(examples)
             save(figure, tmp_path / "grounding.png")
             titles = [axes.get_title("left") for axes in figure.axes if axes.axison]
-            assert titles == [example.expression for example in shown]
-            told = [axes.get_xlabel() for axes in figure.axes if axes.axison]
-            assert told == [
-                f"{'hit' if example.hit else 'miss'}, IoU {example.iou:.2f}" for example in shown
+            assert titles == [example.expression for example in examples]
+            labels = [axes.get_xlabel() for axes in figure.axes if axes.axison]
+            assert labels == [
+                f"{'hit' if example.hit else 'miss'}, IoU {example.iou:.2f}" for example in examples
             ]
-    assert told == ["miss, IoU 0.00"]
+    assert labels == ["miss, IoU 0.00"]

@@ -60,9 +60,9 @@ def test_the_projection_block_equals_the_published_one(published, variables):
     )
     np.testing.assert_allclose(output, published["train_output"], rtol=1e-5, atol=1e-5)
     stats = updated["batch_stats"]["norm_hidden"]
-    for found, name in ((stats["mean"], "mean"), (stats["var"], "var")):
+    for statistic, name in ((stats["mean"], "mean"), (stats["var"], "var")):
         expected = published[f"feature_nonlinear_1_running_{name}_after"]
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(statistic, expected, rtol=1e-5, atol=1e-7, err_msg=name)
     evaluated = block.apply({"params": variables["params"]} | updated, x)
     expected = published["eval_output_after_one_train_step"]
     np.testing.assert_allclose(evaluated, expected, rtol=1e-5, atol=1e-5)
@@ -104,7 +104,7 @@ def test_the_prior_term_is_the_discriminators_cross_entropy():
     prior, features = rng.normal(size=(2, 7)).astype(np.float32)
     likely, unlikely = 1 / (1 + np.exp(-prior)), 1 / (1 + np.exp(features))
     expected = -np.log(likely).mean() - np.log(unlikely).mean()
-    found = prior_matching(jnp.asarray(prior), jnp.asarray(features))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    loss = prior_matching(jnp.asarray(prior), jnp.asarray(features))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
     logits, _ = PriorDiscriminator(FLOAT32).init_with_output(jax.random.key(0), jnp.ones((3, 5)))
     assert logits.shape == (3,)

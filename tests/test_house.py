@@ -50,8 +50,8 @@ def test_only_flags_that_xla_knows_are_set():
 
 
 def test_the_oldest_jax_that_installs_is_the_oldest_that_is_tested(monkeypatch):
-    told = packaging(monkeypatch)
-    required = next(line for line in told["install_requires"] if line.startswith("jax>"))
+    setup_options = packaging(monkeypatch)
+    required = next(line for line in setup_options["install_requires"] if line.startswith("jax>"))
     assert required == f"jax>={TESTED_JAX[0]}"
 
 
@@ -68,11 +68,11 @@ def test_readme_and_ci_give_the_same_commands():
 def packaging(monkeypatch, root=ROOT):
     """What setup.py tells setuptools."""
     setuptools = pytest.importorskip("setuptools")
-    told = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **options: told.update(options))
+    setup_options = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: setup_options.update(options))
     monkeypatch.chdir(root)
     runpy.run_path("setup.py")
-    return told
+    return setup_options
 
 
 def steps(workflow):
@@ -93,15 +93,15 @@ def test_workflows_may_only_read_and_end(workflow):
 
 
 def test_every_promised_python_is_tested(monkeypatch):
-    told = packaging(monkeypatch)
+    setup_options = packaging(monkeypatch)
     promised = [
         match[1]
-        for line in told["classifiers"]
+        for line in setup_options["classifiers"]
         if (match := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
     ]
     (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
     assert job["strategy"]["matrix"]["python"] == promised
-    assert told["python_requires"] == f">={promised[0]}"
+    assert setup_options["python_requires"] == f">={promised[0]}"
 
 
 def test_hooks_before_a_commit_use_the_tools_of_the_extra_test(monkeypatch):
@@ -146,12 +146,12 @@ def test_images_hold_what_they_start(dockerfile, monkeypatch, tmp_path):
     for name in allowed:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    told = packaging(monkeypatch, tmp_path)
-    assert set(told["packages"]) == set(packaging(monkeypatch)["packages"])
+    setup_options = packaging(monkeypatch, tmp_path)
+    assert set(setup_options["packages"]) == set(packaging(monkeypatch)["packages"])
     (extras,) = re.findall(r'--editable "\.\[([a-z,]+)\]"$', text, re.MULTILINE)
-    assert set(extras.split(",")) <= told["extras_require"].keys()
+    assert set(extras.split(",")) <= setup_options["extras_require"].keys()
     (command,) = json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[1])
-    points = dict(point.split(" = ") for point in told["entry_points"]["console_scripts"])
+    points = dict(point.split(" = ") for point in setup_options["entry_points"]["console_scripts"])
     assert callable(pkgutil.resolve_name(points[command]))
     assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
 
@@ -165,16 +165,16 @@ def test_pods_may_write_to_the_volumes_as_the_user_of_the_image(devices):
 
 
 def test_every_data_file_is_packaged(monkeypatch):
-    told = packaging(monkeypatch)
-    patterns = told["package_data"]
+    setup_options = packaging(monkeypatch)
+    patterns = setup_options["package_data"]
     for path in (ROOT / "mlip_jax").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             package = ".".join(path.parent.relative_to(ROOT).parts)
             assert any(fnmatch.fnmatch(path.name, p) for p in patterns.get(package, ())), path
     for path in (ROOT / "mlip_jax").rglob("*.py"):
-        assert ".".join(path.parent.relative_to(ROOT).parts) in told["packages"], path
-    for package, own in patterns.items():
-        for pattern in own:
+        assert ".".join(path.parent.relative_to(ROOT).parts) in setup_options["packages"], path
+    for package, package_patterns in patterns.items():
+        for pattern in package_patterns:
             assert list(ROOT.joinpath(*package.split(".")).glob(pattern)), (package, pattern)
 
 

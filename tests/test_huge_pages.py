@@ -12,13 +12,13 @@ from mlip_jax.devices import huge_pages
 @pytest.fixture
 def started(monkeypatch):
     """A machine where they help; what would be executed."""
-    found = []
-    monkeypatch.setattr(os, "execv", lambda program, words: found.append((program, words)))
+    executed = []
+    monkeypatch.setattr(os, "execv", lambda program, words: executed.append((program, words)))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36")
     monkeypatch.delenv(huge_pages.VARIABLE, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    return found
+    return executed
 
 
 def mode(monkeypatch, tmp_path, text):

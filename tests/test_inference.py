@@ -206,16 +206,16 @@ def test_evaluating_another_model_leaves_the_results_of_the_run(workdir):
 def test_evaluating_what_it_is_not_is_one_line(workdir, capfd):
     assert evaluate(workdir, "--config.model.image.merging.rate=0.94") == 2
     assert evaluate(workdir, "--config.model.image.width=32") == 2
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 2
-    assert "largest rate" in told[0] and "of another model" in told[1]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "largest rate" in lines[0] and "of another model" in lines[1]
 
 
 def test_results_are_named_by_what_changed():
     trained = schema.default()
-    asked = schema.from_json(schema.to_json(trained))
-    asked.evaluation.batch_size, asked.batch_size, asked.data.workers = 3, 4, 5
-    assert changes(trained, asked) == [] and results_name([]) == "results.json"
+    requested = schema.from_json(schema.to_json(trained))
+    requested.evaluation.batch_size, requested.batch_size, requested.data.workers = 3, 4, 5
+    assert changes(trained, requested) == [] and results_name([]) == "results.json"
     for key, value in (
         ("model.image.merging.rate", 0.5),
         ("data.train", "jsonl:a/b.jsonl"),
@@ -347,12 +347,12 @@ def views_of(model, pixels):
 
 def test_saliency_of_a_resnet_is_grad_cam_on_its_last_grid(kinds, pixels):
     model, texts = kinds["resnet"], [f"text {index}" for index in range(5)]
-    found = model.saliency(pixels, texts)
+    maps = model.saliency(pixels, texts)
     tokens = views_of(model, pixels).spatial_tokens
     for row, text in enumerate(model.encode_text(texts)):
         weights = head_gradient(model, "spatial_global", tokens[row], text).mean(0)
         expected = np.maximum(tokens[row] @ weights, 0).reshape(2, 2)
-        np.testing.assert_allclose(found[row], expected, atol=1e-6)
+        np.testing.assert_allclose(maps[row], expected, atol=1e-6)
 
 
 def test_saliency_of_the_frequency_view_is_grad_cam_on_its_tokens(pixels):
@@ -363,13 +363,13 @@ def test_saliency_of_the_frequency_view_is_grad_cam_on_its_tokens(pixels):
             "perspectives.frequency_global.weight": 1.0,
         }
     )
-    found = model.saliency(pixels, ["a dog"] * 5)
+    maps = model.saliency(pixels, ["a dog"] * 5)
     (text,) = model.encode_text(["a dog"])
     tokens = views_of(model, pixels).frequency_tokens
     for row in range(5):
         weights = head_gradient(model, "frequency_global", tokens[row], text).mean(0)
         expected = np.maximum(tokens[row] @ weights, 0).reshape(4, 4)
-        np.testing.assert_allclose(found[row], expected, atol=1e-6)
+        np.testing.assert_allclose(maps[row], expected, atol=1e-6)
 
 
 def test_patches_have_the_value_of_the_token_that_enters_the_last_block(pixels):

@@ -102,8 +102,8 @@ class Checkout:
         short = []
         for call in self.calls:
             if call[0] == "gcloud" and call[4] != "describe":
-                asked = next((arg for arg in call if arg.startswith("--command=")), call[4])
-                short.append(asked.partition("tpu_worker.sh ")[2].split(" ")[0] or call[4])
+                request = next((arg for arg in call if arg.startswith("--command=")), call[4])
+                short.append(request.partition("tpu_worker.sh ")[2].split(" ")[0] or call[4])
         return short
 
 
@@ -121,15 +121,15 @@ def cloud(checkout):
     return checkout
 
 
-def told(done):
+def commands(completed):
     """The commands that a dry run printed."""
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    assert completed.returncode == 0, completed.stderr
+    return [shlex.split(line) for line in completed.stdout.splitlines()]
 
 
-def one_line(done, code, *words):
-    assert done.returncode == code, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
+def one_line(completed, code, *words):
+    assert completed.returncode == code, completed.stdout + completed.stderr
+    (line,) = completed.stderr.splitlines()
     assert all(word in line for word in words), line
 
 
@@ -209,7 +209,7 @@ def test_a_wrong_setting_is_one_clear_line(checkout, command, settings, words):
 
 
 def test_tpu_tells_everything_in_order(checkout):
-    lines = told(checkout.run("launch/tpu.sh", "--dry-run", "all", *JOB, **TPU, SPOT="true"))
+    lines = commands(checkout.run("launch/tpu.sh", "--dry-run", "all", *JOB, **TPU, SPOT="true"))
     place = ["--project=project", "--zone=us-west4-a"]
     create = next(line for line in lines if "create" in line)
     assert create == [
@@ -234,7 +234,7 @@ def test_tpu_tells_everything_in_order(checkout):
         *("ssh", "describe", "describe", "ssh", "ssh"),
         *("mkdir", "ssh"),
     ]
-    on_demand = told(checkout.run("launch/tpu.sh", "--dry-run", "create", **TPU))
+    on_demand = commands(checkout.run("launch/tpu.sh", "--dry-run", "create", **TPU))
     assert on_demand[1] == create[:-1]
 
 
@@ -442,11 +442,11 @@ def test_slurm_requeues_after_75_and_only_then(checkout, code, count, requeued):
     restarts = {"SLURM_RESTART_COUNT": count} if count else {}
     done = checkout.run("bash", "-c", script, SLURM_JOB_ID="7", **restarts)
     assert done.returncode == code
-    srun, *rest = checkout.calls
+    srun, *other_calls = checkout.calls
     assert srun[-len(JOB) - 3 :] == [".venv/bin/python", "-m", "mlip_jax.main", *JOB]
     # Without these a process that ends first would take down those that still save.
     assert {"--kill-on-bad-exit=0", "--wait=600", "--gpu-bind=none"} <= set(srun)
-    assert rest == ([["scontrol", "requeue", "7"]] if requeued else [])
+    assert other_calls == ([["scontrol", "requeue", "7"]] if requeued else [])
 
 
 def manifests(checkout, **settings):
@@ -498,11 +498,11 @@ def test_jobset_starts_again_after_75_and_lost_pods_only(checkout, devices):
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     job = spec["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
-    lost, own = job["podFailurePolicy"]["rules"]
+    lost, exited = job["podFailurePolicy"]["rules"]
     assert lost == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget"}]}
     (container,) = pod["containers"]
-    assert own["action"] == "FailJob"
-    assert own["onExitCodes"] == {
+    assert exited["action"] == "FailJob"
+    assert exited["onExitCodes"] == {
         "containerName": container["name"],
         "operator": "NotIn",
         "values": [75],

@@ -72,10 +72,10 @@ def workdir(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def one_line(told):
+def one_line(output):
     """The error that a failed command ends with; before it stands only the run's own summary."""
-    assert told.count("error:") == 1 and "Traceback" not in told, told
-    return told[told.index("error:") :].rstrip("\n")
+    assert output.count("error:") == 1 and "Traceback" not in output, output
+    return output[output.index("error:") :].rstrip("\n")
 
 
 def assert_same_state(one, other):
@@ -133,8 +133,8 @@ def test_a_finished_run_says_so_and_is_evaluated(train, workdir, trained, monkey
     (workdir / "report.html").unlink()
     monkeypatch.setattr(start, "compile_step", None)  # there is nothing to compile
     monkeypatch.setattr(evaluation, "write_report", REPORT)
-    code, told = train()
-    assert code == 0 and f"{workdir} holds this run: it is finished" in told
+    code, output = train()
+    assert code == 0 and f"{workdir} holds this run: it is finished" in output
     assert (workdir / "results.json").read_text() == before
     assert (workdir / "report.html").exists() and metrics(workdir) == metrics(trained)
 
@@ -182,19 +182,19 @@ def test_another_seed_is_another_start(train, tmp_path, monkeypatch):
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(train, tiny, trained, tmp_path):
     run = tmp_path / "run"
     command = ["-m", "mlip_jax.main", f"--config={tiny}", f"--workdir={run}"]
-    with (tmp_path / "told").open("w") as told:
+    with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=with_devices(1), stderr=told
+            [sys.executable, *command], cwd=ROOT, env=with_devices(1), stderr=log
         )
     while not (run / "checkpoints" / "2").is_dir():
-        assert process.poll() is None, (tmp_path / "told").read_text()
+        assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    (left,) = steps_of(run)[-1:]
-    assert left < 8
-    code, told = train()
-    assert code == 0 and f"going on from step {left}" in told, told
+    (last_step,) = steps_of(run)[-1:]
+    assert last_step < 8
+    code, output = train()
+    assert code == 0 and f"going on from step {last_step}" in output, output
     assert_same_state(trained, run)
     assert metrics(trained) == metrics(run)
 
@@ -211,10 +211,10 @@ def test_killed_at_10_random_moments_it_ends_with_the_same_bits(train, tiny, tmp
     command += [f"--config.{key}={value}" for key, value in flags.items()]
     while kills < 10:
         before = steps_of(run)[-1:] if run.exists() else []
-        with (tmp_path / "told").open("w") as told:
-            process = subprocess.Popen(command, cwd=ROOT, env=with_devices(1), stderr=told)
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=with_devices(1), stderr=log)
         while not (run / "checkpoints").is_dir() or steps_of(run)[-1:] == before:
-            assert process.poll() is None, (tmp_path / "told").read_text()
+            assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
@@ -222,8 +222,8 @@ def test_killed_at_10_random_moments_it_ends_with_the_same_bits(train, tiny, tmp
         kills += 1
         drafts = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdigit()]
         unfinished += bool(drafts)
-    code, told = train(**flags)
-    assert code == 0 and "damaged" not in told, told
+    code, output = train(**flags)
+    assert code == 0 and "damaged" not in output, output
     assert unfinished > 0, "no kill hit a save"
     assert_same_state(other, run)
     assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(other)]
@@ -243,8 +243,8 @@ def stopped(tiny, on_one_device, tmp_path_factory):
 
 def test_stopped_by_a_signal_it_goes_on_to_the_same_bits(train, stopped, trained, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
-    code, told = train()
-    assert code == 0 and "going on from step 3" in told
+    code, output = train()
+    assert code == 0 and "going on from step 3" in output
     assert_same_state(trained, tmp_path / "run")
     # One line more than the uninterrupted run: that of the step it stopped at.
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 3, 4, 4, 6, 8, 8]
@@ -254,15 +254,15 @@ def test_it_goes_on_under_another_version_and_says_so(train, stopped, monkeypatc
     shutil.copytree(stopped, tmp_path / "run")
     now = versions.installed()
     monkeypatch.setattr(versions, "installed", lambda: now | {"jax": "99.1"})
-    code, told = train()
-    assert code == 0 and f"saved with other versions (jax {now['jax']} -> 99.1)" in told
+    code, output = train()
+    assert code == 0 and f"saved with other versions (jax {now['jax']} -> 99.1)" in output
 
 
 def test_it_goes_on_on_another_mesh(train, stopped, trained, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
-    code, told = train(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
-    assert code == 0 and "going on from step 3" in told
-    assert "as data 2, fsdp 2, tensor 2" in told and re.search(r"qkv.*fsdp, tensor", told)
+    code, output = train(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    assert code == 0 and "going on from step 3" in output
+    assert "as data 2, fsdp 2, tensor 2" in output and re.search(r"qkv.*fsdp, tensor", output)
     one, other = (restore_fields(folder)[0]["params"] for folder in (trained, run))
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)
@@ -276,8 +276,8 @@ def test_a_signal_during_an_evaluation_saves_without_its_figures(
 ):
     run = shutil.copytree(stopped, tmp_path / "run")
     interrupt(monkeypatch, evaluation, "evaluate")
-    code, told = train()
-    assert code == 75 and "everything is saved at step 4" in told
+    code, output = train()
+    assert code == 75 and "everything is saved at step 4" in output
     assert steps_of(run)[-1] == 4
     assert not any(key.startswith("retrieval/") for line in metrics(run) for key in line)
 
@@ -285,8 +285,8 @@ def test_a_signal_during_an_evaluation_saves_without_its_figures(
 def test_a_signal_during_the_last_evaluation_asks_to_be_started_again(train, workdir, monkeypatch):
     before = (workdir / "results.json").stat().st_mtime_ns
     interrupt(monkeypatch, evaluation, "evaluate")
-    code, told = train()
-    assert code == 75 and "everything is saved at step 8" in told
+    code, output = train()
+    assert code == 75 and "everything is saved at step 8" in output
     assert (workdir / "results.json").stat().st_mtime_ns == before
 
 
@@ -339,8 +339,8 @@ sys.exit(main.main(["mlip", "--config={tiny}", "--workdir={tmp_path / "run"}"]))
     assert process.stdout.readline() == "compiling\n", process.communicate()[1]
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75
-    told = process.communicate()[1]
-    assert "SIGTERM: stopping; no step was done since the start" in told
+    output = process.communicate()[1]
+    assert "SIGTERM: stopping; no step was done since the start" in output
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_terms(
@@ -363,9 +363,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_terms(
 
     monkeypatch.setattr(start, "compile_step", compile_step)
     monkeypatch.setattr(loop.summary, "print_compiled", lambda *_: None)
-    code, told = train()
+    code, output = train()
     assert code == 1
-    error = one_line(told)
+    error = one_line(output)
     assert error.startswith("error: step 5: the loss of ") and " is nan; stopped" in error
     assert "spatial_global" in error and "frequency_tokens" in error
     fields, extras = restore_fields(run, ("params", "ema"))
@@ -389,18 +389,18 @@ def torn(pairs, tmp_path):
 def test_unreadable_pictures_are_left_out_and_counted(train, torn, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "finish", lambda *_: (0, {}))
     overrides = {"data.train": f"jsonl:{torn}", "data.validation": ""}
-    code, told = train(**overrides, **{"data.max_skipped_share": 0.1})
+    code, output = train(**overrides, **{"data.max_skipped_share": 0.1})
     assert code == 0
-    assert re.search(r"2 of 32 images \(6\.25%\) cannot be read: .*torn\.png, .*gone\.png", told)
-    code, told = train(**overrides, **{"data.max_skipped_share": 0.01}, workdir=tmp_path / "b")
+    assert re.search(r"2 of 32 images \(6\.25%\) cannot be read: .*torn\.png, .*gone\.png", output)
+    code, output = train(**overrides, **{"data.max_skipped_share": 0.01}, workdir=tmp_path / "b")
     assert code == 2
-    assert "cannot be read" in one_line(told) and "max_skipped_share=0.01" in one_line(told)
+    assert "cannot be read" in one_line(output) and "max_skipped_share=0.01" in one_line(output)
 
 
 def test_a_run_without_validation(train, tmp_path, capfd):
     run = tmp_path / "run"
-    code, told = train(**{"data.validation": "", "checkpoint.every_samples": 0})
-    assert code == 0 and "no figures" not in told
+    code, output = train(**{"data.validation": "", "checkpoint.every_samples": 0})
+    assert code == 0 and "no figures" not in output
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8]
     assert json.loads((run / "results.json").read_text()) == {"step": 8}
     assert door.main(["mlip", "report", f"--workdir={run}"]) == 0
@@ -412,9 +412,9 @@ def test_a_run_without_validation(train, tmp_path, capfd):
 
 def test_a_name_for_the_best_that_is_no_figure_costs_no_steps(train, stopped, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
-    code, told = train(**{"checkpoint.best": "retrieval/pairs/text_to_image_recal@1"})
+    code, output = train(**{"checkpoint.best": "retrieval/pairs/text_to_image_recal@1"})
     assert code == 2
-    assert "did you mean 'retrieval/pairs/text_to_image_recall@1'" in one_line(told)
+    assert "did you mean 'retrieval/pairs/text_to_image_recall@1'" in one_line(output)
     assert steps_of(run)[-1] == 4
 
 
@@ -436,11 +436,11 @@ def test_a_disk_that_takes_no_more_is_one_line(train, stopped, tmp_path, monkeyp
     monkeypatch.setattr(loop, "run_steps", limited)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: loop.Results())
     try:
-        code, told = train()
+        code, output = train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert code == 1
-    error = one_line(told)
+    error = one_line(output)
     assert "\n" not in error
     assert re.match("error: cannot write the checkpoint of step 4 to .*: File too large", error)
     assert steps_of(run)[-1] == 3
@@ -473,9 +473,9 @@ REFUSED = [
 def test_what_cannot_be_is_refused_at_once_and_leaves_no_workdir(
     train, tmp_path, overrides, message
 ):
-    code, told = train(**overrides)
+    code, output = train(**overrides)
     assert code == 2
-    assert re.search(message, one_line(told)), told
+    assert re.search(message, one_line(output)), output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     if "checkpoint.keep_last" not in overrides:
         assert not (tmp_path / "run").exists()
@@ -492,12 +492,12 @@ LINES = [
 def test_a_list_of_pairs_that_cannot_be_used_is_named(train, tmp_path, text, message):
     path = tmp_path / "lines.jsonl"
     path.write_text(text)
-    code, told = train(**{"data.train": f"jsonl:{path}"})
-    assert code == 2 and re.search(message, one_line(told)), told
+    code, output = train(**{"data.train": f"jsonl:{path}"})
+    assert code == 2 and re.search(message, one_line(output)), output
 
 
 def test_the_workdir_of_another_run_is_refused(train, workdir):
-    code, told = train(seed=5)
+    code, output = train(seed=5)
     assert code == 2
-    assert f"{workdir} holds a run of another config (seed: 0 -> 5)" in one_line(told)
+    assert f"{workdir} holds a run of another config (seed: 0 -> 5)" in one_line(output)
     assert steps_of(workdir)[-1] == 8

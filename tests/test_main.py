@@ -38,11 +38,11 @@ def get_config(arg=None):
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
     """Stands in for the rooms; runs in an empty folder with a config file."""
-    found = []
+    recorded = []
 
     def verb(name, code=0):
         def act(config, workdir):
-            found.append((name, config, workdir))
+            recorded.append((name, config, workdir))
             return code
 
         return act
@@ -58,7 +58,7 @@ def calls(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, room)
     monkeypatch.chdir(tmp_path)
     Path("tried.py").write_text(CONFIG)
-    return found
+    return recorded
 
 
 def main(*arguments):
@@ -301,14 +301,14 @@ def test_the_page_of_a_subcommand_names_its_flags_and_no_others(calls, capsys, n
     text = page(capsys, name, "--help")
     assert flags_of(text) == [flag.name for flag in flags.FLAGS if name in flag.uses]
     assert ("--config.KEY=VALUE" in text) == (name != "prepare")
-    told = " ".join(text.split())
+    unwrapped = " ".join(text.split())
     for flag in flags.FLAGS:
         if name in flag.uses:
-            assert " ".join(flag.uses[name].help.split()) in told
-            assert all(choice in told for choice in flag.uses[name].kind.choices)
-            assert flag.variable in told
-    for asked in ([name, "-h"], ["help", name], ["--help", name], [name, "--seed=1", "--help"]):
-        assert page(capsys, *asked) == text
+            assert " ".join(flag.uses[name].help.split()) in unwrapped
+            assert all(choice in unwrapped for choice in flag.uses[name].kind.choices)
+            assert flag.variable in unwrapped
+    for arguments in ([name, "-h"], ["help", name], ["--help", name], [name, "--seed=1", "--help"]):
+        assert page(capsys, *arguments) == text
     assert not calls
 
 
@@ -321,10 +321,10 @@ def test_usage_and_examples_use_flags_that_there_are(name):
         program, used, *words = shlex.split(example.replace("\\\n", ""))
         assert program == "mlip"
         values = flags.define()
-        rest = values(["mlip", *flags.complete(words)], known_only=True)[1:]
+        unparsed = values(["mlip", *flags.complete(words)], known_only=True)[1:]
         assert flags.options(used, values)
-        known = {f"--config.{key}" for key in schema.flatten(schema.default().to_dict())}
-        assert {word.partition("=")[0] for word in rest} <= known
+        config_flags = {f"--config.{key}" for key in schema.flatten(schema.default().to_dict())}
+        assert {word.partition("=")[0] for word in unparsed} <= config_flags
 
 
 def parameters(name):
@@ -338,16 +338,18 @@ def parameters(name):
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_flag_is_a_parameter_of_the_subcommand_and_the_other_way_round(name):
-    taken = {flag.keyword: flag for flag in flags.FLAGS if name in flag.uses}
+    subcommand_flags = {flag.keyword: flag for flag in flags.FLAGS if name in flag.uses}
     for keyword in ("config", "workdir", "import", "help", "version"):
-        taken.pop(keyword, None)
-    read = {keyword: flag for keyword, flag in taken.items() if not flag.variable}
-    wanted = parameters(name)
+        subcommand_flags.pop(keyword, None)
+    keyword_flags = {
+        keyword: flag for keyword, flag in subcommand_flags.items() if not flag.variable
+    }
+    expected = parameters(name)
     if name == "benchmark":
-        wanted.pop("title")  # the command line's, from the config's name
-    assert set(read) == set(wanted)
-    for keyword, flag in read.items():
-        use, default = flag.uses[name], wanted[keyword].default
+        expected.pop("title")  # the command line's, from the config's name
+    assert set(keyword_flags) == set(expected)
+    for keyword, flag in keyword_flags.items():
+        use, default = flag.uses[name], expected[keyword].default
         assert bool(use.missing) == (default is inspect.Parameter.empty)
         if use.default is not None:
             assert use.default == default

@@ -89,8 +89,10 @@ def test_guided_choice_equals_the_definition(arrays, r):
         strength = {s: similarity[s, best[s]] - 0.1 * guidance[s] for s in sources}
         merged = sorted(sources, key=lambda s: -strength[s])[:r]
         # The order is kept: the class token, then the patches that stay.
-        kept = [n for n in range(PATCHES) if n not in merged]
-        expected = [0] + [1 + kept.index(best[n] if n in merged else n) for n in range(PATCHES)]
+        kept_patches = [n for n in range(PATCHES) if n not in merged]
+        expected = [0] + [
+            1 + kept_patches.index(best[n] if n in merged else n) for n in range(PATCHES)
+        ]
         np.testing.assert_array_equal(plan.slot[index], expected)
 
 
@@ -165,8 +167,8 @@ def test_what_every_merge_keeps(arrays, guidance, dtype):
         np.testing.assert_array_equal(origin.sum(axis=2), size)
         # The size-weighted mean of all tokens, and of each token's patches.
         merged = np.asarray(merged, np.float32)
-        found = np.einsum("bs,bsd->bd", size, merged) / (1 + PATCHES)
-        np.testing.assert_allclose(found, mean, atol=room)
+        weighted_mean = np.einsum("bs,bsd->bd", size, merged) / (1 + PATCHES)
+        np.testing.assert_allclose(weighted_mean, mean, atol=room)
         patches = np.einsum("bsn,bnd->bsd", origin, np.asarray(tokens, np.float32))
         np.testing.assert_allclose(merged, patches / np.asarray(size)[..., None], atol=2 * room)
 

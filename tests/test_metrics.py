@@ -33,14 +33,14 @@ def lines(folder):
 
 def events(folder):
     """Reads TensorBoard's files: length, its checksum, an event, its checksum."""
-    found = []
+    loaded = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             size = int(np.frombuffer(data[:8], np.uint64)[0])
-            found.append(Event.FromString(data[12 : 12 + size]))
+            loaded.append(Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
-    return found
+    return loaded
 
 
 def test_a_line_names_step_samples_time_and_scalars(tmp_path):

@@ -1,4 +1,4 @@
-"""Several sets by weights: whose turn it is, at every step and after every resume."""
+"""Several datasets by weights: whose turn it is, at every step and after every resume."""
 
 import itertools
 import json
@@ -63,18 +63,18 @@ def test_each_set_has_its_share_of_every_stretch(sets):
 
 def test_each_set_is_seen_once_in_each_of_its_epochs_and_shuffled_anew(sets):
     names = drawn(mix((sets[0], 0.5), (sets[2], 0.5)), 28)
-    own = [name for name in names if set_of(name) == "a"]
-    epochs = [own[:7], own[7:]]
+    names_of_a = [name for name in names if set_of(name) == "a"]
+    epochs = [names_of_a[:7], names_of_a[7:]]
     assert all(len(set(epoch)) == 7 for epoch in epochs) and epochs[0] != epochs[1]
     others = [name.replace("c", "a") for name in names if set_of(name) == "c"]
-    assert own != others  # though both have 7 images
+    assert names_of_a != others  # though both have 7 images
 
 
 def test_the_order_is_a_function_of_seed_and_position(sets):
     spec = mix((sets[0], 3), (sets[1], 1))
-    whole = drawn(spec, 60)
-    assert drawn(spec, 20, start=40) == whole[40:]
-    assert drawn(spec, 60, seed=1) != whole
+    all_names = drawn(spec, 60)
+    assert drawn(spec, 20, start=40) == all_names[40:]
+    assert drawn(spec, 60, seed=1) != all_names
 
 
 def test_one_set_is_that_set(sets):
@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_stream(sets):
         expected = {f"samples/{name}": counts[i] for i, name in enumerate(("a", "bb", "a#2"))}
         assert samples_by_set(source, position) == expected
         index = positions[position]
-        counts[next(i for i, own in enumerate(source.sets()) if index in own)] += 1
+        counts[next(i for i, indices in enumerate(source.sets()) if index in indices)] += 1
     assert samples_by_set(open_source(sets[0], "train"), 10) == {}
     assert samples_by_set(source, 10**15)["samples/bb"] == 2 * 10**14
 
@@ -105,9 +105,9 @@ def test_weights_without_a_common_measure_are_rounded(sets):
 
 def batches(config, source, count, **options):
     stream = train_batches(config, source, load_tokenizer("clip"), **options)
-    taken = [{k: np.array(v) for k, v in b.items()} for b in itertools.islice(stream, count)]
+    copies = [{k: np.array(v) for k, v in b.items()} for b in itertools.islice(stream, count)]
     stream.close()
-    return taken
+    return copies
 
 
 def test_batches_resume_at_a_step_and_split_by_rows(sets):
@@ -115,16 +115,16 @@ def test_batches_resume_at_a_step_and_split_by_rows(sets):
     config.batch_size, config.data.workers = 6, 0
     config.model.image.image_size, config.model.text.context_length = 16, 12
     source = open_source(mix((sets[0], 2), (sets[1], 1)), "train")
-    whole = batches(config, source, 4, start_step=0)
+    all_batches = batches(config, source, 4, start_step=0)
     half = batches(config, source, 4, start_step=0, rows=[1, 3, 5])
     config.data.workers = 2
     later = batches(config, source, 2, start_step=2)
-    for key in whole[0]:
-        for one, other in zip(whole[2:], later, strict=True):
+    for key in all_batches[0]:
+        for one, other in zip(all_batches[2:], later, strict=True):
             np.testing.assert_array_equal(one[key], other[key])
-        for one, other in zip(whole, half, strict=True):
+        for one, other in zip(all_batches, half, strict=True):
             np.testing.assert_array_equal(one[key][[1, 3, 5]], other[key])
-    skipped = {int(i) for batch in whole for i in batch["skipped"] if i >= 0}
+    skipped = {int(i) for batch in all_batches for i in batch["skipped"] if i >= 0}
     assert skipped == {9}  # bb2.png, by its index in both sets
 
 
@@ -134,9 +134,9 @@ def test_another_image_of_the_same_set_stands_for_one_that_cannot_be_read(sets):
     source = open_source(mix((sets[1], 1), (sets[0], 1)), "train")
     batch = batches(config, source, 1, start_step=0)[0]
     tokenizer = load_tokenizer("clip")
-    own = {tuple(row) for row in tokenizer.encode([f"bb {i}" for i in range(3)], 77)}
+    encoded_captions = {tuple(row) for row in tokenizer.encode([f"bb {i}" for i in range(3)], 77)}
     rows = batch["token_ids"][batch["skipped"] >= 0]
-    assert len(rows) and all(tuple(row) in own for row in rows)
+    assert len(rows) and all(tuple(row) in encoded_captions for row in rows)
 
 
 def test_what_a_mixture_says_of_itself(sets, tmp_path):

@@ -62,15 +62,15 @@ def theirs(rate):
 def test_steps_and_state_are_those_of_optax():
     params = arrays()
     gradients = [arrays() for _ in range(4)]
-    found = []
+    results = []
     for make in (ours, theirs):
         optimizer = make(optax.linear_schedule(0.1, 0.0, 10))
         state, moved = optimizer.init(params), params
         for gradient in gradients:
             updates, state = jax.jit(optimizer.update)(gradient, state, moved)
             moved = optax.apply_updates(moved, updates)
-        found.append((moved, state))
-    (moved, state), (expected, expected_state) = found
+        results.append((moved, state))
+    (moved, state), (expected, expected_state) = results
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
     for one, other in ((moved, expected), (state, expected_state)):
         jax.tree.map(
@@ -80,8 +80,8 @@ def test_steps_and_state_are_those_of_optax():
 
 def test_singular_values_end_near_one():
     matrix = jnp.asarray(RNG.normal(size=(16, 40)), jnp.float32)
-    found = orthogonalize(matrix, jnp.asarray([3.4445, -4.7750, 2.0315]), 1e-8)
-    values = np.linalg.svd(np.asarray(found), compute_uv=False)
+    orthogonal = orthogonalize(matrix, jnp.asarray([3.4445, -4.7750, 2.0315]), 1e-8)
+    values = np.linalg.svd(np.asarray(orthogonal), compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
     tall = orthogonalize(matrix.T, jnp.asarray([3.4445, -4.7750, 2.0315]), 1e-8)
-    np.testing.assert_allclose(tall.T, found, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tall.T, orthogonal, rtol=1e-5, atol=1e-5)

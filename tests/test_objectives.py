@@ -101,8 +101,8 @@ def test_jsd_with_every_shift_weighs_negatives_as_the_mean_over_all_of_them():
     image, text = unit(rng, 5, 8), unit(rng, 5, 8)
     scores = 5.0 * np.asarray(image) @ np.asarray(text).T
     positive = np.logaddexp(0, -np.diag(scores)).mean()
-    rest = objectives.sigmoid_contrastive(image, text, 5.0, 0.0) - positive
-    expected = positive + rest / 4
+    negatives = objectives.sigmoid_contrastive(image, text, 5.0, 0.0) - positive
+    expected = positive + negatives / 4
     np.testing.assert_allclose(objectives.jsd(image, text, 5.0, shifts=4), expected, rtol=1e-5)
 
 
@@ -123,8 +123,8 @@ def test_published_tokenwise_similarity():
         mask = jnp.asarray(file["text_mask"])
         expected = file["image_to_text"], file["text_to_image"]
     weights = jnp.full(image.shape[:2], 1 / image.shape[1])
-    found = objectives.tokenwise_similarity(image, text, weights, mask)
-    for one, other in zip(found, expected, strict=True):
+    similarities = objectives.tokenwise_similarity(image, text, weights, mask)
+    for one, other in zip(similarities, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -147,8 +147,8 @@ def similarity_by_hand(image_tokens, text_tokens, image_weights, text_mask):
 
 
 def test_merged_tokens_weigh_what_they_stand_for(tokens):
-    found = similarity(**tokens)
-    for one, other in zip(found, similarity_by_hand(**tokens), strict=True):
+    similarities = similarity(**tokens)
+    for one, other in zip(similarities, similarity_by_hand(**tokens), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -177,11 +177,11 @@ def token_loss(loss, tokens, chunk):
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_the_chunk_moves_neither_value_nor_gradient(tokens, loss):
-    whole = token_loss(loss, tokens, chunk=64)
+    unchunked = token_loss(loss, tokens, chunk=64)
     for chunk in (1, 4):  # 4 does not divide 11
-        found = token_loss(loss, tokens, chunk)
+        chunked = token_loss(loss, tokens, chunk)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, whole
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), chunked, unchunked
         )
 
 
@@ -240,10 +240,10 @@ def temporary_bytes(loss, batch, tokens, words, chunk):
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_scores_of_all_token_pairs_never_exist_whole(loss):
     batch, tokens, words = 128, 49, 32
-    whole = batch * batch * tokens * words * 4
-    assert temporary_bytes(loss, batch, tokens, words, chunk=2) < whole / 8
+    all_scores_bytes = batch * batch * tokens * words * 4
+    assert temporary_bytes(loss, batch, tokens, words, chunk=2) < all_scores_bytes / 8
     if loss == "softmax":  # the measure sees it where it does exist
-        assert temporary_bytes(loss, batch, tokens, words, chunk=batch) > whole
+        assert temporary_bytes(loss, batch, tokens, words, chunk=batch) > all_scores_bytes
 
 
 def test_jsd_scores_few_pairs():
@@ -299,14 +299,14 @@ def test_a_weight_warms_up(embeddings):
     term = perspectives.Term("spatial_global", "softmax", 2.0, 1, 100)
     scales = {"spatial_global": jnp.float32(3.0)}
     total_loss = jax.jit(perspectives.total_loss, static_argnums=0, static_argnames="chunk")
-    for seen, weight in [(0, 0), (50, 1), (100, 2), (1000, 2)]:
-        total, losses = total_loss((term,), embeddings, scales, {}, jnp.float32(seen), chunk=4)
+    for samples, weight in [(0, 0), (50, 1), (100, 2), (1000, 2)]:
+        total, losses = total_loss((term,), embeddings, scales, {}, jnp.float32(samples), chunk=4)
         np.testing.assert_allclose(total, weight * losses["spatial_global"], rtol=1e-6)
 
 
 def test_frequency_tokens_weigh_the_same(embeddings):
     term = perspectives.Term("frequency_tokens", "softmax", 1.0, 1, 0)
-    found = perspectives.term_loss(term, embeddings, jnp.float32(3.0), 0.0, chunk=4)
+    loss = perspectives.term_loss(term, embeddings, jnp.float32(3.0), 0.0, chunk=4)
     expected = token_level_loss(
         "softmax",
         embeddings["frequency_tokens"],
@@ -315,4 +315,4 @@ def test_frequency_tokens_weigh_the_same(embeddings):
         embeddings["text_mask"],
         3.0,
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)

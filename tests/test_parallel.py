@@ -127,14 +127,14 @@ def test_a_device_of_8_holds_an_eighth_of_the_big_kernels(small):
         lambda: initial_state(model, optimizer, config),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
     )()
-    held = whole = 0
+    device_elements = all_elements = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = parallel.path_name(path)
         device = leaf.addressable_shards[0].data.size
         if name.endswith(("kernel", "embedding", "filter")):
             assert device * 8 == leaf.size, name
-        held, whole = held + device, whole + leaf.size
-    assert held < whole / 5  # the rest is small: biases, norms, positions
+        device_elements, all_elements = device_elements + device, all_elements + leaf.size
+    assert device_elements < all_elements / 5  # the rest is small: biases, norms, positions
     # The optimizer's copies lie where their parameters lie.
     for moment in (state.optimizer[0].mu, state.optimizer[0].nu):
         places = jax.tree.map(lambda leaf: leaf.sharding, moment)
@@ -150,10 +150,10 @@ def test_a_device_of_8_holds_an_eighth_of_a_base_model(name, shape):
     model = building.build(config, vocab_size=49408, start_id=49406, end_id=49407)
     mesh = parallel.make_mesh(axes(*shape), BATCH)
     leaves = jax.tree.leaves(abstract_state(model, optimizers.make(config), config, mesh))
-    whole = sum(leaf.size for leaf in leaves)
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-    assert whole > 4 * 130e6
-    assert held < 1.03 * whole / 8
+    all_elements = sum(leaf.size for leaf in leaves)
+    device_elements = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert all_elements > 4 * 130e6
+    assert device_elements < 1.03 * all_elements / 8
 
 
 def test_a_rule_of_the_config_comes_first(small):
@@ -261,18 +261,18 @@ def test_a_sharded_loss_is_the_loss_of_one_device(data, fsdp):
     )
     rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
     place = functools.partial(jax.tree.map, lambda x: jax.device_put(x, everywhere))
-    found = jax.jit(functools.partial(value_and_gradients, mesh=mesh))(
+    actual = jax.jit(functools.partial(value_and_gradients, mesh=mesh))(
         jax.device_put(embeddings, rows), place(scales), place(biases)
     )
-    learned = found["softmax"][1][0]
+    learned = actual["softmax"][1][0]
     assert learned["spatial_tokens"].sharding.is_equivalent_to(rows, 3)
-    found = jax.device_get(found)
+    actual = jax.device_get(actual)
     for name in LOSSES:
         jax.tree.map(
             lambda a, b, name=name: np.testing.assert_allclose(
                 a, b, rtol=1e-4, atol=1e-6, err_msg=name
             ),
-            found[name],
+            actual[name],
             expected[name],
         )
 
@@ -316,9 +316,9 @@ def test_jsd_asks_the_neighbour_once_and_gathers_nothing(level, shifts):
 def test_shifted_rows_are_rolled_rows():
     rows = jnp.arange(BATCH * 3.0).reshape(BATCH, 3)
     mesh = batch_mesh(8)
-    found = jax.jit(lambda rows: sharded.shifted(rows, 5, mesh))(
+    shifted = jax.jit(lambda rows: sharded.shifted(rows, 5, mesh))(
         jax.device_put(rows, parallel.batch_sharding(mesh))
     )
     expected = jnp.stack([jnp.roll(rows, -shift, axis=0) for shift in range(6)])
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(shifted, expected)
     np.testing.assert_array_equal(sharded.shifted(rows, 5, None), expected)

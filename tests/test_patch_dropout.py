@@ -54,10 +54,10 @@ def choose(rows, patches, kept, numbers=None):
 
 def test_every_choice_of_patches_is_as_likely():
     rows, patches, kept = 9000, 6, 3
-    found = choose(rows, patches, kept)
+    chosen = choose(rows, patches, kept)
     choices = list(itertools.combinations(range(patches), kept))  # in order, none twice
     counts = dict.fromkeys(choices, 0)
-    for row in found:
+    for row in chosen:
         counts[tuple(row)] += 1
     mean = rows / len(choices)
     deviations = np.array(list(counts.values())) - mean
@@ -66,11 +66,11 @@ def test_every_choice_of_patches_is_as_likely():
 
 
 def test_the_choice_is_a_matter_of_the_row_alone():
-    whole = choose(8, 50, 20)
-    np.testing.assert_array_equal(choose(3, 50, 20, [6, 1, 4]), whole[[6, 1, 4]])
-    assert len(np.unique(whole, axis=0)) == 8
+    all_rows = choose(8, 50, 20)
+    np.testing.assert_array_equal(choose(3, 50, 20, [6, 1, 4]), all_rows[[6, 1, 4]])
+    assert len(np.unique(all_rows, axis=0)) == 8
     # Two views of a row lie beside one another, and each has a choice of its own.
-    np.testing.assert_array_equal(choose(4, 50, 20, [1, 3]), whole[[2, 3, 6, 7]])
+    np.testing.assert_array_equal(choose(4, 50, 20, [1, 3]), all_rows[[2, 3, 6, 7]])
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def test_evaluation_sees_all_patches():
 @pytest.mark.parametrize("frequency_depth", [1, 0])
 def test_the_blocks_see_the_patches_that_are_kept(frequency_depth):
     """The Spatial Stage by hand, on patches and frequency features that were taken out."""
-    kept = np.array([[0, 2, 3, 5, 8, 9, 13, 15], [1, 4, 6, 7, 10, 11, 12, 14]])
+    chosen = np.array([[0, 2, 3, 5, 8, 9, 13, 15], [1, 4, 6, 7, 10, 11, 12, 14]])
     changes = {"patch_dropout": 0.5, "frequency.depth": frequency_depth, "depth": 3}
     if not frequency_depth:
         changes["merging.guidance"] = "spatial"
@@ -134,7 +134,7 @@ def test_the_blocks_see_the_patches_that_are_kept(frequency_depth):
         (x,) = state["intermediates"]["image_encoder"][before]["__call__"]
         x = x if frequency_depth else x + params["position"]
         x, features = (
-            None if tokens is None else jnp.take_along_axis(tokens, kept[:, :, None], axis=1)
+            None if tokens is None else jnp.take_along_axis(tokens, chosen[:, :, None], axis=1)
             for tokens in (x.reshape(BATCH, PATCHES, WIDTH), evaluated.frequency_tokens)
         )
         class_token = jnp.broadcast_to(params["class_token"], (BATCH, 1, WIDTH))
@@ -152,7 +152,7 @@ def test_the_blocks_see_the_patches_that_are_kept(frequency_depth):
         return norm.apply({"params": params["norm_spatial"]}, x), size
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit, "random_patches", lambda *_: jnp.asarray(kept))
+        patch.setattr(vit, "random_patches", lambda *_: jnp.asarray(chosen))
         views = jax.jit(
             lambda params: model.apply(
                 {"params": params},
@@ -168,7 +168,7 @@ def test_the_blocks_see_the_patches_that_are_kept(frequency_depth):
 
 
 def test_what_a_run_prints_is_what_training_keeps():
-    def told(**changes):
+    def printed(**changes):
         changes = {f"model.image.{name}": value for name, value in changes.items()}
         config = small_config(**changes)
         network = build(config)
@@ -181,9 +181,9 @@ def test_what_a_run_prints_is_what_training_keeps():
         text = console.file.getvalue()
         return text, flops["image encoder"], step_flops(network, variables, config)
 
-    text, image, step = told()
+    text, image, step = printed()
     assert "tokens an image: 16 patches, 8 after merging; compute" in text
-    text, less, less_step = told(patch_dropout=0.5, dropout=0.1)
+    text, less, less_step = printed(patch_dropout=0.5, dropout=0.1)
     assert "16 patches, 8 after merging; in training 8, 4 after merging; compute" in text
     # One of four blocks, the Frequency Stage, sees all.
     assert 0.4 * image < less < 0.75 * image and less_step < 0.8 * step

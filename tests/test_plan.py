@@ -91,8 +91,8 @@ def test_cycles_are_those_of_the_schedule_loops_times_their_trips():
 
 
 def test_each_collective_counts_once_with_its_group_and_its_repetitions():
-    found = [(c.kind, c.payload, c.devices, c.times) for c in hlo.read(TEXT, 8).collectives]
-    assert sorted(found) == [
+    collectives = [(c.kind, c.payload, c.devices, c.times) for c in hlo.read(TEXT, 8).collectives]
+    assert sorted(collectives) == [
         ("all-gather", 64 * 2, 2, 1),  # spread over two fusions
         ("all-gather", 64 * 4, 4, 5),  # in the loop
         ("all-reduce", 10 * 4 + 6, 4, 1),
@@ -145,11 +145,11 @@ def test_memory_of_a_device_is_its_share_of_state_and_batch(config, on_cpus):
     def share(leaf):
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    held = sum(map(share, jax.tree.leaves(state)))
+    state_bytes = sum(map(share, jax.tree.leaves(state)))
     batch = 8 // 8 * (16 * 16 * 3 + 4 * 8)
     memory = on_cpus.memory
-    assert memory.arguments == held + batch
-    assert memory.aliased == held  # donated
+    assert memory.arguments == state_bytes + batch
+    assert memory.aliased == state_bytes  # donated
     assert memory.temporary > 0
     parts = memory.arguments + memory.outputs - memory.aliased + memory.temporary + memory.code
     assert memory.total == parts
@@ -167,9 +167,9 @@ def test_a_plan_for_cpus_has_flops_and_collectives_and_no_time(on_cpus):
 def test_the_verb_prints_the_plan(config, on_cpus, monkeypatch, capsys):
     monkeypatch.setattr(estimates, "estimate", lambda *_: on_cpus)
     assert planning.plan(config, "nowhere", topology="cpu:8", mesh="fsdp:2") == 0
-    told = capsys.readouterr().out
-    assert "cpu:8: 8 devices as data 4, fsdp 2, tensor 1; global batch 8" in told
-    assert "aliased" in told and "all-reduce" in told and "GHz" not in told
+    output = capsys.readouterr().out
+    assert "cpu:8: 8 devices as data 4, fsdp 2, tensor 1; global batch 8" in output
+    assert "aliased" in output and "all-reduce" in output and "GHz" not in output
 
 
 def a_chips_plan(on_cpus, **changes):
@@ -180,15 +180,15 @@ def a_chips_plan(on_cpus, **changes):
 
 
 def test_time_and_utilisation_follow_from_the_cycles(on_cpus, capsys):
-    found = a_chips_plan(on_cpus, model_flops=8 * 197e12 * 0.5e-3)
-    assert found.compute_seconds == pytest.approx(1e-3, rel=1e-3)
-    assert found.collective_seconds == pytest.approx(10**8 / 2 / 200e9)
-    assert found.utilisation(1e-3) == pytest.approx(0.5)
-    printing.print_estimate(printing.Console(soft_wrap=True), found)
-    told = " ".join(capsys.readouterr().out.split())
-    assert "estimated step: 1.00 ms if the arithmetic hides the collectives, 1.25 ms" in told
-    assert "40.0 to 50.0 % of 197 TFLOP/s a chip" in told
-    assert "1 of 9 instructions have none" in told
+    plan = a_chips_plan(on_cpus, model_flops=8 * 197e12 * 0.5e-3)
+    assert plan.compute_seconds == pytest.approx(1e-3, rel=1e-3)
+    assert plan.collective_seconds == pytest.approx(10**8 / 2 / 200e9)
+    assert plan.utilisation(1e-3) == pytest.approx(0.5)
+    printing.print_estimate(printing.Console(soft_wrap=True), plan)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "estimated step: 1.00 ms if the arithmetic hides the collectives, 1.25 ms" in output
+    assert "40.0 to 50.0 % of 197 TFLOP/s a chip" in output
+    assert "1 of 9 instructions have none" in output
 
 
 def test_a_program_without_room_says_what_it_needs(config, on_cpus, monkeypatch, capsys):
@@ -220,16 +220,16 @@ def test_the_largest_batch_is_found_from_below_and_from_above(config, on_cpus, m
         config = with_mesh(config, "data:4,fsdp:2")
         config.batch_size = start
         tries.clear()
-        found = planning.largest_batch(config, on_cpus.machine)
-        assert (found.batch_size if found else 0) == limit // 8 * 8
+        largest = planning.largest_batch(config, on_cpus.machine)
+        assert (largest.batch_size if largest else 0) == limit // 8 * 8
         assert len(set(tries)) == len(tries) <= 9
 
 
 def test_a_search_for_the_largest_batch_is_told(config, on_cpus, monkeypatch, capsys):
-    found = a_chips_plan(on_cpus)
-    monkeypatch.setattr(machines, "find", lambda _: found.machine)
-    monkeypatch.setattr(estimates, "estimate", lambda *_: found)
-    for largest, words in [(found, "fits: 8 (1 rows a device"), (None, "fits: none")]:
+    plan = a_chips_plan(on_cpus)
+    monkeypatch.setattr(machines, "find", lambda _: plan.machine)
+    monkeypatch.setattr(estimates, "estimate", lambda *_: plan)
+    for largest, words in [(plan, "fits: 8 (1 rows a device"), (None, "fits: none")]:
         monkeypatch.setattr(estimates, "largest_batch", lambda *_, largest=largest: largest)
         assert planning.plan(config, "nowhere", topology="v5e:2x4", largest_batch=True) == 0
         assert f"largest global batch that {words}" in capsys.readouterr().out
@@ -239,9 +239,9 @@ def test_auto_computes_in_what_the_machine_is_good_at(config):
     chips = machines.Machine("v5e:2x4", (), machines.CHIPS["v5e"])
     assert estimates._compute_dtype(config, chips) == "bfloat16"
     assert estimates._compute_dtype(config, machines.find("cpu:8")) == "float32"
-    asked = ConfigDict(config.to_dict())
-    asked.compute_dtype = "float32"
-    assert estimates._compute_dtype(asked, chips) == "float32"
+    float32_config = ConfigDict(config.to_dict())
+    float32_config.compute_dtype = "float32"
+    assert estimates._compute_dtype(float32_config, chips) == "float32"
 
 
 def test_clocks_follow_from_peaks():
@@ -265,18 +265,18 @@ def test_clocks_follow_from_peaks():
     ],
 )
 def test_a_mistake_is_one_line(config, options, message):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as caught:
         planning.plan(config, "nowhere", **options)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_line_brings_the_flags_of_plan():
-    asked = ["--config=configs/clip.py", "--topology=cpu:8", "--mesh=fsdp:2", "--largest-batch"]
-    command = command_line.parse(["plan", *asked])
+    flags = ["--config=configs/clip.py", "--topology=cpu:8", "--mesh=fsdp:2", "--largest-batch"]
+    command = command_line.parse(["plan", *flags])
     assert command.options == {"topology": "cpu:8", "mesh": "fsdp:2", "largest_batch": True}
     for arguments, message in [
-        (["plan", asked[0]], "plan needs a machine: add --topology="),
-        (["train", *asked[:2]], "--topology goes with the subcommand plan, not with train"),
+        (["plan", flags[0]], "plan needs a machine: add --topology="),
+        (["train", *flags[:2]], "--topology goes with the subcommand plan, not with train"),
     ]:
         with pytest.raises(UserError, match=message):
             command_line.parse(arguments)
@@ -336,10 +336,10 @@ def test_the_tpu_compiler_takes_every_config(file, mesh, flags, topology):
     arguments = [f"--config=configs/{file}", *(f"--config.{flag}" for flag in flags)]
     config = command_line.parse(arguments).config
     config.batch_size = 4 * len(machine.devices)
-    found = planning.estimate(with_mesh(config, mesh), machine)
-    assert found.fits, found.refusal
-    assert found.dtype == "bfloat16"
-    assert found.memory.total < machine.chip.memory
-    assert found.program.unknown_loops == 0
-    assert found.program.unestimated < found.program.work / 10
-    assert 0 < found.utilisation(found.compute_seconds) < 1
+    plan = planning.estimate(with_mesh(config, mesh), machine)
+    assert plan.fits, plan.refusal
+    assert plan.dtype == "bfloat16"
+    assert plan.memory.total < machine.chip.memory
+    assert plan.program.unknown_loops == 0
+    assert plan.program.unestimated < plan.program.work / 10
+    assert 0 < plan.utilisation(plan.compute_seconds) < 1

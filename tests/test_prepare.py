@@ -1,4 +1,4 @@
-"""The verb prepare on inputs that are as they should be, and what comes back of each."""
+"""The subcommand prepare on inputs that are as they should be, and what comes back of each."""
 
 import csv
 import hashlib
@@ -103,11 +103,11 @@ def test_coco_captions(tmp_path):
     for year in ("train2017", "val2017"):
         pictures(tmp_path / year, 2)
         images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)]
-        said = [{"image_id": i % 2, "caption": f"{year} {i}"} for i in range(4)]
-        said += [{"image_id": 9, "caption": "of no image"}, {"image_id": 1, "caption": 3}]
+        annotations = [{"image_id": i % 2, "caption": f"{year} {i}"} for i in range(4)]
+        annotations += [{"image_id": 9, "caption": "of no image"}, {"image_id": 1, "caption": 3}]
         file = tmp_path / "annotations" / f"captions_{year}.json"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"images": images, "annotations": said}))
+        file.write_text(json.dumps({"images": images, "annotations": annotations}))
     out = prepare(tmp_path, f"coco:{tmp_path}", "--max-skipped-share=0.5")
     train = open_source(f"prepared:{out}", "train")
     assert [train[i].captions for i in range(2)] == [
@@ -141,8 +141,8 @@ FEATURES = {
 
 
 def test_parquet(tmp_path):
-    told = {b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()}
-    table = parquet_table().replace_schema_metadata(told)
+    metadata = {b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()}
+    table = parquet_table().replace_schema_metadata(metadata)
     for split in ("train", "test"):
         pq.write_table(table, tmp_path / f"{split}-00000.parquet", row_group_size=2)
     out = prepare(tmp_path, f"parquet:{tmp_path}", "--shard-records=3")
@@ -220,8 +220,8 @@ def test_resize(tmp_path):
     train = open_source(f"prepared:{out}", "train")
     images = {Path(train.name_of(i)).stem: train[i].image for i in range(len(train))}
     opened = {name: Image.open(io.BytesIO(data)) for name, data in images.items()}
-    found = {name: (image.format, image.mode, image.size) for name, image in opened.items()}
-    assert found == {
+    properties = {name: (image.format, image.mode, image.size) for name, image in opened.items()}
+    assert properties == {
         "large": ("JPEG", "RGB", (128, 64)),
         "small": ("JPEG", "RGB", (50, 40)),
         "transparent": ("PNG", "RGBA", (128, 64)),
@@ -249,9 +249,9 @@ def test_the_same_bytes_whatever_the_workers_and_the_folder(tmp_path):
     assert run(*common, f"--out={tmp_path / 'y'}") == 0
     assert contents(tmp_path / "x") == contents(tmp_path / "y")
     sums = [line.split("  ") for line in (tmp_path / "x/SHA256SUMS").read_text().splitlines()]
-    found = contents(tmp_path / "x")
-    assert {name for _, name in sums} == found.keys() - {"SHA256SUMS"}
-    assert all(hashlib.sha256(found[name]).hexdigest() == sum_ for sum_, name in sums)
+    files = contents(tmp_path / "x")
+    assert {name for _, name in sums} == files.keys() - {"SHA256SUMS"}
+    assert all(hashlib.sha256(files[name]).hexdigest() == sum_ for sum_, name in sums)
 
 
 def start(*arguments):
@@ -284,13 +284,13 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, how):
         assert not (out / "index.json").exists()
     former = {path.name: path.stat().st_mtime_ns for path in (out / ".prepare").glob("train*.json")}
     assert former
-    kept = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "/" not in name}
+    times = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "/" not in name}
     assert run(*common, f"--out={out}") == 0
     assert run(*common, f"--out={tmp_path / 'whole'}") == 0
     assert contents(out) == contents(tmp_path / "whole")
     for name in former:
         shard = f"{Path(name).stem}.array_record"
-        assert (out / shard).stat().st_mtime_ns == kept[shard]
+        assert (out / shard).stat().st_mtime_ns == times[shard]
 
 
 def test_a_damaged_shard_is_named_and_made_again(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What the verb prepare refuses or leaves out, each by its name: tars, tables, images, columns."""
+"""What the subcommand prepare refuses or leaves out, by name: tars, tables, images, columns."""
 
 import json
 import os
@@ -55,13 +55,13 @@ def test_hostile_members_are_refused_by_name(tmp_path):
     )
     out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
     assert set(records(out)) == {f"{path}/good", f"{path}/folder/last"}
-    told = reasons(out)
+    reason_of = reasons(out)
     for name in ("../../evil.jpg", "/etc/evil.txt", "C:/evil.jpg", "in/..\\evil.jpg"):
-        assert told[f"{path}/{name}"] == "its path leads out of the archive: refused"
-    assert told[f"{path}/link.jpg"] == "a symbolic link, not a regular file: refused"
-    assert told[f"{path}/hard.jpg"] == "a hard link, not a regular file: refused"
-    assert told[f"{path}/pipe.jpg"] == "a pipe, not a regular file: refused"
-    assert told[f"{path}/null.jpg"] == "a device, not a regular file: refused"
+        assert reason_of[f"{path}/{name}"] == "its path leads out of the archive: refused"
+    assert reason_of[f"{path}/link.jpg"] == "a symbolic link, not a regular file: refused"
+    assert reason_of[f"{path}/hard.jpg"] == "a hard link, not a regular file: refused"
+    assert reason_of[f"{path}/pipe.jpg"] == "a pipe, not a regular file: refused"
+    assert reason_of[f"{path}/null.jpg"] == "a device, not a regular file: refused"
     assert sorted(p.name for p in tmp_path.rglob("*evil*")) == []
 
 
@@ -74,32 +74,34 @@ def test_long_names(tmp_path, form):
 
 def test_truncated_and_damaged_tars_lose_only_what_is_damaged(tmp_path):
     members = [each for i in range(4) for each in sample(f"{i}", seed=i)]
-    whole = tar(tmp_path / "in/whole.tar", members).read_bytes()
+    tar_bytes = tar(tmp_path / "in/whole.tar", members).read_bytes()
     with tarfile.open(tmp_path / "in/whole.tar") as file:
         places = {member.name: member for member in file.getmembers()}
     cut = places["2.jpg"].offset_data + 100
-    (tmp_path / "in/cut.tar").write_bytes(whole[:cut])
+    (tmp_path / "in/cut.tar").write_bytes(tar_bytes[:cut])
     at_a_border = places["2.jpg"].offset
-    (tmp_path / "in/border.tar").write_bytes(whole[:at_a_border])
-    damaged = bytearray(whole)
+    (tmp_path / "in/border.tar").write_bytes(tar_bytes[:at_a_border])
+    damaged = bytearray(tar_bytes)
     damaged[places["1.jpg"].offset + 5] ^= 255
     (tmp_path / "in/header.tar").write_bytes(damaged)
     (tmp_path / "in/page.tar").write_bytes(b"<html>404 not found</html>" * 50)
     (tmp_path / "in/packed.tar").write_bytes(b"BZh9" + bytes(600))
     (tmp_path / "in/empty.tar").write_bytes(b"")
     out = prepare(tmp_path, f"webdataset:{tmp_path / 'in'}", LENIENT)
-    found = set(records(out))
-    kept = {"whole": "0123", "cut": "01", "border": "01", "header": "023"}
-    assert found == {f"{tmp_path}/in/{n}.tar/{k}" for n, keys in kept.items() for k in keys}
-    told = {name.removeprefix(f"{tmp_path}/in/"): why for name, why in reasons(out).items()}
-    assert "cut short or damaged" in told["cut.tar/2.jpg"]
-    assert "no end: it may be cut short" in told[f"border.tar at byte {at_a_border}"]
+    record_names = set(records(out))
+    kept_keys = {"whole": "0123", "cut": "01", "border": "01", "header": "023"}
+    assert record_names == {
+        f"{tmp_path}/in/{n}.tar/{k}" for n, keys in kept_keys.items() for k in keys
+    }
+    reason_of = {name.removeprefix(f"{tmp_path}/in/"): why for name, why in reasons(out).items()}
+    assert "cut short or damaged" in reason_of["cut.tar/2.jpg"]
+    assert "no end: it may be cut short" in reason_of[f"border.tar at byte {at_a_border}"]
     start = places["1.jpg"].offset
-    assert "damaged: 1," in told[f"header.tar at byte {start}"]
-    assert told["header.tar/1"] == "has no image"
-    assert "not a tar file" in told["page.tar at byte 0"]
-    assert "packed by bzip2: unpack it first" in told["packed.tar at byte 0"]
-    assert told["empty.tar"] == "the tar file is empty"
+    assert "damaged: 1," in reason_of[f"header.tar at byte {start}"]
+    assert reason_of["header.tar/1"] == "has no image"
+    assert "not a tar file" in reason_of["page.tar at byte 0"]
+    assert "packed by bzip2: unpack it first" in reason_of["packed.tar at byte 0"]
+    assert reason_of["empty.tar"] == "the tar file is empty"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,8 @@ def test_duplicate_keys_are_both_kept_and_members_need_not_be_neighbours(tmp_pat
         f"{path}/lonely": "has no caption, class or JSON",
         f"{path}/word": "has no image",
     }
-    told = capsys.readouterr().out
-    assert "1 key came twice" in told and "neither image nor text: mp3 (1)" in told
+    output = capsys.readouterr().out
+    assert "1 key came twice" in output and "neither image nor text: mp3 (1)" in output
 
 
 def test_captions_of_every_encoding_and_length(tmp_path):
@@ -162,9 +164,11 @@ def test_captions_of_every_encoding_and_length(tmp_path):
     }
     path = tar(tmp_path / "a.tar", [e for key, text in texts.items() for e in sample(key, text)])
     out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
-    found = {name.rpartition("/")[2]: record.captions[0] for name, record in records(out).items()}
-    assert {found[key] for key in ("utf8", "mark", "latin", "utf16")} == {"schön"}
-    assert found["odd"] == "a \x81 b" and found["long"] == long.strip()
+    caption_of = {
+        name.rpartition("/")[2]: record.captions[0] for name, record in records(out).items()
+    }
+    assert {caption_of[key] for key in ("utf8", "mark", "latin", "utf16")} == {"schön"}
+    assert caption_of["odd"] == "a \x81 b" and caption_of["long"] == long.strip()
     assert reasons(out) == {f"{path}/blank": "has neither caption nor class"}
     card = (out / "README.md").read_text()
     assert "not in UTF-8: 3." in card and "100,000 characters" in card
@@ -183,14 +187,14 @@ def test_json_members(tmp_path):
     members = sorted([*members, *((f"{k}.png", picture(form="PNG")) for k in rows)])
     path = tar(tmp_path / "a.tar", [*members, ("c.jpg", picture()), ("c.cls", b"1\n")])
     out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
-    found = {name.rpartition("/")[2]: record for name, record in records(out).items()}
-    assert found["a"].captions == ("from JSON",) and found["a"].tags == ("t",)
-    assert [found[key].label for key in ("a", "c", "lone")] == [3, 1, -1]
-    assert found["lone"].captions == ("? x",) and set(found) == {"a", "c", "lone"}
-    told = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
-    assert told["half"].startswith("not JSON") and "nested too deeply" in told["deep"]
-    assert told["twice"] == "the key 'caption' occurs twice"
-    assert told["number"] == "the caption must be a text, found a number"
+    record_of = {name.rpartition("/")[2]: record for name, record in records(out).items()}
+    assert record_of["a"].captions == ("from JSON",) and record_of["a"].tags == ("t",)
+    assert [record_of[key].label for key in ("a", "c", "lone")] == [3, 1, -1]
+    assert record_of["lone"].captions == ("? x",) and set(record_of) == {"a", "c", "lone"}
+    reason_of = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
+    assert reason_of["half"].startswith("not JSON") and "nested too deeply" in reason_of["deep"]
+    assert reason_of["twice"] == "the key 'caption' occurs twice"
+    assert reason_of["number"] == "the caption must be a text, found a number"
 
 
 def bomb(width, height):
@@ -230,17 +234,19 @@ def test_images_of_every_kind(tmp_path):
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (folder / "endless.jpg").symlink_to("/dev/zero")
     out = prepare(tmp_path, f"folder:{tmp_path / 'in'}", LENIENT)
-    kept = {name.rpartition("/")[2]: record.image for name, record in records(out).items()}
-    assert kept.pop("sch?n.jpg") == picture(7)
-    assert set(kept) == {"0.jpg", "cmyk.jpg", "deep.png", "moving.gif"}
-    assert all(kept[name] == (folder / name).read_bytes() for name in kept)
-    told = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
-    assert all("header says" in told[f"bomb{side}.png"] for side in (9_500, 60_000))
-    assert "truncated" in told["truncated.jpg"] and told["wide.bmp"] == "the image is empty"
+    images = {name.rpartition("/")[2]: record.image for name, record in records(out).items()}
+    assert images.pop("sch?n.jpg") == picture(7)
+    assert set(images) == {"0.jpg", "cmyk.jpg", "deep.png", "moving.gif"}
+    assert all(images[name] == (folder / name).read_bytes() for name in images)
+    reason_of = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
+    assert all("header says" in reason_of[f"bomb{side}.png"] for side in (9_500, 60_000))
+    assert (
+        "truncated" in reason_of["truncated.jpg"] and reason_of["wide.bmp"] == "the image is empty"
+    )
     for name in ("text.jpg", "script.jpg", "b?se.jpg"):
-        assert told[name] == "the image cannot be decoded: not an image of a known format"
-    assert "is not a file" in told["pipe.jpg"] and "is not a file" in told["endless.jpg"]
-    assert told["gone.jpg"] == "No such file or directory"
+        assert reason_of[name] == "the image cannot be decoded: not an image of a known format"
+    assert "is not a file" in reason_of["pipe.jpg"] and "is not a file" in reason_of["endless.jpg"]
+    assert reason_of["gone.jpg"] == "No such file or directory"
     card = (out / "README.md").read_text()
     assert "CMYK 1" in card and "I;16 1" in card and "Animations: 1;" in card
 
@@ -268,17 +274,17 @@ def test_rows_of_a_table_that_are_wrong(tmp_path):
         "1.jpg": ("schön",),
         "2.jpg": ("last",),
     }
-    told = {name.removeprefix(f"{table}:"): why for name, why in reasons(out).items()}
-    assert told == {
+    reason_of = {name.removeprefix(f"{table}:"): why for name, why in reasons(out).items()}
+    assert reason_of == {
         "3": "has 1 columns, not 3",
-        "4": told["4"],
+        "4": reason_of["4"],
         "6": "the path of the image is empty",
         "7": "unknown split 'trian'",
         "8 none.jpg": "cannot read the image none.jpg: no such file or directory",
         "9 https://a.b/c.jpg": "it is an address, and nothing is downloaded: fetch images with "
         "img2dataset",
     }
-    assert "columns" in told["4"]
+    assert "columns" in reason_of["4"]
 
 
 def test_lines_of_json_that_are_wrong(tmp_path):
@@ -297,8 +303,8 @@ def test_lines_of_json_that_are_wrong(tmp_path):
     path.write_bytes(b"\n".join(lines))
     out = prepare(tmp_path, f"jsonl:{path}", LENIENT)
     assert len(records(out)) == 1
-    told = {each["record"].split(":")[1].split()[0] for each in broken(out)}
-    assert told == set("2345678")
+    broken_lines = {each["record"].split(":")[1].split()[0] for each in broken(out)}
+    assert broken_lines == set("2345678")
 
 
 def test_columns_that_are_wrong(tmp_path):
@@ -313,11 +319,11 @@ def test_columns_that_are_wrong(tmp_path):
     (tmp_path / "in/y.parquet").write_bytes(path.read_bytes()[:-50])
     out = prepare(tmp_path, f"parquet:{tmp_path / 'in'}", LENIENT)
     assert set(records(out)) == {f"{path}[0]"}
-    told = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
-    assert told["x.parquet[1]"] == "it has no image"
-    assert told["x.parquet[2]"].endswith("not an image of a known format")
-    assert told["x.parquet[3]"] == "has neither caption nor class"
-    assert told["y.parquet"].startswith("cannot be read")
+    reason_of = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
+    assert reason_of["x.parquet[1]"] == "it has no image"
+    assert reason_of["x.parquet[2]"].endswith("not an image of a known format")
+    assert reason_of["x.parquet[3]"] == "has neither caption nor class"
+    assert reason_of["y.parquet"].startswith("cannot be read")
 
 
 def test_too_much_that_is_broken_is_an_error_whose_work_is_kept(tmp_path, capsys):
@@ -325,9 +331,9 @@ def test_too_much_that_is_broken_is_an_error_whose_work_is_kept(tmp_path, capsys
     (tmp_path / "in/a/x.jpg").write_bytes(b"no image")
     source = f"folder:{tmp_path / 'in'}"
     out = prepare(tmp_path, source, code=2)
-    told = capsys.readouterr().err
-    assert "1 of 4 records (25.00%) are broken" in told and "in/a/x.jpg (the image cannot" in told
-    assert not (out / "index.json").exists() and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "1 of 4 records (25.00%) are broken" in error and "in/a/x.jpg (the image cannot" in error
+    assert not (out / "index.json").exists() and error.count("\n") == 1
     shard = (out / "train-00000.array_record").stat()
     prepare(tmp_path, source, "--max-skipped-share=0.25")
     assert (out / "train-00000.array_record").stat().st_mtime_ns == shard.st_mtime_ns
@@ -380,8 +386,8 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, capsys):
 def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -22,16 +22,17 @@ def test_the_same_records_as_unpacked(tmp_path):
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "packed/b.tgz").write_bytes(packed.read_bytes())
     (tmp_path / "packed/c.tar").write_bytes(packed.read_bytes())  # told by its content
-    kept = records(prepare(tmp_path, f"webdataset:{plain.parent}"))
+    plain_records = records(prepare(tmp_path, f"webdataset:{plain.parent}"))
     out = tmp_path / "of packed"
     source = f"--source=webdataset:{packed.parent}"
     assert run(source, f"--out={out}", "--shard-records=3", "--workers=2") == 0
-    found = records(out)
+    packed_records = records(out)
     for name in ("a.tar.gz", "b.tgz", "c.tar"):
         for i in range(7):
-            record, expected = found[f"{packed.parent}/{name}/{i}"], kept[f"{plain}/{i}"]
+            record = packed_records[f"{packed.parent}/{name}/{i}"]
+            expected = plain_records[f"{plain}/{i}"]
             assert (record.image, record.captions) == (expected.image, expected.captions)
-    assert len(found) == 21
+    assert len(packed_records) == 21
     again = tmp_path / "again"
     assert run(source, f"--out={again}", "--shard-records=3", "--workers=1") == 0
     assert contents(again) == contents(out)
@@ -59,14 +60,16 @@ def test_what_is_cut_short_or_damaged_keeps_what_comes_before(tmp_path):
     (source / "page.tgz").write_bytes(gzip.compress(b"<html>404 not found</html>"))
     (source / "none.tgz").write_bytes(b"\x1f\x8b" + bytes(600))
     out = prepare(tmp_path, f"webdataset:{source}", LENIENT)
-    found = records(out)
-    of_cut = [name for name in found if "cut.tgz" in name]
-    assert 3 <= len(of_cut) < 9 and len(found) - len(of_cut) == 9
-    told = {name.removeprefix(f"{source}/"): reason for name, reason in reasons(out).items()}
-    assert "cannot read the tar file to its end: what is packed is cut short" in told["cut.tgz"]
-    assert "what is packed is damaged: CRC" in told["sum.tgz"]
-    assert "what is packed is damaged" in told["none.tgz"]
-    assert "not a tar file" in told["page.tgz at byte 0"]
+    loaded = records(out)
+    of_cut = [name for name in loaded if "cut.tgz" in name]
+    assert 3 <= len(of_cut) < 9 and len(loaded) - len(of_cut) == 9
+    reason_of = {name.removeprefix(f"{source}/"): reason for name, reason in reasons(out).items()}
+    assert (
+        "cannot read the tar file to its end: what is packed is cut short" in reason_of["cut.tgz"]
+    )
+    assert "what is packed is damaged: CRC" in reason_of["sum.tgz"]
+    assert "what is packed is damaged" in reason_of["none.tgz"]
+    assert "not a tar file" in reason_of["page.tgz at byte 0"]
 
 
 @pytest.mark.parametrize("ending", ["jpg", "txt"])
@@ -87,6 +90,6 @@ def test_members_that_are_apart_are_refused(tmp_path):
     path.write_bytes(gzip.compress(tar(tmp_path / "a.tar", pairs).read_bytes()))
     out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
     assert set(records(out)) == {f"{path}/1"}
-    told = [each["reason"] for each in broken(out) if each["record"] == f"{path}/0"]
+    messages = [each["reason"] for each in broken(out) if each["record"] == f"{path}/0"]
     beside = "beside it, as it must in a packed tar file"
-    assert told == [f"has no caption, class or JSON {beside}", f"has no image {beside}"]
+    assert messages == [f"has no caption, class or JSON {beside}", f"has no image {beside}"]

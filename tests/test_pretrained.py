@@ -57,12 +57,14 @@ def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
     assert config.model.embed_dim == 256
     assert text.tokenizer == f"wordpiece:{folder}"
     network, optimizer = build(config), optimizers.make(config)
-    taken = pretrained.read(config, shapes(config))
-    state = jax.jit(lambda taken: initial_state(network, optimizer, config, taken))(taken)
+    variables = pretrained.read(config, shapes(config))
+    state = jax.jit(lambda variables: initial_state(network, optimizer, config, variables))(
+        variables
+    )
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.device_get(state.params["text_encoder"]),
-        taken["params"]["text_encoder"],
+        variables["params"]["text_encoder"],
     )
     # The image encoder is what it is without.
     fresh = jax.jit(lambda: initial_state(network, optimizer, config))()
@@ -86,9 +88,9 @@ def test_a_resnet_brings_its_statistics():
             "model.text.context_length": 8,
         }
     )
-    taken = pretrained.read(config, shapes(config))
-    stats = taken["batch_stats"]["image_encoder"]["stem_norm"]
-    assert np.abs(stats["mean"]).max() > 0 and taken["params"].keys() == {"image_encoder"}
+    variables = pretrained.read(config, shapes(config))
+    stats = variables["batch_stats"]["image_encoder"]["stem_norm"]
+    assert np.abs(stats["mean"]).max() > 0 and variables["params"].keys() == {"image_encoder"}
     config.model.image.width = 4
     with pytest.raises(UserError, match=r"tensor bn1.bias has shape \(3,\).*wants \(4,\)"):
         pretrained.read(config, shapes(config))

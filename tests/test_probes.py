@@ -13,7 +13,7 @@ from mlip_jax.schema import PROBES, default
 
 
 class FakeSource:
-    """A set that is known by its class names alone."""
+    """A dataset that is known by its class names alone."""
 
     notes = ()
 
@@ -25,7 +25,7 @@ class FakeSource:
 
 
 class FakeSets:
-    """Sets of which one is embedded already."""
+    """Datasets of which one is embedded already."""
 
     progress = False
 
@@ -148,16 +148,16 @@ def test_a_class_without_training_images_is_always_wrong(method):
 
 def test_chance_is_the_most_frequent_class():
     train = np.array([2, 2, 2, 0, 1, 3, 4, 5, 5])
-    found = linear_probe.chance(train, np.array([2, 2, 0, 6, 4]), classes=7)
-    assert found == {"top1": 0.4, "top5": 0.6, "mean_per_class": 0.25}
+    chance = linear_probe.chance(train, np.array([2, 2, 0, 6, 4]), classes=7)
+    assert chance == {"top1": 0.4, "top5": 0.6, "mean_per_class": 0.25}
 
 
 def test_regularisation_is_chosen_on_a_part_of_every_class():
     labels = np.array([0] * 11 + [1] * 2 + [2])
-    held = linear_probe.held_out(np.random.default_rng(0).permutation(labels))
-    assert held.sum() == 3
-    held = linear_probe.held_out(labels)
-    assert np.flatnonzero(held).tolist() == [1, 6, 12]
+    held_out = linear_probe.held_out(np.random.default_rng(0).permutation(labels))
+    assert held_out.sum() == 3
+    held_out = linear_probe.held_out(labels)
+    assert np.flatnonzero(held_out).tolist() == [1, 6, 12]
 
 
 @pytest.mark.parametrize("method", ["lbfgs", "ridge"])
@@ -176,8 +176,8 @@ def test_a_fit_that_does_not_converge_is_noted_and_warns_nobody(monkeypatch):
 
 def test_equal_scores_count_against_the_class():
     linear = classifiers.Linear(np.zeros((2, 3)), np.array([0.0, 0.0, -np.inf]))
-    found = classifiers.ranks(linear, np.ones((3, 2)), np.array([0, 1, 2]), chunk=2)
-    assert found.tolist() == [2, 2, 3]
+    ranks = classifiers.ranks(linear, np.ones((3, 2)), np.array([0, 1, 2]), chunk=2)
+    assert ranks.tolist() == [2, 2, 3]
 
 
 def test_few_shot_gives_a_figure_for_each_number_of_images():
@@ -201,9 +201,9 @@ def test_few_shot_draws_are_the_same_however_many_there_are():
 
 def test_all_images_as_shots_are_ridge_regression_on_all():
     train, test = random_case(80), random_case(40, seed=1)
-    found = few_shot.accuracies(*train, *test, 4, shots=(80,), draws=2)
+    accuracies = few_shot.accuracies(*train, *test, 4, shots=(80,), draws=2)
     linear = classifiers.Ridge(*train, 4).solve(0.1)
-    assert set(found[80]) == {np.mean(classifiers.ranks(linear, *test) == 1)}
+    assert set(accuracies[80]) == {np.mean(classifiers.ranks(linear, *test) == 1)}
 
 
 @pytest.mark.parametrize("score", [linear_probe.score, few_shot.score])

@@ -84,11 +84,11 @@ class Run:
                 environment[cluster.COORDINATOR] = self.address
                 environment[cluster.PROCESSES] = str(count)
                 environment[cluster.PROCESS_ID] = str(index)
-            with log.open("w") as told:
-                process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
+            with log.open("w") as output:
+                process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
             self.processes.append(process)
 
-    def told(self, index: int = 0) -> str:
+    def output(self, index: int = 0) -> str:
         return self.logs[index].read_text()
 
     def lines(self, index: int = 0) -> list[dict[str, list[int]]]:
@@ -100,7 +100,7 @@ class Run:
     def at_step(self, step: int) -> None:
         """Returns when every process has begun a step."""
         while any(len(self.lines(index)) < step for index in range(len(self.processes))):
-            assert all(process.poll() is None for process in self.processes), self.told()
+            assert all(process.poll() is None for process in self.processes), self.output()
             time.sleep(0.02)
 
     def codes(self, timeout: float = 300) -> list[int]:
@@ -144,14 +144,14 @@ def chain(start, alone):
     two = start(2, "chain", pause=0.2, **{"mesh.fsdp": 2})
     two.at_step(2)
     two.processes[1].send_signal(signal.SIGTERM)  # one hears it, all stop
-    assert two.codes() == [75, 75], two.told(0) + two.told(1)
+    assert two.codes() == [75, 75], two.output(0) + two.output(1)
     one = start(1, "chain", pause=0.2)
     one.at_step(1)
     one.processes[0].send_signal(signal.SIGTERM)
-    assert one.codes() == [75], one.told()
+    assert one.codes() == [75], one.output()
     four = start(4, "chain", **{"mesh.fsdp": 2})
-    assert four.codes() == [0] * 4, "".join(map(four.told, range(4)))
-    assert alone.codes() == [0], alone.told()
+    assert four.codes() == [0] * 4, "".join(map(four.output, range(4)))
+    assert alone.codes() == [0], alone.output()
     return two, one, four
 
 
@@ -161,16 +161,16 @@ def metrics(start, name):
 
 
 def test_the_curve_is_that_of_one_process(start, alone, chain):
-    expected, found = metrics(start, "alone"), metrics(start, "chain")
-    assert [line["step"] for line in found] == [*range(1, STEPS + 1), STEPS]
-    for one, other in zip(expected, found, strict=True):
+    expected, actual = metrics(start, "alone"), metrics(start, "chain")
+    assert [line["step"] for line in actual] == [*range(1, STEPS + 1), STEPS]
+    for one, other in zip(expected, actual, strict=True):
         assert one.keys() == other.keys() and one["step"] == other["step"]
         for key in one.keys() - {"time", "images_per_second", "data_wait"}:
             assert other[key] == pytest.approx(one[key], rel=TOLERANCE), (one["step"], key)
 
 
 def stopped_at(run):
-    return int(re.search(r"everything is saved at step (\d+)", run.told())[1])
+    return int(re.search(r"everything is saved at step (\d+)", run.output())[1])
 
 
 def steps_done(run, chain):
@@ -184,20 +184,20 @@ def steps_done(run, chain):
 
 
 def test_each_process_is_fed_its_own_part_in_the_order_of_one(alone, chain):
-    found = []
+    fed_images = []
     for run in chain:
         parts = [run.lines(index) for index in range(len(run.processes))]
         for step in range(steps_done(run, chain)):
-            found.append(sum((part[step]["images"] for part in parts), []))
-    assert found == [line["images"] for line in alone.lines()[:STEPS]]
+            fed_images.append(sum((part[step]["images"] for part in parts), []))
+    assert fed_images == [line["images"] for line in alone.lines()[:STEPS]]
 
 
 def test_they_stop_together_and_save(start, chain):
     two, one, four = chain
     assert 2 <= stopped_at(two) < stopped_at(one) < STEPS
-    assert two.told().count("SIGTERM: saving, then stopping") == 1
-    assert f"going on from step {stopped_at(two)}" in one.told()
-    assert f"going on from step {stopped_at(one)}" in four.told()
+    assert two.output().count("SIGTERM: saving, then stopping") == 1
+    assert f"going on from step {stopped_at(two)}" in one.output()
+    assert f"going on from step {stopped_at(one)}" in four.output()
 
 
 def test_an_uneven_set_is_counted_once(start, alone, chain):
@@ -214,9 +214,9 @@ def test_an_uneven_set_is_counted_once(start, alone, chain):
 def test_process_0_alone_looks_at_a_run_again(start, chain, verb):
     before = json.loads((start.folder / "chain" / "results.json").read_text())
     run = start(2, "chain", verb=verb)
-    assert run.codes() == [0, 0], run.told(0) + run.told(1)
-    assert {"evaluate": "results: ", "report": "report: "}[verb] in run.told()
-    assert "results: " not in run.told(1) and "report: " not in run.told(1)
+    assert run.codes() == [0, 0], run.output(0) + run.output(1)
+    assert {"evaluate": "results: ", "report": "report: "}[verb] in run.output()
+    assert "results: " not in run.output(1) and "report: " not in run.output(1)
     assert json.loads((start.folder / "chain" / "results.json").read_text()) == before
 
 
@@ -228,10 +228,10 @@ def test_process_0_alone_writes_and_speaks(start, chain):
     assert len(list((folder / "tensorboard").iterdir())) == 3  # one a start
     assert json.loads((folder / "environment.json").read_text())["processes"] == 4
     _, _, four = chain
-    assert "step 8/8" in four.told() and "results: " in four.told()
+    assert "step 8/8" in four.output() and "results: " in four.output()
     for index in (1, 2, 3):
-        said = [line for line in four.told(index).splitlines() if not line.startswith("[Gloo]")]
-        assert not said
+        lines = [line for line in four.output(index).splitlines() if not line.startswith("[Gloo]")]
+        assert not lines
 
 
 def test_unreadable_images_are_counted_over_all_processes(alone, chain):
@@ -242,8 +242,8 @@ def test_unreadable_images_are_counted_over_all_processes(alone, chain):
             for line in run.lines(process)[: steps_done(run, chain)]
             for index in line["skipped"]
         }
-        told = re.search(r"(\d+) of 32 images \(.*?\) cannot be read: ", run.told())
-        assert torn and int(told[1]) == len(torn)
+        match = re.search(r"(\d+) of 32 images \(.*?\) cannot be read: ", run.output())
+        assert torn and int(match[1]) == len(torn)
 
 
 @pytest.fixture(scope="module")
@@ -265,15 +265,15 @@ def test_when_one_is_killed_the_others_end(broken, victim):
     assert run.processes[1 - victim].wait(10 * BOUND) == 1
     assert run.processes[victim].wait() == -signal.SIGKILL
     # JAX's own pages may end after this line: they come from another thread.
-    (error,) = [line for line in run.told(1 - victim).splitlines() if line.startswith("error: ")]
+    (error,) = [line for line in run.output(1 - victim).splitlines() if line.startswith("error: ")]
     assert error.startswith("error: another process of this run has ended or cannot be reached")
     assert "they go on from the last checkpoint" in error
 
 
 def test_a_process_that_cannot_go_on_ends_the_others_with_its_error(start, broken):
     run = broken["unwritable"]
-    assert run.codes() == [1, 1], run.told()
-    errors = [run.told(index).splitlines()[-1] for index in (0, 1)]
+    assert run.codes() == [1, 1], run.output()
+    errors = [run.output(index).splitlines()[-1] for index in (0, 1)]
     assert errors[0].startswith("error: cannot write ")
     assert errors[1] == errors[0].replace("error: ", "error: process 0: ")
 
@@ -282,18 +282,18 @@ def test_a_mistake_has_its_own_code_in_all(broken):
     run = broken["mistaken"]
     assert run.codes() == [2, 2]
     for index in (0, 1):
-        error = run.told(index).splitlines()[-1]
+        error = run.output(index).splitlines()[-1]
         assert error.startswith("error: ") and "holds a run of another config" in error
 
 
 def environment(**changes):
-    given = {
+    variables = {
         cluster.COORDINATOR: "127.0.0.1:9",
         cluster.PROCESSES: "2",
         cluster.PROCESS_ID: "1",
         cluster.START_SECONDS: "1",
     }
-    return {name: value for name, value in (given | changes).items() if value}
+    return {name: value for name, value in (variables | changes).items() if value}
 
 
 def test_a_missing_coordinator_is_named(tiny, tmp_path, capfd, monkeypatch):
@@ -359,8 +359,8 @@ CLUSTERS = [
 
 @pytest.mark.parametrize(("variables", "method"), CLUSTERS)
 def test_processes_are_found_by_the_environment(variables, method, monkeypatch):
-    asked = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: asked.append(options))
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     monkeypatch.setattr(processes, "end_aborts_with", lambda line: None)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     monkeypatch.setenv("PJRT_NPROC", "1")
@@ -369,9 +369,9 @@ def test_processes_are_found_by_the_environment(variables, method, monkeypatch):
     )
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
     cluster.start(variables)
-    assert [options["cluster_detection_method"] for options in asked] == [method] * bool(method)
+    assert [options["cluster_detection_method"] for options in calls] == [method] * bool(method)
     if variables.get(cluster.PROCESSES) == "2":
-        assert asked[0]["num_processes"] == 2 and asked[0]["initialization_timeout"] == 1
+        assert calls[0]["num_processes"] == 2 and calls[0]["initialization_timeout"] == 1
 
 
 def test_cpus_that_would_mix_up_messages_are_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""Public sets by one word: where they are looked for, what is said when they are not there."""
+"""Public datasets by one word: where they are looked for, and the error when they are missing."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,11 @@ def test_a_set_that_is_not_there_says_what_to_put_where(name, tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLIP_JAX_CACHE", str(tmp_path))
     assert door.main(["mlip", f"--config={ROOT}/configs/mlip.py:data={name}"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: the dataset {name!r} belongs in {tmp_path / name}, which lacks")
-    assert public.instructions(name, tmp_path / name) in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: the dataset {name!r} belongs in {tmp_path / name}, which lacks"
+    )
+    assert public.instructions(name, tmp_path / name) in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -35,10 +35,10 @@ def examples(tmp_path_factory) -> Path:
     """CONTRIBUTING's code blocks as files of the names that stand above them."""
     folder = tmp_path_factory.mktemp("examples")
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    found = re.findall(r"^`(\w+\.py)`.*?^```python\n(.*?)^```$", text, re.M | re.S)
-    for name, code in found:
+    blocks = re.findall(r"^`(\w+\.py)`.*?^```python\n(.*?)^```$", text, re.M | re.S)
+    for name, code in blocks:
         (folder / name).write_text(code)
-    assert {"hinge.py", "lines.py", "spread.py", "convolutions.py"} <= {name for name, _ in found}
+    assert {"hinge.py", "lines.py", "spread.py", "convolutions.py"} <= {name for name, _ in blocks}
     return folder
 
 

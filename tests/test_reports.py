@@ -179,12 +179,12 @@ def test_gain_is_what_the_filter_does(height, width):
     rng = np.random.default_rng(0)
     shape = (height, width // 2 + 1, 2)
     kernel = rng.normal(size=shape) + 1j * rng.normal(size=shape)
-    found = np.fft.ifftshift(gain(kernel, height, width), axes=(0, 1))
+    actual = np.fft.ifftshift(gain(kernel, height, width), axes=(0, 1))
     x = rng.normal(size=(height, width, 2))
     spectrum = np.fft.rfft2(x, axes=(0, 1))
     y = np.fft.irfft2(kernel * spectrum, s=(height, width), axes=(0, 1))
     expected = np.abs(np.fft.fft2(y, axes=(0, 1)) / np.fft.fft2(x, axes=(0, 1)))
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
 
 
 def test_radial_profile_of_a_ring():

@@ -40,14 +40,14 @@ def reference(depth):
     return dict(np.load(DATA / f"resnet{depth}_tiny_io.npz"))
 
 
-def wanted(model, side=16):
+def variable_shapes(model, side=16):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     return shapes["params"], shapes["batch_stats"]
 
 
 @functools.cache
 def variables(depth):
-    params, stats = reader.read(file_of(depth), *wanted(MODELS[depth]))
+    params, stats = reader.read(file_of(depth), *variable_shapes(MODELS[depth]))
     return {"params": params, "batch_stats": stats}
 
 
@@ -93,13 +93,13 @@ def test_a_step_in_training_is_pytorch(depth, tmp_path):
     close(views.spatial_tokens, grid, share=1e-4)
     after = {key: value for key, value in expected.items() if "running" in key}
     save_file(load_file(file_of(depth)) | after, tmp_path / "after.safetensors")
-    _, stats = reader.read(tmp_path / "after.safetensors", *wanted(model))
+    _, stats = reader.read(tmp_path / "after.safetensors", *variable_shapes(model))
     jax.tree.map(close, state["batch_stats"], stats)
 
 
 def test_every_depth_has_its_layers():
     for depth in resnet.DEPTHS:
-        params, _ = wanted(ResNet(depth, 2, "imagenet", FLOAT32), side=32)
+        params, _ = variable_shapes(ResNet(depth, 2, "imagenet", FLOAT32), side=32)
         kernels = [
             path
             for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -108,7 +108,7 @@ def test_every_depth_has_its_layers():
         # All convolutions on the main path, and the classifier, which is not here.
         assert len(kernels) + 1 == depth
     # As many as torchvision's resnet50 without its classifier.
-    params, _ = wanted(ResNet(50, 64, "imagenet", FLOAT32), side=32)
+    params, _ = variable_shapes(ResNet(50, 64, "imagenet", FLOAT32), side=32)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 23_508_032
 
 
@@ -118,7 +118,7 @@ def test_half_precision_stays():
     views, state = jax.eval_shape(run, variables(50), reference(50)["images"])
     assert views.spatial_tokens.dtype == views.spatial_global.dtype == BFLOAT16
     assert all(leaf.dtype == FLOAT32 for leaf in jax.tree.leaves(state))
-    params, _ = wanted(model)
+    params, _ = variable_shapes(model)
     assert all(leaf.dtype == FLOAT32 for leaf in jax.tree.leaves(params))
 
 
@@ -134,8 +134,8 @@ def test_batch_norm_sharded_is_batch_norm():
     expected, expected_state = run(start, jnp.asarray(x))
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    whole = jax.device_put(start, NamedSharding(mesh, PartitionSpec()))
-    value, state = run(whole, rows)
+    replicated = jax.device_put(start, NamedSharding(mesh, PartitionSpec()))
+    value, state = run(replicated, rows)
     np.testing.assert_allclose(value, expected, atol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state, expected_state)
     flat = x.reshape(-1, 5)
@@ -167,7 +167,7 @@ def test_batch_norm_sharded_is_batch_norm():
 )
 def test_another_model_is_refused(model, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        reader.read(file_of(18), *wanted(model))
+        reader.read(file_of(18), *variable_shapes(model))
 
 
 def test_a_deeper_file_is_refused(tmp_path):
@@ -175,17 +175,17 @@ def test_a_deeper_file_is_refused(tmp_path):
     tensors["layer2.2.conv1.weight"] = tensors["layer2.1.conv1.weight"]
     save_file(tensors, tmp_path / "deeper.safetensors")
     with pytest.raises(UserError, match="also has tensor layer2.2.conv1.weight: set .*depth"):
-        reader.read(tmp_path / "deeper.safetensors", *wanted(MODELS[18]))
+        reader.read(tmp_path / "deeper.safetensors", *variable_shapes(MODELS[18]))
 
 
 def test_what_is_no_safetensors_is_refused(tmp_path):
     with pytest.raises(UserError, match="none.safetensors: no such file"):
-        reader.read(tmp_path / "none.safetensors", *wanted(MODELS[18]))
+        reader.read(tmp_path / "none.safetensors", *variable_shapes(MODELS[18]))
     with pytest.raises(UserError, match="no model.safetensors"):
-        reader.read(tmp_path, *wanted(MODELS[18]))
+        reader.read(tmp_path, *variable_shapes(MODELS[18]))
     (tmp_path / "model.safetensors").write_bytes(b"PK pickled")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        reader.read(tmp_path, *wanted(MODELS[18]))
+        reader.read(tmp_path, *variable_shapes(MODELS[18]))
     save_file({"conv1.weight": np.ones((3, 3, 7, 7), np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="conv1.weight is of type I8"):
-        reader.read(tmp_path, *wanted(MODELS[18]))
+        reader.read(tmp_path, *variable_shapes(MODELS[18]))

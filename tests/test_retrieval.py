@@ -28,18 +28,18 @@ def queries_of(image, text, pairs):
     """Direction, query, exact scores of all candidates, and which are right."""
     scores = on_grid(image, "images") @ on_grid(text, "texts").T
     for direction, axis in (("image_to_text", 0), ("text_to_image", 1)):
-        for query, own in enumerate(scores if axis == 0 else scores.T):
-            right = np.zeros(len(own), bool)
+        for query, query_scores in enumerate(scores if axis == 0 else scores.T):
+            right = np.zeros(len(query_scores), bool)
             right[pairs[pairs[:, axis] == query, 1 - axis]] = True
-            yield direction, query, own, right
+            yield direction, query, query_scores, right
 
 
-def assert_equal(found, other):
+def assert_equal(one, other):
     for direction in retrieval.DIRECTIONS:
-        np.testing.assert_array_equal(getattr(found, direction), getattr(other, direction))
+        np.testing.assert_array_equal(getattr(one, direction), getattr(other, direction))
         for field in ("query", "place", "positives"):
             np.testing.assert_array_equal(
-                getattr(found.answers[direction], field), getattr(other.answers[direction], field)
+                getattr(one.answers[direction], field), getattr(other.answers[direction], field)
             )
 
 
@@ -47,31 +47,31 @@ def test_recall_equals_the_reference():
     case = np.load(REFERENCE)
     index = case["caption_image_index"]
     pairs = np.stack([index, np.arange(len(index))], axis=1)
-    found = retrieval.recall(case["image_embeddings"], case["text_embeddings"], pairs, chunk=16)
+    figures = retrieval.recall(case["image_embeddings"], case["text_embeddings"], pairs, chunk=16)
     for k in (1, 5, 10):
         for ours, theirs in (("text_to_image", "image"), ("image_to_text", "text")):
             reference = case[f"{theirs}_retrieval_recall_{k}"]
-            np.testing.assert_allclose(found[f"{ours}_recall@{k}"], reference, rtol=1e-6)
+            np.testing.assert_allclose(figures[f"{ours}_recall@{k}"], reference, rtol=1e-6)
 
 
 # In the last case some captions have far more images than are placed.
 @pytest.mark.parametrize("case", [(0, 30, 50, 90), (1, 40, 300, 200), (2, 90, 12, 400)])
 def test_ranks_and_recalls_equal_brute_force_with_many_positives_both_ways(case):
     image, text, pairs = random_case(*case)
-    found = retrieval.ranks(image, text, pairs)
-    hits = {key: [] for key in retrieval.figures(found) if "recall" in key}
-    for direction, query, own, right in queries_of(image, text, pairs):
-        rank = getattr(found, direction)[query]
+    ranks = retrieval.ranks(image, text, pairs)
+    hits = {key: [] for key in retrieval.figures(ranks) if "recall" in key}
+    for direction, query, query_scores, right in queries_of(image, text, pairs):
+        rank = getattr(ranks, direction)[query]
         if not right.any():
             assert rank == 0
             continue
-        assert rank == 1 + (own[~right] >= own[right].max()).sum()
-        order = np.lexsort((right, -own))  # of equal scores the wrong ones come first
+        assert rank == 1 + (query_scores[~right] >= query_scores[right].max()).sum()
+        order = np.lexsort((right, -query_scores))  # of equal scores the wrong ones come first
         for k in retrieval.KS:
             among = right[order[:k]].sum()
             hits[f"{direction}_recall@{k}"].append(among > 0)
             hits[f"{direction}_actual_recall@{k}"].append(among / right.sum())
-    figures = retrieval.figures(found)
+    figures = retrieval.figures(ranks)
     assert {key: figures[key] for key in hits} == pytest.approx(
         {key: np.mean(values) for key, values in hits.items()}
     )
@@ -92,9 +92,9 @@ def test_chunks_change_nothing(chunk):
     image = rng.normal(size=(70, 24)).astype(np.float32)
     text = np.concatenate([image, image])  # every caption ties with its twin
     pairs = np.stack([np.arange(70), np.arange(70)], axis=1)
-    whole = retrieval.ranks(image, text, pairs)
-    assert (whole.image_to_text == 2).all()  # the twin is wrong and scores the same
-    assert_equal(retrieval.ranks(image, text, pairs, chunk=chunk), whole)
+    unchunked = retrieval.ranks(image, text, pairs)
+    assert (unchunked.image_to_text == 2).all()  # the twin is wrong and scores the same
+    assert_equal(retrieval.ranks(image, text, pairs, chunk=chunk), unchunked)
 
 
 @pytest.mark.parametrize("scores_alone", [0.0, 1 / 32, 2.0])
@@ -108,28 +108,28 @@ def test_scores_within_float32s_error_of_a_threshold_are_told_apart(monkeypatch,
     text = np.concatenate([near, rng.normal(size=(90, 16))])
     image[:40] = near[:40] + 1e-7 * rng.normal(size=(40, 16))
     pairs = rng.integers(0, 150, (260, 2))
-    found = retrieval.ranks(image, text, pairs, chunk=96)
-    for direction, query, own, right in queries_of(image, text, pairs):
+    ranks = retrieval.ranks(image, text, pairs, chunk=96)
+    for direction, query, query_scores, right in queries_of(image, text, pairs):
         if right.any():
-            wrong = (own[~right] >= own[right].max()).sum()
-            assert getattr(found, direction)[query] == 1 + wrong
+            wrong = (query_scores[~right] >= query_scores[right].max()).sum()
+            assert getattr(ranks, direction)[query] == 1 + wrong
 
 
 @pytest.mark.parametrize("value", [0.0, 0.37])
 def test_a_constant_embedding_finds_nothing(value):
     same = np.full((40, 17), value, np.float32)
-    found = retrieval.recall(same, same, np.stack([np.arange(40)] * 2, axis=1))
-    assert found["text_to_image_recall@10"] == 0
-    assert found["image_to_text_median_rank"] == 40
+    figures = retrieval.recall(same, same, np.stack([np.arange(40)] * 2, axis=1))
+    assert figures["text_to_image_recall@10"] == 0
+    assert figures["image_to_text_median_rank"] == 40
 
 
 def test_images_and_captions_without_a_partner_are_candidates_alone():
     image = np.eye(4, dtype=np.float32)
     text = np.array([[1, 1.1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
-    found = retrieval.ranks(image, text, np.array([[0, 0], [2, 1]]))
-    assert found.text_to_image.tolist() == [2, 1, 0]  # image 1, without a caption, is nearer
-    assert found.image_to_text.tolist() == [1, 0, 1, 0]
-    assert retrieval.figures(found)["text_to_image_recall@1"] == 0.5
+    ranks = retrieval.ranks(image, text, np.array([[0, 0], [2, 1]]))
+    assert ranks.text_to_image.tolist() == [2, 1, 0]  # image 1, without a caption, is nearer
+    assert ranks.image_to_text.tolist() == [1, 0, 1, 0]
+    assert retrieval.figures(ranks)["text_to_image_recall@1"] == 0.5
 
 
 def test_nan_is_an_error_that_counts():
@@ -176,16 +176,16 @@ def test_products_on_the_grid_are_exact_and_equal_rows_tie():
     np.testing.assert_allclose(np.linalg.norm(grid, axis=1), 1, atol=1e-7)
     assert (np.linalg.norm(grid, axis=1) <= 1).all()
     np.testing.assert_array_equal(grid, on_grid(4 * np.asfortranarray(rows), "rows"))
-    whole = grid_integers(rows, "rows")
-    assert (grid == whole / 2**26).all()
+    numbers = grid_integers(rows, "rows")
+    assert (grid == numbers / 2**26).all()
     order = rng.permutation(9)
-    np.testing.assert_array_equal(grid_integers(rows, "rows", order), whole[order])
-    exact = [sum(int(a) * int(b) for a, b in zip(row, whole[3], strict=True)) for row in whole]
-    assert products(whole, whole, (np.arange(9), np.full(9, 3))).tolist() == exact
+    np.testing.assert_array_equal(grid_integers(rows, "rows", order), numbers[order])
+    exact = [sum(int(a) * int(b) for a, b in zip(row, numbers[3], strict=True)) for row in numbers]
+    assert products(numbers, numbers, (np.arange(9), np.full(9, 3))).tolist() == exact
 
 
 class FakeSets:
-    """One embedded set and a model that knows its captions."""
+    """One embedded dataset and a model that knows its captions."""
 
     progress = False
     config = default()

@@ -1,4 +1,4 @@
-"""The search verb: an index that follows its folder, exact answers, and what is refused."""
+"""The subcommand search: an index that follows its folder, exact answers, and what is refused."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def loaded():
 
 @pytest.fixture
 def search(trained, tmp_path, loaded, monkeypatch):
-    """Runs the verb on an index in a folder of its own; gives the exit code."""
+    """Runs the subcommand on an index in a folder of its own; gives the exit code."""
     monkeypatch.setattr(verb, "load", loaded)
     index = tmp_path / "index"
 
@@ -90,9 +90,9 @@ def test_a_folder_is_indexed_and_found_by_words(search, photos, model, capsys):
     paths = sorted(path for path in names if not path.name.startswith("."))
     scores = model.encode_image(paths) @ model.encode_text(["picture 4"])[0]
     best = np.argsort(-scores)[:5]
-    found = table(out)
-    assert [path for path, _ in found] == [str(paths[row]) for row in best]
-    np.testing.assert_allclose([score for _, score in found], scores[best], atol=1e-4)
+    hits = table(out)
+    assert [path for path, _ in hits] == [str(paths[row]) for row in best]
+    np.testing.assert_allclose([score for _, score in hits], scores[best], atol=1e-4)
     embeddings = np.load(search.index / "embeddings-0.npy", mmap_mode="r")
     assert embeddings.shape == (COUNT, model.config.model.embed_dim)
 
@@ -101,8 +101,8 @@ def test_an_index_alone_answers_and_finds_an_image_by_itself(search, photos, cap
     assert search(f"--images={photos}") == 0
     capsys.readouterr()
     assert search(f"--image={photos / 'below' / '3.png'}", "--top=3") == 0
-    found = table(capsys.readouterr().out)
-    assert len(found) == 3 and found[0] == (str(photos / "below" / "3.png"), 1.0)
+    hits = table(capsys.readouterr().out)
+    assert len(hits) == 3 and hits[0] == (str(photos / "below" / "3.png"), 1.0)
 
 
 def test_the_index_of_a_run_lies_in_its_workdir(trained, photos, tmp_path, capsys):
@@ -176,10 +176,10 @@ def test_an_index_that_was_cut_short_goes_on(search, photos, monkeypatch, capsys
     assert search(f"--images={photos}") == 0
     assert sum(embedded) == COUNT - 8
     assert not list(filter(is_draft, search.index.rglob("*")))
-    whole = search.index.with_name("whole")
-    assert search(f"--images={photos}", f"--index={whole}") == 0
+    whole_index = search.index.with_name("whole")
+    assert search(f"--images={photos}", f"--index={whole_index}") == 0
     for name in ("embeddings-0.npy", "images-0.jsonl", "offsets-0.npy"):
-        assert (whole / name).read_bytes() == (search.index / name).read_bytes()
+        assert (whole_index / name).read_bytes() == (search.index / name).read_bytes()
     assert not list(search.index.glob("pieces-*"))
 
 
@@ -319,11 +319,11 @@ def test_exact_search_is_a_sort(monkeypatch):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(1000, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    wanted = rng.normal(size=8).astype(np.float32)
+    query_vector = rng.normal(size=8).astype(np.float32)
     monkeypatch.setattr(query, "_ROWS", 64)
     for top in (1, 7, 100, 1000):
-        found = query.best_rows(rows, wanted, top)
-        assert sorted(found) == sorted(np.argsort(-(rows @ wanted))[:top])
+        best = query.best_rows(rows, query_vector, top)
+        assert sorted(best) == sorted(np.argsort(-(rows @ query_vector))[:top])
 
 
 def test_many_images_need_usearch(search, photos, monkeypatch, capsys):
@@ -350,16 +350,16 @@ def test_usearch_finds_what_exact_search_finds(search, photos, monkeypatch, caps
 def test_threads_read_one_index(search, photos):
     assert search(f"--images={photos}") == 0
     index = Index(search.index)
-    found = []
+    paths = []
     threads = [
-        threading.Thread(target=lambda: found.extend(map(index.path, range(COUNT))))
+        threading.Thread(target=lambda: paths.extend(map(index.path, range(COUNT))))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found) == sorted([item.path for item in index.items()] * 4)
+    assert sorted(paths) == sorted([item.path for item in index.items()] * 4)
     with pytest.raises(IndexError):
         index.path(COUNT)
 

@@ -66,7 +66,7 @@ def ask(port):
     return send
 
 
-def found(answer):
+def results_of(answer):
     status, _, content = answer
     assert status == 200, content
     return json.loads(content)["results"]
@@ -81,7 +81,7 @@ def picture(answer, kind):
 
 
 def test_words_find_what_the_command_line_finds(ask, photos, trained):
-    results = found(ask("/search?text=picture%204&top=5"))
+    results = results_of(ask("/search?text=picture%204&top=5"))
     model = mlip_jax.load(trained)
     paths = sorted(photos.glob("*.png"))
     scores = model.encode_image(paths) @ model.encode_text(["picture 4"])[0]
@@ -92,9 +92,9 @@ def test_words_find_what_the_command_line_finds(ask, photos, trained):
 
 def test_an_image_finds_itself(ask, photos):
     content = (photos / "7.png").read_bytes()
-    results = found(ask("/search?top=3", "POST", content))
+    results = results_of(ask("/search?top=3", "POST", content))
     assert results[0]["path"] == str(photos / "7.png") and len(results) == 3
-    again = found(ask(f"/search?like={results[0]['row']}&top=3"))
+    again = results_of(ask(f"/search?like={results[0]['row']}&top=3"))
     assert [result["row"] for result in again] == [result["row"] for result in results]
 
 
@@ -102,9 +102,9 @@ def test_pictures_of_a_row(ask):
     assert max(picture(ask("/thumbnail/3"), "JPEG").size) <= 224
     assert picture(ask("/square/3"), "JPEG").size == (512, 512)
     maps = [ask(f"/saliency/{row}?text=picture%20{row}") for row in range(4)]
-    shown = [picture(answer, "PNG") for answer in maps if answer[0] != 204]
-    assert shown and all(image.mode == "RGBA" and image.size == (512, 512) for image in shown)
-    assert all(image.getchannel("A").getextrema()[1] > 128 for image in shown)
+    overlays = [picture(answer, "PNG") for answer in maps if answer[0] != 204]
+    assert overlays and all(image.mode == "RGBA" and image.size == (512, 512) for image in overlays)
+    assert all(image.getchannel("A").getextrema()[1] > 128 for image in overlays)
 
 
 def test_the_page_says_what_is_searched(ask, photos, trained):
@@ -173,7 +173,7 @@ def test_bodies_that_are_no_images(ask):
 
 
 def test_an_image_that_is_gone(ask, photos):
-    row = found(ask("/search", "POST", (photos / "9.png").read_bytes()))[0]["row"]
+    row = results_of(ask("/search", "POST", (photos / "9.png").read_bytes()))[0]["row"]
     (photos / "9.png").rename(photos / "9")
     try:
         status, _, content = ask(f"/thumbnail/{row}")
@@ -201,8 +201,8 @@ def test_in_a_browser(port, photos, tmp_path):
         page.ask("Input.insertText", text="<b>picture</b> 20")
         page.click("button.main")
         page.wait("document.querySelectorAll('#results li').length === 10")
-        shown = "[...document.images].filter(i => i.src.includes('/thumbnail/'))"
-        page.wait(f"{shown}.length === 10 && {shown}.every(i => i.complete && i.naturalWidth)")
+        images = "[...document.images].filter(i => i.src.includes('/thumbnail/'))"
+        page.wait(f"{images}.length === 10 && {images}.every(i => i.complete && i.naturalWidth)")
         assert "for “<b>picture</b> 20”" in page.value("document.body.innerText")
         assert not page.value("document.querySelector('main b b, [onerror]')")
         assert "?text=%3Cb%3Epicture" in page.value("location.search")

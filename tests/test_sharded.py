@@ -70,31 +70,31 @@ def plain():
     } | {f"{loss}_tokens": lambda a, loss=loss: tokens(loss, **a) for loss in LOSSES}
 
 
-def values_and_gradients(functions, given, mesh=None):
+def values_and_gradients(functions, inputs, mesh=None):
     """Of every function, with its arguments' rows on the mesh; the mask has no gradient."""
     if mesh is not None:
-        given = jax.tree.map(lambda x: jax.device_put(x, placement(x, mesh)), given)
+        inputs = jax.tree.map(lambda x: jax.device_put(x, placement(x, mesh)), inputs)
 
-    def all_of_them(given):
-        found = {}
+    def all_of_them(inputs):
+        results = {}
         for name, function in functions.items():
-            fixed = {k: v for k, v in given[name].items() if k == "text_mask"}
-            learned = {k: v for k, v in given[name].items() if k != "text_mask"}
-            found[name] = jax.value_and_grad(lambda x, f=function, k=fixed: f(x | k))(learned)
-        return found
+            fixed = {k: v for k, v in inputs[name].items() if k == "text_mask"}
+            learned = {k: v for k, v in inputs[name].items() if k != "text_mask"}
+            results[name] = jax.value_and_grad(lambda x, f=function, k=fixed: f(x | k))(learned)
+        return results
 
-    return jax.jit(all_of_them)(given)
+    return jax.jit(all_of_them)(inputs)
 
 
 def placement(x, mesh):
     return parallel.batch_sharding(mesh) if np.ndim(x) else parallel.replicated(mesh)
 
 
-def assert_same(found, expected, rtol=1e-5):
+def assert_same(actual, expected, rtol=1e-5):
     """Entries near 0 are differences of larger ones: measured against the whole gradient too."""
     for name in expected:
         for a, b in zip(
-            *(jax.tree.leaves(jax.device_get(x[name])) for x in (found, expected)), strict=True
+            *(jax.tree.leaves(jax.device_get(x[name])) for x in (actual, expected)), strict=True
         ):
             a, b = np.float32(a), np.float32(b)
             room = rtol / 10 * np.abs(b).max()
@@ -120,47 +120,47 @@ def expected():
 def test_value_and_gradient_are_those_of_one_device(shape, tile, monkeypatch):
     monkeypatch.setattr(ring, "TILE", tile)
     mesh = make_mesh(*shape) if shape else None
-    found = values_and_gradients(in_blocks(mesh), arguments(), mesh)
-    assert_same(found, expected())
+    actual = values_and_gradients(in_blocks(mesh), arguments(), mesh)
+    assert_same(actual, expected())
     for name in ("softmax_tokens", "sigmoid_tokens"):  # the text without words
-        mask, gradient = arguments()[name]["text_mask"], found[name][1]["text_tokens"]
+        mask, gradient = arguments()[name]["text_mask"], actual[name][1]["text_tokens"]
         np.testing.assert_array_equal(gradient[~mask], 0.0)
     if mesh:
         rows = parallel.batch_sharding(mesh)
-        assert found["softmax"][1]["text"].sharding.is_equivalent_to(rows, 2)
+        assert actual["softmax"][1]["text"].sharding.is_equivalent_to(rows, 2)
 
 
 def test_bfloat16_is_computed_in_float32():
-    def cast(given, dtype):
+    def cast(inputs, dtype):
         rows = ("image", "text", "image_tokens", "text_tokens")
         return {
             name: {k: jnp.asarray(v, dtype) if k in rows else v for k, v in arrays.items()}
-            for name, arrays in given.items()
+            for name, arrays in inputs.items()
         }
 
     mesh = make_mesh(2)
     rounded = cast(arguments(), jnp.bfloat16)
     wide = values_and_gradients(plain(), cast(rounded, jnp.float32))
     for functions, where in ((in_blocks(mesh), mesh), (plain(), None)):
-        found = values_and_gradients(functions, rounded, where)
-        for name, (value, gradient) in found.items():
+        actual = values_and_gradients(functions, rounded, where)
+        for name, (value, gradient) in actual.items():
             assert value.dtype == jnp.float32
             np.testing.assert_allclose(value, wide[name][0], rtol=1e-5, err_msg=name)
             first = gradient["image_tokens" if name.endswith("tokens") else "image"]
             assert first.dtype == jnp.bfloat16
         # The gradient is rounded to the embeddings' type: the last of its 8 bits.
-        assert_same(found, wide, rtol=2**-7)
+        assert_same(actual, wide, rtol=2**-7)
 
 
 def test_scores_in_the_thousands_do_not_overflow():
     mesh = make_mesh(2)
-    given = {"softmax": arguments()["softmax"] | {"scale": np.float32(3000.0)}}
-    found, one = (
-        values_and_gradients({"softmax": functions["softmax"]}, given, where)
+    inputs = {"softmax": arguments()["softmax"] | {"scale": np.float32(3000.0)}}
+    actual, one = (
+        values_and_gradients({"softmax": functions["softmax"]}, inputs, where)
         for functions, where in ((in_blocks(mesh), mesh), (plain(), None))
     )
-    assert np.isfinite(found["softmax"][0])
-    assert_same(found, one, rtol=1e-3)  # float32 cosines, times 3000, in an exponential
+    assert np.isfinite(actual["softmax"][0])
+    assert_same(actual, one, rtol=1e-3)  # float32 cosines, times 3000, in an exponential
 
 
 def test_tiles_are_equal_and_the_largest():
@@ -173,9 +173,9 @@ def program(loss, batch, devices):
     mesh = make_mesh(devices)
     rows = jax.ShapeDtypeStruct((batch, 512), jnp.float32, sharding=parallel.batch_sharding(mesh))
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=parallel.replicated(mesh))
-    given = {"image": rows, "text": rows, "scale": scalar, "bias": scalar}
+    inputs = {"image": rows, "text": rows, "scale": scalar, "bias": scalar}
     step = jax.jit(jax.value_and_grad(in_blocks(mesh)[loss]))
-    return step.lower(given).compile()
+    return step.lower(inputs).compile()
 
 
 def temporary(loss, batch, devices):
@@ -192,11 +192,11 @@ def test_8192_pairs_on_8_devices_take_20_mib_of_each_and_no_gather(loss):
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_memory_grows_with_a_device_s_rows_not_with_the_batch(loss):
-    whole = temporary(loss, 4096, 8)
+    memory = temporary(loss, 4096, 8)
     # Half as many rows on each device: between a half, its rows, and a quarter, its scores.
-    assert 0.25 * whole < temporary(loss, 2048, 8) < 0.5 * whole
+    assert 0.25 * memory < temporary(loss, 2048, 8) < 0.5 * memory
     # As many rows on each device, and fewer devices.
-    np.testing.assert_allclose(temporary(loss, 2048, 4), whole, rtol=0.01)
+    np.testing.assert_allclose(temporary(loss, 2048, 4), memory, rtol=0.01)
     # Past a tile the scores take no more, and the rows twice as much.
     assert temporary(loss, 16384, 8) < 2.2 * temporary(loss, 8192, 8)
 
@@ -216,8 +216,8 @@ def test_scores_of_many_pairs_are_computed_in_blocks():
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_a_perspective_is_computed_the_way_that_is_asked_for(view, loss):
     mesh = make_mesh(2)
-    given = arguments()
-    globals_, tokens = given["softmax"], given["softmax_tokens"]
+    inputs = arguments()
+    globals_, tokens = inputs["softmax"], inputs["softmax_tokens"]
     embeddings = {
         "spatial_global": globals_["image"],
         "text_global": globals_["text"],
@@ -229,9 +229,9 @@ def test_a_perspective_is_computed_the_way_that_is_asked_for(view, loss):
     term = perspectives.Term(view, loss, 1.0, 1, 0)
 
     def total(embeddings, scale, blocks):
-        scales, biases, seen = {view: scale}, {view: scale - 10.0}, jnp.float32(0)
+        scales, biases, samples_seen = {view: scale}, {view: scale - 10.0}, jnp.float32(0)
         return perspectives.total_loss(
-            (term,), embeddings, scales, biases, seen, blocks=blocks, mesh=mesh
+            (term,), embeddings, scales, biases, samples_seen, blocks=blocks, mesh=mesh
         )[0]
 
     for blocks, travels in (("always", True), ("never", False), ("auto", False)):

@@ -103,12 +103,12 @@ def test_a_few_steps_on_one_batch_lower_its_loss():
     states, metrics = history()
     assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
     assert [int(state.step) for state in states] == list(range(21))
-    for found in metrics:
-        total = found["loss/spatial_global"] + 0.5 * (
-            found["loss/spatial_tokens"] + found["loss/frequency_global"]
+    for step_metrics in metrics:
+        total = step_metrics["loss/spatial_global"] + 0.5 * (
+            step_metrics["loss/spatial_tokens"] + step_metrics["loss/frequency_global"]
         )
-        np.testing.assert_allclose(found["loss"], total, rtol=1e-5)
-        assert found["gradient_norm"] > 0
+        np.testing.assert_allclose(step_metrics["loss"], total, rtol=1e-5)
+        assert step_metrics["gradient_norm"] > 0
     np.testing.assert_allclose(metrics[0]["scale/spatial_global"], 1 / 0.07, rtol=1e-5)
     schedule = optimizers.learning_rate(parts()[0])
     for step in (0, 10):
@@ -157,8 +157,8 @@ def test_a_sharded_run_is_the_run_of_one_device_and_is_traced_once():
     rows = parallel.global_batch(batch(), mesh)
     states, metrics = history()
     for index in range(3):
-        state, found = step(state, rows)
-        for key, value in found.items():
+        state, step_metrics = step(state, rows)
+        for key, value in step_metrics.items():
             np.testing.assert_allclose(value, metrics[index][key], rtol=1e-3, err_msg=key)
         assert_same(state.params, states[index + 1].params, rtol=1e-3, atol=2e-5)
     # A weak type or a sharding that moved would compile again at the second step.
@@ -227,7 +227,7 @@ def test_only_matrices_and_filters_decay(name):
         return updates
 
     rate = float(optimizers.learning_rate(config)(jnp.asarray(0)))
-    seen = set()
+    seen_names = set()
     for path, update in jax.tree_util.tree_leaves_with_path(jax.device_get(decayed(params))):
         name = parallel.path_name(path)
         last = name.rsplit("/", 1)[-1]
@@ -237,9 +237,9 @@ def test_only_matrices_and_filters_decay(name):
             np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-9, err_msg=name)
         else:
             np.testing.assert_array_equal(update, 0.0, err_msg=name)
-        seen.add(re.sub(r"_(spatial|frequency)_(global|tokens)$", "", last))
+        seen_names.add(re.sub(r"_(spatial|frequency)_(global|tokens)$", "", last))
     matrices = {"kernel", "filter", "embedding"}
-    assert seen == matrices | {"bias", "scale", "position", "class_token", "log_scale"}
+    assert seen_names == matrices | {"bias", "scale", "position", "class_token", "log_scale"}
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():

@@ -18,7 +18,7 @@ REFERENCE = Path(__file__).parent / "data" / "average_precision.npz"
 
 
 class FakeSource:
-    """A set that is known by its class names, and by its targets where it has several a row."""
+    """A dataset that is known by its class names, and by its targets where it has several a row."""
 
     notes = ()
 
@@ -32,7 +32,7 @@ class FakeSource:
 
 
 class FakeSets:
-    """Sets of which one is embedded already."""
+    """Datasets of which one is embedded already."""
 
     progress = False
 
@@ -80,8 +80,8 @@ def multi_label_sets(change=lambda train, test: None):
 def test_step_sum_equals_the_reference():
     case = np.load(REFERENCE)
     labels, scores = case["labels"], case["scores"]
-    found = [average_precision.step_sum(labels[:, k], scores[:, k]) for k in range(5)]
-    np.testing.assert_allclose(found, case["ap"], rtol=1e-6)
+    precisions = [average_precision.step_sum(labels[:, k], scores[:, k]) for k in range(5)]
+    np.testing.assert_allclose(precisions, case["ap"], rtol=1e-6)
 
 
 def test_eleven_point_by_hand():
@@ -119,15 +119,15 @@ def test_chance_is_the_mean_over_all_orders(positives, total):
 def test_the_mean_is_over_classes_that_are_shown_and_without_difficult_images():
     targets = np.array([[1, -1, 0], [-1, -1, 1], [0, -1, -1], [1, -1, 1]], np.int8)
     scores = np.random.default_rng(0).normal(size=(4, 3))
-    found = average_precision.mean_over_classes(targets, scores)
-    assert found.classes.tolist() == [0, 2]
-    own = [
+    mean_precision = average_precision.mean_over_classes(targets, scores)
+    assert mean_precision.classes.tolist() == [0, 2]
+    class_precisions = [
         average_precision.step_sum(targets[rows, k], scores[rows, k])
         for k, rows in ((0, [0, 1, 3]), (2, [1, 2, 3]))
     ]
-    np.testing.assert_allclose(found.per_class, own)
-    assert found.step_sum == pytest.approx(np.mean(own))
-    assert found.chance == pytest.approx(average_precision.expected(2, 3))
+    np.testing.assert_allclose(mean_precision.per_class, class_precisions)
+    assert mean_precision.step_sum == pytest.approx(np.mean(class_precisions))
+    assert mean_precision.chance == pytest.approx(average_precision.expected(2, 3))
 
 
 def test_rankings_that_have_no_average_precision():

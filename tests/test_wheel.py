@@ -81,7 +81,7 @@ def test_the_main_job_from_an_empty_folder(installed, pairs, tmp_path):
         installed, "-c", "import mlip_jax; print(mlip_jax.__file__)", cwd=tmp_path, env=environment
     )
     assert Path(where.strip()).is_relative_to(installed.parents[1])
-    told = mlip(
+    output = mlip(
         f"--config=mlip:data=jsonl:{pairs}",
         "--workdir=run",
         "--config.batch_size=16",
@@ -89,7 +89,7 @@ def test_the_main_job_from_an_empty_folder(installed, pairs, tmp_path):
         "--config.data.workers=0",
         "--config.evaluation.every_samples=0",
     )
-    assert "report:  run/report.html" in told
+    assert "report:  run/report.html" in output
     figures = json.loads((tmp_path / "run/results.json").read_text())
     mlip("evaluate", "--workdir=run")
     assert json.loads((tmp_path / "run/results.json").read_text()) == figures
