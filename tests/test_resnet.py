@@ -189,3 +189,15 @@ def test_what_is_no_safetensors_is_refused(tmp_path):
     save_file({"conv1.weight": np.ones((3, 3, 7, 7), np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="conv1.weight is of type I8"):
         reader.read(tmp_path, *variable_shapes(MODELS[18]))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2), (1, 1, 1, 1), (2, 8, 5, 3)])
+def test_every_second_cell_is_that_of_a_strided_slice(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    weights = jax.random.normal(jax.random.key(1), x[:, ::2, ::2].shape)
+    (value, gradient), (expected, its_gradient) = (
+        jax.value_and_grad(lambda x, take=take: jnp.sum(weights * take(x)))(x)
+        for take in (lambda x: resnet.every(x, 2), lambda x: x[:, ::2, ::2])
+    )
+    assert value == expected
+    np.testing.assert_array_equal(gradient, its_gradient)
