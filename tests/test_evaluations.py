@@ -13,7 +13,7 @@ from mlip_jax.data.sets.records import Record
 from mlip_jax.errors import UserError
 from mlip_jax.evaluations import evaluate, read_results, table, write_results, zero_shot
 from mlip_jax.evaluations.prompts import find_templates
-from mlip_jax.evaluations.sets import short_name
+from mlip_jax.evaluations.sets import Sets, short_name
 from mlip_jax.schema import default
 
 
@@ -170,6 +170,7 @@ def test_evaluate_without_labels_or_validation_set():
     assert {key.split("/")[0] for key in results.figures} == {"retrieval"}
     config.data.validation = ""
     assert evaluate(FakeModel(), config).figures == {}
+    zero_shot.check(Sets(None, config), "validation")  # nothing is there that could be at fault
 
 
 def test_evaluate_refuses_empty_and_unreadable_sets():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -12,11 +12,14 @@ from threadpoolctl import threadpool_limits
 
 from mlip_jax.data.sets.records import MultiLabel, Source
 from mlip_jax.errors import UserError
+from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import EmbeddedSet, Sets
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Sums that several threads share differ in their last bits from machine to machine, and threads
 # that wait for each other on busy cores are slower than one by far.
-on_one_thread = threadpool_limits.wrap(limits=1)
+on_one_thread: Callable[[_Function], _Function] = threadpool_limits.wrap(limits=1)
 
 _NAMES_SHOWN = 5
 
@@ -27,6 +30,21 @@ class Parts(NamedTuple):
     train: EmbeddedSet
     test: EmbeddedSet
     note: str  # sentences on where they come from and what was left out
+
+    def features(
+        self,
+    ) -> tuple[Float[np.ndarray, "training width"], Float[np.ndarray, "images width"]]:
+        """Both parts' features, L2-normalised and on a grid, to train and to test on.
+
+        Raises:
+          RunError: for NaN or infinity among them.
+        """
+        train, test = self.train.features, self.test.features
+        assert train is not None and test is not None  # `train_and_test` asks for them
+        return (
+            on_grid(train, f"training features of {self.test.name}"),
+            on_grid(test, f"test features of {self.test.name}"),
+        )
 
 
 class Linear(NamedTuple):

@@ -89,19 +89,19 @@ def count_reaching(
     width = chunk // segment * segment
     blocks = -(-len(right.grid) // width)
     cut = _Cut(segment, min(_ROWS, width), width, blocks=-(-blocks // -(-blocks // _BLOCKS)))
-    counts = tuple(
+    left_counts, right_counts = (
         [np.zeros(len(level), np.int64) for level in side.thresholds] for side in (left, right)
     )
     calls = -(-len(left.grid) // cut.height) * -(-len(right.grid) // (cut.width * cut.blocks))
     pool = ThreadPoolExecutor(cores())
     try:
         with threadpool_limits(1, "blas"):  # the pool's threads are as many as the cores
-            finished_calls = _run(pool, left, right, cut, counts)
+            finished_calls = _run(pool, left, right, cut, (left_counts, right_counts))
             for _ in track(finished_calls, "Ranking", total=calls, shown=progress):
                 pass
     finally:
         pool.shutdown(cancel_futures=True)
-    return counts
+    return left_counts, right_counts
 
 
 def _run(

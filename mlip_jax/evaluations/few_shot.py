@@ -16,7 +16,6 @@ from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Parts, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
 from mlip_jax.progress import track
 
@@ -50,10 +49,11 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     classes = len(test.source.class_names)
     options = sets.config.evaluation.probe
     shots, left_out = _possible(parts, spec, options.shots)
+    train_features, test_features = parts.features()
     accuracy_by_shots = accuracies(
-        on_grid(train.features, f"training features of {test.name}"),
+        train_features,
         train.labels,
-        on_grid(test.features, f"test features of {test.name}"),
+        test_features,
         test.labels,
         classes,
         shots,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -23,17 +23,15 @@ from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
 from mlip_jax.evaluations.family import Family
-from mlip_jax.evaluations.interface import Outcome
+from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.sets import Sets, short_name
 from mlip_jax.progress import track
 
 _SHIFTS = 8  # other queries' boxes that stand for chance
 
 
-class Grounder(Protocol):
-    """What grounding sees of a model."""
-
-    preprocess: Preprocessing
+class Grounder(Encoder, Protocol):
+    """A model that tells where it sees what a text says."""
 
     def saliency(
         self, images: UInt8[np.ndarray, "images size size 3"], texts: list[str]
@@ -129,7 +127,7 @@ def score(sets: Sets, spec: str) -> Outcome:
 
 
 def examples(
-    model: Grounder, regions: Regions, config: ConfigDict, count: int, among: int = 256
+    model: Encoder, regions: Regions, config: ConfigDict, count: int, among: int = 256
 ) -> list[Example]:
     """Queries at even steps from the best IoU to the worst.
 
@@ -168,7 +166,7 @@ def examples(
 
 
 def saliency_maps(
-    model: Grounder,
+    model: Encoder,
     regions: Regions,
     config: ConfigDict,
     indices: Iterable[int] | None = None,
@@ -194,6 +192,7 @@ def saliency_maps(
         raise UserError(
             "config.evaluation.grounding: this model gives no saliency maps; leave the datasets out"
         )
+    grounder = cast(Grounder, model)
     queries = list(range(len(regions)) if indices is None else indices)
     size, reader = config.evaluation.batch_size, _Reader(regions, model.preprocess)
     parts, read_indices, boxes = [], [], []
@@ -203,7 +202,7 @@ def saliency_maps(
         if not batch:
             continue
         rows, pixels, texts, batch_boxes = zip(*batch, strict=True)
-        parts.append(np.asarray(model.saliency(np.stack(pixels), list(texts)), np.float32))
+        parts.append(np.asarray(grounder.saliency(np.stack(pixels), list(texts)), np.float32))
         read_indices.extend(rows)
         boxes.extend(batch_boxes)
     if not read_indices:

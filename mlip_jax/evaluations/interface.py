@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from mlip_jax.data.images.preprocessing import Preprocessing
 
 
 class Encoder(Protocol):
     """A model as functions of images and of texts; embeddings are L2-normalised rows."""
 
     @property
-    def preprocess(self) -> Callable[[Any], UInt8[np.ndarray, "size size 3"]]:
+    def preprocess(self) -> Preprocessing:
         """Brings an image, encoded or not, to the size and the colours that the model takes."""
 
     def encode_image_pixels(

@@ -19,7 +19,6 @@ from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Linear, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
 from mlip_jax.evaluations.sgd_probe import sgd
 from mlip_jax.evaluations.zero_shot import accuracies
@@ -62,11 +61,12 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         )
     classes = len(test.source.class_names)
     method = sets.config.evaluation.probe.method
+    train_features, test_features = parts.features()
     class_ranks, note = probe(
         method,
-        on_grid(train.features, f"training features of {test.name}"),
+        train_features,
         train.labels,
-        on_grid(test.features, f"test features of {test.name}"),
+        test_features,
         test.labels,
         classes,
         sets.config.seed,

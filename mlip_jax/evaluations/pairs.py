@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mlip_jax.data.batches.training import evaluation_batches
+from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
 from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations.interface import Outcome
@@ -18,7 +19,9 @@ from mlip_jax.evaluations.sets import short_name
 class PairScorer(Protocol):
     """A model that scores image i with text i."""
 
-    preprocess: Any
+    @property
+    def preprocess(self) -> Preprocessing:
+        """Brings an image to the size and the colours that the model takes."""
 
     def score_pairs(self, images: Sequence[Any], texts: Sequence[str]) -> Float[np.ndarray, "n"]:
         """Scores, the higher the likelier a pair."""
@@ -41,19 +44,22 @@ def accuracy(model: PairScorer, source: Source, batch_size: int) -> tuple[float,
     for batch in evaluation_batches(source, model.preprocess, batch_size):
         rows = [row for row in np.flatnonzero(batch.readable) if any(batch.captions[row])]
         texts = [batch.captions[row][0] for row in rows]
-        other_texts = [_next_other(texts, place) for place in range(len(texts))]
-        usable = [place for place, other in enumerate(other_texts) if other is not None]
-        if not usable:
+        other_texts = {
+            place: other
+            for place in range(len(texts))
+            if (other := _next_other(texts, place)) is not None
+        }
+        if not other_texts:
             continue
-        images = [batch.images[rows[place]] for place in usable]
-        matched = model.score_pairs(images, [texts[place] for place in usable])
-        mismatched = model.score_pairs(images, [other_texts[place] for place in usable])
+        images = [batch.images[rows[place]] for place in other_texts]
+        matched = model.score_pairs(images, [texts[place] for place in other_texts])
+        mismatched = model.score_pairs(images, list(other_texts.values()))
         if not (np.isfinite(matched).all() and np.isfinite(mismatched).all()):
             raise RunError(
                 f"the dataset {source.name!r}: NaN or infinity among the scores of pairs"
             )
         right += int(np.sum(matched > mismatched))
-        total += len(usable)
+        total += len(other_texts)
     if not total:
         raise UserError(f"the dataset {source.name!r} has no two images with different captions")
     return right / total, total

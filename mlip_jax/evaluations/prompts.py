@@ -87,6 +87,7 @@ def find_class_names(choice: str, dataset_names: Sequence[str], set_name: str) -
     """
     if not choice:
         return tuple(dataset_names)
+    prompt_names: list[str] | dict[str, str] | None
     prompt_names = _built_in("class_names.json").get(choice)
     if prompt_names is None:
         prompt_names = _read_names(choice)

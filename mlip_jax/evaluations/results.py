@@ -6,12 +6,12 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.files import read_json, write_atomically
 
 FILE_NAME = "results.json"
-_KINDS = ("chance", "examples", "protocol", "note")
 
 
 @dataclass
@@ -47,6 +47,15 @@ class Results:
                 values.pop(key, None)
         self.notes.pop(group, None)
 
+    def beside_figures(self) -> dict[str, dict[str, Any]]:
+        """What is known beside the figures, by the word that its keys begin with in a file."""
+        return {
+            "chance": self.chance,
+            "examples": self.examples,
+            "protocol": self.protocols,
+            "note": self.notes,
+        }
+
     def update(self, other: Results) -> None:
         """Takes over the groups of `other`, each in place of one of the same name."""
         for group in other.notes:
@@ -67,8 +76,7 @@ def write_results(
     same key; "note/family/dataset" is a text, "step" the checkpoint's.
     """
     flat: dict[str, float | str | list[str]] = dict(results.figures)
-    parts = (results.chance, results.examples, results.protocols, results.notes)
-    for kind, values in zip(_KINDS, parts, strict=True):
+    for kind, values in results.beside_figures().items():
         flat |= {f"{kind}/{key}": value for key, value in values.items()}
     if results.step is not None:
         flat["step"] = results.step
@@ -86,8 +94,7 @@ def read_results(workdir: str | os.PathLike[str], file_name: str = FILE_NAME) ->
     """
     path = Path(workdir) / file_name
     results = Results()
-    parts = (results.chance, results.examples, results.protocols, results.notes)
-    by_kind = dict(zip(_KINDS, parts, strict=True))
+    by_kind = results.beside_figures()
     for key, value in read_json(path, missing={}, advice="mend it or remove it").items():
         kind, _, figure_key = key.partition("/")
         if key == "step":

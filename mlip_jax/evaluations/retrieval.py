@@ -108,13 +108,13 @@ def ranks(
             (text_embeddings, "text embeddings", orders[1]),
         )
     ]
-    placed = tuple(np.argsort(order)[pairs[:, side]] for side, order in enumerate(orders))
-    scores = products(*grids, placed)
+    placed = (np.argsort(orders[0])[pairs[:, 0]], np.argsort(orders[1])[pairs[:, 1]])
+    scores = products(grids[0], grids[1], placed)
     best_positives = [_best_positives(query, scores, depth) for query in placed]
-    sides = (
+    images, texts = (
         Side(grid, tuple(levels)) for grid, (levels, _) in zip(grids, best_positives, strict=True)
     )
-    counts = count_reaching(*sides, chunk=chunk, progress=progress)
+    counts = count_reaching(images, texts, chunk, progress)
 
     best, answers = {}, {}
     for direction, side in (("image_to_text", 0), ("text_to_image", 1)):
@@ -219,7 +219,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     """
     embedded = sets.evaluation(spec)
     texts, pairs = pair_captions(() if embedded is None else embedded.captions)
-    if not texts:
+    if embedded is None or not texts:
         if spec == "validation":
             return None
         raise UserError(f"config.evaluation.retrieval: the dataset {spec!r} has no captions")
@@ -231,6 +231,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     text_embeddings = np.concatenate(
         [np.asarray(sets.model.encode_text(texts[start : start + _TEXTS])) for start in starts]
     )
+    assert embedded.embeddings is not None  # `evaluation` was asked for them
     values = recall(embedded.embeddings, text_embeddings, pairs, progress=sets.progress)
     queries = {"text_to_image": len(texts), "image_to_text": len(np.unique(pairs[:, 0]))}
     return Outcome(

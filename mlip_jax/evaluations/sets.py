@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float, Int, Int8
@@ -83,6 +84,13 @@ class EmbeddedSet:
         return "".join(sentences)
 
 
+class _How(TypedDict):
+    """How sets are opened."""
+
+    cache_dir: str
+    cleaning: str
+
+
 class Sets:
     """The datasets of an evaluation by their spec, each embedded once.
 
@@ -92,19 +100,28 @@ class Sets:
 
     def __init__(
         self,
-        model: Encoder,
+        model: Encoder | None,
         config: ConfigDict,
         validation: Source | None = None,
         progress: bool = True,
     ) -> None:
-        """Takes the run's validation set if it is open already."""
-        self.model = model
+        """Takes the run's validation set if it is open already.
+
+        Without a model, datasets can be opened but not embedded.
+        """
+        self._model = model
         self.config = config
         self.progress = progress
         self._validation = validation
         self._opened: dict[tuple[str, str], Source | None] = {}
         self._embedded: dict[tuple[str, str], EmbeddedSet] = {}
         self._names: dict[str, str] = {}
+
+    @property
+    def model(self) -> Encoder:
+        """What embeds the datasets."""
+        assert self._model is not None  # only checks go without, and they embed nothing
+        return self._model
 
     def source(self, spec: str) -> Source | None:
         """The dataset to evaluate on; None for "validation" where the run has none.
@@ -113,6 +130,7 @@ class Sets:
           UserError: when it cannot be opened.
         """
         if (spec, "evaluation") not in self._opened:
+            opened: Source | None
             if spec != "validation":
                 opened = open_evaluation(spec, **self._how)
             elif self._validation is not None:
@@ -149,8 +167,10 @@ class Sets:
         """What figures call the dataset: the spec's last word, with a number where two share it."""
         if spec not in self._names:
             source = self.source(spec)
-            if spec == "validation":
-                name = "validation" if source is None else short_name(source.name)
+            if source is None:
+                name = spec  # "validation": any other dataset can be opened
+            elif spec == "validation":
+                name = short_name(source.name)
             else:
                 name = short_name(spec, source.name)
             known_names = self._names.values()
@@ -201,8 +221,7 @@ class Sets:
         )
 
     @property
-    def _how(self) -> dict[str, str]:
-        """How sets are opened."""
+    def _how(self) -> _How:
         return {
             "cache_dir": self.config.data.cache_dir,
             "cleaning": self.config.model.text.cleaning,
@@ -223,8 +242,10 @@ class Sets:
         )
         if before is not None:
             # The readable images are the same, in the same order.
-            other = {"embeddings": before.embeddings} if features else {"features": before.features}
-            embedded = replace(embedded, **other)
+            if features:
+                embedded = replace(embedded, embeddings=before.embeddings)
+            else:
+                embedded = replace(embedded, features=before.features)
         self._embedded[spec, role] = embedded
         return embedded
 
@@ -261,7 +282,8 @@ def embed_source(
     batches = evaluation_batches(source, model.preprocess, batch_size)
     count = track(range(-(-size // batch_size)), f"Embedding {name}", shown=progress)
     embed = model.image_features if features else model.encode_image_pixels
-    parts, indices, captions, labels, unreadable = [], [], [], [], []
+    captions: list[tuple[str, ...]] = []
+    parts, indices, labels, unreadable = [], [], [], []
     for _, batch in zip(count, batches, strict=False):
         rows = np.flatnonzero(batch.readable & (batch.indices < size))
         # The whole batch, so that every call has one shape and the model compiles once.

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from mlip_jax.evaluations.classifiers import Linear
 from mlip_jax.progress import track
 
 _EPOCHS, _DROPS = 100, (60, 80)
 _BATCH, _LEARNING_RATE, _MOMENTUM = 256, 30.0, 0.9
+
+_Parameters = tuple[Array, Array]  # weights and bias
+_Carry = tuple[_Parameters, optax.OptState]
 
 
 def sgd(
@@ -51,12 +54,12 @@ def sgd(
 
     # All arrays are arguments: captured, the features would be constants of the program.
     @jax.jit
-    def epoch(carry, inputs, targets, rows, counted):
-        def step(carry, batch):
+    def epoch(carry: _Carry, inputs: Array, targets: Array, rows: Array, counted: Array) -> _Carry:
+        def step(carry: _Carry, batch: tuple[Array, Array]) -> tuple[_Carry, None]:
             parameters, state = carry
             rows, counted = batch
 
-            def loss(parameters):
+            def loss(parameters: _Parameters) -> Array:
                 weights, bias = parameters
                 logits = inputs[rows] @ weights + bias
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets[rows])

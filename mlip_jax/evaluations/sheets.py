@@ -104,11 +104,16 @@ def markdown(sheet: Sheet) -> str:
 
 def html(sheet: Sheet) -> str:
     """A sheet as a page that needs no other file."""
+    return page_template(Path(__file__).with_name("sheet.html")).render(sheet=sheet)
+
+
+def page_template(path: Path) -> jinja2.Template:
+    """The HTML template of a file: what it shows is escaped, and an unknown name is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(path.parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("sheet.html").render(sheet=sheet)
+    return environment.get_template(path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from ml_collections import ConfigDict
 
@@ -109,7 +110,8 @@ def evaluate(
     if config.model.critic == "concat":
         source = sets.source("validation") if "retrieval" in families else None
         if source is not None:
-            results.add("pairs", pairs.score(model, source, config.evaluation.batch_size))
+            scorer = cast(pairs.PairScorer, model)  # as the config's critic says
+            results.add("pairs", pairs.score(scorer, source, config.evaluation.batch_size))
         families = [name for name in families if not EVALUATIONS[name].needs_joint_space]
     for name in families:
         for spec in config.evaluation[name]:

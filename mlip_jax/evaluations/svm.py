@@ -25,7 +25,6 @@ from mlip_jax.evaluations import average_precision, classifiers
 from mlip_jax.evaluations.classifiers import named, on_one_thread
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
 from mlip_jax.progress import track
 
@@ -75,11 +74,9 @@ def score(sets: Sets, spec: str) -> Outcome | None:
             f"config.evaluation.{_FAMILY}: the dataset {spec!r} has no class that some training "
             "images show, others not, and some test images show"
         )
+    train_features, test_features = parts.features()
     fits = fit(
-        on_grid(train.features, f"training features of {test.name}"),
-        train_targets[:, usable_classes],
-        on_grid(test.features, f"test features of {test.name}"),
-        progress=sets.progress,
+        train_features, train_targets[:, usable_classes], test_features, progress=sets.progress
     )
     class_means = average_precision.mean_over_classes(test_targets[:, usable_classes], fits.scores)
     names = test.source.class_names

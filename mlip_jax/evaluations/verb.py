@@ -68,7 +68,9 @@ def evaluate_workdir(
     """
     if compare:
         return compare_workdirs(compare, workdir)
-    return cluster.by_first(lambda: _evaluate(config, Path(workdir), suite, rates))
+    assert config is not None and workdir is not None  # but for a comparison
+    folder = Path(workdir)
+    return cluster.by_first(lambda: _evaluate(config, folder, suite, rates))
 
 
 def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[float]) -> int:

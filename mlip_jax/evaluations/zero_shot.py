@@ -90,7 +90,7 @@ def chance(classes: int) -> dict[str, float]:
 def check(sets: Sets, spec: str) -> None:
     """Raises UserError for a dataset that cannot be opened or has no classes."""
     source = sets.source(spec)
-    if not source.class_names:
+    if source is not None and not source.class_names:
         raise UserError(f"config.evaluation.zero_shot: the dataset {spec!r} has no class labels")
 
 
@@ -130,6 +130,7 @@ def _accuracy(
     labels = embedded.labels[labelled]
     names = embedded.source.class_names
     empty = int(np.sum(np.bincount(labels, minlength=len(names)) == 0))
+    assert embedded.embeddings is not None  # `evaluation` was asked for them
     figures = classify(embedded.embeddings[labelled], classes, labels)
     note = f"{len(names):,} classes, {prompts}; ties count against the model."
     if empty:
@@ -151,6 +152,7 @@ def _average_precision(
 ) -> Outcome:
     from mlip_jax.evaluations import average_precision  # here: its library takes a second to import
 
+    assert embedded.embeddings is not None  # `evaluation` was asked for them
     images = on_grid(embedded.embeddings, "image embeddings")
     scores = images @ on_grid(classes, "class embeddings").T
     class_means = average_precision.mean_over_classes(embedded.targets, scores)

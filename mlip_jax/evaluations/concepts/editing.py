@@ -167,8 +167,12 @@ def _gather(concept: Concept, embedded: EmbeddedSet, training: EmbeddedSet | Non
     parts = [part for part in (training, embedded) if part is not None]
     captions = tuple(image_captions for part in parts for image_captions in part.captions)
     names: dict[str, int] = {}
+    grids = []
+    for part in parts:
+        assert part.embeddings is not None  # `_open` asks for them
+        grids.append(on_grid(part.embeddings, "image embeddings"))
     return Images(
-        embeddings=np.concatenate([on_grid(part.embeddings, "image embeddings") for part in parts]),
+        embeddings=np.concatenate(grids),
         captions=captions,
         labels=np.concatenate([part.labels for part in parts]),
         training=np.repeat([part is training for part in parts], [len(part) for part in parts]),
@@ -188,7 +192,7 @@ def _measure(
     """Every figure, and a sentence on the pairs of images."""
     sides = [_embed(model, texts) for texts in concept.texts()]
     queries = _embed(model, concept.queries) if concept.queries else None
-    subspace = concept_subspace(*sides, concept.components)
+    subspace = concept_subspace(sides[0], sides[1], concept.components)
     thirds = cut_in_thirds(images, 0)
     rows = first_of_each_side(images)
     figures = {}
