@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from mlip_jax.reports.history import History, Line, keys, series
@@ -21,38 +23,33 @@ def draw_curves(history: History) -> Figure | None:
     training, evaluation = history.training, history.evaluation
     panels: list[tuple[str, Callable[[Axes], None]]] = []
     if training:
-        panels.append(("Loss, total", lambda axes: _lines(axes, training, ["loss"])))
+        panels.append(("Loss, total", functools.partial(_lines, lines=training, names=["loss"])))
     for title, prefix in (("Loss of each perspective", "loss/"), ("Logit scales", "scale/")):
         metric_keys = keys(training, prefix)
         if metric_keys:
-            panels.append(
-                (title, lambda axes, metric_keys=metric_keys: _lines(axes, training, metric_keys))
-            )
+            panels.append((title, functools.partial(_lines, lines=training, names=metric_keys)))
     for family, title in (("retrieval/", "Retrieval"), ("zero_shot/", "Zero-shot")):
         metric_keys = [key for key in keys(evaluation, family) if not key.endswith("rank")]
         for name in dict.fromkeys(key.split("/")[1] for key in metric_keys):
             dataset_keys = [key for key in metric_keys if key.split("/")[1] == name]
-            panels.append(
-                (
-                    f"{title}, {name}",
-                    lambda axes, dataset_keys=dataset_keys: _shares(axes, evaluation, dataset_keys),
-                )
-            )
+            draw_shares = functools.partial(_shares, lines=evaluation, names=dataset_keys)
+            panels.append((f"{title}, {name}", draw_shares))
     for key, title in (
         ("learning_rate", "Learning rate"),
         ("gradient_norm", "Gradient norm"),
         ("images_per_second", "Images a second"),
     ):
         if series(training, key)[1].size:
-            panels.append((title, lambda axes, key=key: _lines(axes, training, [key])))
+            panels.append((title, functools.partial(_lines, lines=training, names=[key])))
     if series(training, "data_wait")[1].size:
-        panels.append(("Time spent waiting for data", lambda axes: _wait(axes, training)))
+        draw_wait = functools.partial(_wait, lines=training)
+        panels.append(("Time spent waiting for data", draw_wait))
     if not panels:
         return None
 
     rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(11.5, 2.9 * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
+    figure = Figure(figsize=(11.5, 2.9 * rows), layout=layout)
     grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, (title, draw) in zip(grid, panels, strict=False):
         axes.set_title(title)

@@ -50,7 +50,8 @@ def draw_filters(
     spectra = [gain(kernel, kernel.shape[0], width) for kernel in kernels]
     shown = min(CHANNELS, spectra[0].shape[-1])
     figure = Figure(figsize=(11.5, 2.25 * len(kernels) + 3.1), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.25 * len(kernels), 3.1))
+    heights = (2.25 * len(kernels), 3.1)
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).ravel()
     grid = top.subplots(len(kernels), 1 + shown, squeeze=False, width_ratios=(1.35,) + (1,) * shown)
     means = [spectrum.mean(axis=-1) for spectrum in spectra]
     highest = max(mean.max() for mean in means)

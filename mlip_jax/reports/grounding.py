@@ -10,6 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -43,14 +44,14 @@ def draw_grounding(examples: Sequence[Example]) -> Figure:
     rows = -(-len(examples) // across)
     width = 11.5 / _ACROSS
     figure = Figure(
-        figsize=(max(across * width, 4.5), rows * (width + 0.45) + 0.3), layout="constrained"
+        figsize=(max(across * width, 4.5), rows * (width + 0.45) + 0.3),
+        layout=ConstrainedLayoutEngine(h_pad=0.03, hspace=0.02),
     )
     grid = figure.subplots(rows, across, squeeze=False)
     for axes in grid.flat[len(examples) :]:
         axes.set_axis_off()
     for axes, example in zip(grid.flat, examples, strict=False):
         _draw(axes, example)
-    figure.get_layout_engine().set(h_pad=0.03, hspace=0.02)
     figure.legend(
         handles=[
             Line2D([], [], color=_TRUE, linewidth=2, label="true box"),
@@ -68,7 +69,8 @@ def _draw(axes: Axes, example: Example) -> None:
     picture(axes)
     image = flatten(decode(example.image, at_least=_PIXELS), "white")
     scale = _PIXELS / max(image.size)
-    size = tuple(max(1, round(edge * scale)) for edge in image.size)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    size = (width, height)
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
     extent = (0, size[0], size[1], 0)
     axes.imshow(pixels, extent=extent)

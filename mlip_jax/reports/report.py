@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ from mlip_jax.evaluations import grounding
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
-from mlip_jax.evaluations.sheets import sheet
+from mlip_jax.evaluations.sheets import page_template, sheet
 from mlip_jax.files import read_json, write_atomically
 from mlip_jax.inference import load
 from mlip_jax.models import building
@@ -105,14 +104,7 @@ def write_report(
         merging = None if embedded is None else _merging(model, embedded, pictures)
         filters = _filters(model, pictures)
         grounded = _grounding(model, source, pictures)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("page.html").render(
+    page = page_template(Path(__file__).with_name("page.html")).render(
         name=config.name,
         written=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         headline=_headline(results.figures, results.chance),

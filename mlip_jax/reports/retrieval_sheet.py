@@ -55,6 +55,7 @@ def make_sheet(model: Encoder, embedded: EmbeddedSet) -> RetrievalSheet | None:
     if not texts:
         return None
     text_embeddings = np.asarray(model.encode_text(texts))
+    assert embedded.embeddings is not None  # the caller has asked for them
     query_ranks = ranks(embedded.embeddings, text_embeddings, pairs, depth=1)
     image_grid = on_grid(embedded.embeddings, "image embeddings")
     text_grid = on_grid(text_embeddings, "text embeddings")

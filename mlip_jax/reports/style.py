@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +17,9 @@ from PIL import Image
 
 from mlip_jax.data.images.preprocessing import decode, flatten
 from mlip_jax.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 INK = "#1f2937"
 QUIET = "#6b7280"
@@ -31,7 +35,7 @@ PERSPECTIVES = {
     "frequency_tokens": "#e69f00",
 }
 
-_RC = {
+_RC: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "font.size": 9.5,
     "axes.titlesize": 10.5,
