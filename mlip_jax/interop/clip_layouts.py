@@ -109,7 +109,9 @@ def _timm(parts: dict[str, Part], modules: dict[str, str]) -> Layout:
     return Layout("open_clip's SigLIP", parts, modules, led=led)
 
 
-def _hugging_face(parts: dict[str, Part], modules: dict[str, str]) -> tuple[dict, dict, dict]:
+def _hugging_face(
+    parts: dict[str, Part], modules: dict[str, str]
+) -> tuple[dict[str, Part], dict[str, str], dict[str, tuple[str, ...]]]:
     """What CLIP and SigLIP share: parts, modules, and modules of three matrices."""
     embeddings = "text_model.embeddings"
     parts |= dict(_SCALES) | {

@@ -195,7 +195,9 @@ def section_of(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any
     return section
 
 
-def colours(file: Path, values: Mapping[str, Any], key: str, absent: Any) -> tuple[float, ...]:
+def colours(
+    file: Path, values: Mapping[str, Any], key: str, absent: Any
+) -> tuple[float, float, float]:
     """Three numbers, a channel each, or one for all.
 
     Raises:

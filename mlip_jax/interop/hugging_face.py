@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer, folder_tokenizer
@@ -23,10 +23,19 @@ from mlip_jax.interop.foreign import (
     tokenizer_or_reason,
 )
 
-# A key that is left out means what transformers 5 takes for it.
+
+class _Absent(NamedTuple):
+    """What transformers 5 takes for a key that is left out."""
+
+    text: Mapping[str, int]
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
 _ABSENT = {
-    "clip": {
-        "text": {
+    "clip": _Absent(
+        text={
             "vocab_size": 49408,
             "hidden_size": 512,
             "intermediate_size": 2048,
@@ -34,12 +43,12 @@ _ABSENT = {
             "num_attention_heads": 8,
             "max_position_embeddings": 77,
         },
-        "vision": {"patch_size": 32},
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "siglip": {
-        "text": {
+        patch_size=32,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    "siglip": _Absent(
+        text={
             "vocab_size": 32000,
             "hidden_size": 768,
             "intermediate_size": 3072,
@@ -47,10 +56,10 @@ _ABSENT = {
             "num_attention_heads": 12,
             "max_position_embeddings": 64,
         },
-        "vision": {"patch_size": 16},
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
+        patch_size=16,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    ),
 }
 _VISION = {
     "hidden_size": 768,
@@ -88,12 +97,10 @@ def describe(folder: Path) -> Foreign:
             f"Face's{near}"
         )
     text, vision = (_section(file, values, f"{tower}_config") for tower in ("text", "vision"))
-    config = base_config(folder)
-    _set_tower(file, config.model.image, "vision_config", vision, _VISION, kind)
-    _set_tower(file, config.model.text, "text_config", text, _ABSENT[kind]["text"], kind)
-    vocab_size = positive_int(
-        file, "text_config", text, "vocab_size", _ABSENT[kind]["text"]["vocab_size"]
-    )
+    config, absent = base_config(folder), _ABSENT[kind]
+    _set_tower(file, config.model.image, "vision_config", vision, _VISION, absent)
+    _set_tower(file, config.model.text, "text_config", text, absent.text, absent)
+    vocab_size = positive_int(file, "text_config", text, "vocab_size", absent.text["vocab_size"])
     config.model.text.vocab_size = vocab_size
     config.model.text.tokenizer = f"folder:{folder}"
     if kind == "clip":
@@ -123,19 +130,17 @@ def _set_tower(
     tower: Any,
     section: str,
     values: dict[str, Any],
-    absent: Mapping[str, int],
-    kind: str,
+    absent_sizes: Mapping[str, int],
+    absent: _Absent,
 ) -> None:
     def size(key: str) -> int:
-        return positive_int(file, section, values, key, absent[key])
+        return positive_int(file, section, values, key, absent_sizes[key])
 
     tower.width, tower.depth = size("hidden_size"), size("num_hidden_layers")
     tower.heads = size("num_attention_heads")
     tower.mlp_ratio = size("intermediate_size") / tower.width
-    tower.norm_epsilon = number(
-        file, section, values, "layer_norm_eps", _ABSENT[kind]["layer_norm_eps"]
-    )
-    activation = values.get("hidden_act") or _ABSENT[kind]["hidden_act"]
+    tower.norm_epsilon = number(file, section, values, "layer_norm_eps", absent.layer_norm_eps)
+    activation = values.get("hidden_act") or absent.hidden_act
     if activation not in _ACTIVATIONS:
         raise UserError(
             f"{file}: {section}.hidden_act is {activation!r}; expected one of "
@@ -146,8 +151,7 @@ def _set_tower(
         tower.context_length = size("max_position_embeddings")
         return
     tower.image_size = size("image_size")
-    patch = _ABSENT[kind]["vision"]["patch_size"]
-    tower.patch_size = positive_int(file, section, values, "patch_size", patch)
+    tower.patch_size = positive_int(file, section, values, "patch_size", absent.patch_size)
     check_computed(file, section, values, {"num_channels": (3, 3)})
 
 

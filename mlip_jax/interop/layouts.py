@@ -156,7 +156,7 @@ def read(weights: Path, layout: Layout, wanted: Mapping[str, Any]) -> dict[str, 
       UserError: for a file that is missing, damaged or of another model.
     """
     skipped = re.compile(layout.skipped)
-    file_tensors = {}
+    file_tensors: dict[str, np.ndarray] = {}
     for name, tensor in tensors.read(weights, lambda name: bool(skipped.search(name))).items():
         if name in ("logit_scale", "logit_bias") and tensor.size == 1:
             tensor = tensor.reshape(())

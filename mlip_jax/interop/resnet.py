@@ -84,6 +84,7 @@ def _hint(name: str, has: tuple[int, ...] | None, wanted: tuple[int, ...] | None
     if has is None or wanted is None:
         return "set config.model.image.depth to the file's"
     if name == "conv1.weight" and has[2:] != wanted[2:]:
-        stem = {(7, 7): "imagenet", (3, 3): "small"}.get(has[2:])
+        stems: dict[tuple[int, ...], str] = {(7, 7): "imagenet", (3, 3): "small"}
+        stem = stems.get(has[2:])
         return f"set config.model.image.stem to {stem!r}" if stem else "no such stem is known here"
     return "set config.model.image.width and depth to the file's"
