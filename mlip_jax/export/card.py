@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlip_jax.evaluations.results import read_results
@@ -47,7 +48,7 @@ session = onnxruntime.InferenceSession("FOLDER/encode_image.onnx")
 _SHOWN = ("architecture", "width", "depth", "heads", "activation")
 
 
-def write(folder: Path, model: Model, source: Path, form: str, notes: list[str]) -> None:
+def write(folder: Path, model: Model, source: Path, form: str, notes: Sequence[str]) -> None:
     """Writes the card as README.md.
 
     Args:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlip_jax.errors import RunError, UserError
 from mlip_jax.export import programs
 from mlip_jax.inference import Model
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 _NEEDED = ("jax2onnx", "onnxruntime")
 
@@ -61,8 +66,9 @@ def write(folder: Path, model: Model) -> list[str]:
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         except Exception as error:
             raise RunError(f"onnxruntime does not take the program {name}: {error}") from error
-        first = session.get_inputs()[0].name
-        agreement[name] = programs.check(
-            model, name, lambda rows, run=session.run, first=first: run(None, {first: rows})[0]
-        )
+        agreement[name] = programs.check(model, name, functools.partial(_run, session))
     return programs.finish(folder, model, files, agreement)
+
+
+def _run(session: onnxruntime.InferenceSession, rows: np.ndarray) -> np.ndarray:
+    return session.run(None, {session.get_inputs()[0].name: rows})[0]

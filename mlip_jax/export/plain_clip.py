@@ -102,8 +102,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
     if isinstance(tokenizer, MissingTokenizer):
         return
     encoder = Encoder.from_str(tokenizer.encoder_json())
-    start = [encoder.id_to_token(identity) for identity in tokenizer.start]
-    end = [encoder.id_to_token(identity) for identity in tokenizer.end]
+    start = [_token(encoder, identity) for identity in tokenizer.start]
+    end = [_token(encoder, identity) for identity in tokenizer.end]
     pad = encoder.id_to_token(tokenizer.pad)
     special = list(dict.fromkeys([*start, *end]))
     encoder.add_special_tokens([AddedToken(token, special=True) for token in special])
@@ -125,6 +125,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
         # CLIP's padding is behind the end, where nothing looks; transformers pads by it.
         settings |= {"tokenizer_class": "CLIPTokenizer", "pad_token": end[0]}
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def _token(encoder: Encoder, identity: int) -> str:
+    token = encoder.id_to_token(identity)
+    assert token is not None  # what starts and ends texts is in the vocabulary
+    return token
 
 
 def write_json(file: Path, values: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from mlip_jax.data.text.tokenizer import OWN_FILE
 from mlip_jax.errors import RunError
@@ -38,7 +39,7 @@ class Agreement(NamedTuple):
     flipped: int  # rows that do not, as another token was merged
 
 
-def check(model: Model, name: str, run: Callable[[np.ndarray], np.ndarray]) -> Agreement:
+def check(model: Model, name: str, run: Callable[[np.ndarray], ArrayLike]) -> Agreement:
     """Runs a written program beside the model.
 
     Where the model merges tokens and two are about equally similar, rounding decides which of them

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -24,7 +25,7 @@ from mlip_jax.models.vit import ImageViews
 class Program(NamedTuple):
     """A pure function of one array."""
 
-    function: Callable[[jax.Array], jax.Array]
+    function: Callable[[ArrayLike], jax.Array]
     shape: tuple[int, ...]  # of its input, without the batch
     dtype: type[np.generic]
 
