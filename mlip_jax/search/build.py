@@ -123,20 +123,21 @@ def _update(
     readable = [item for item in items if item in known.rows]
     outcome.new = sum(item.path not in before for item in readable)
     outcome.changed = len(readable) - outcome.new - outcome.unchanged
-    same = old is not None and outcome.unchanged == old.about.count == len(readable)
-    generation = (old.about.generation + (not same)) if old else 0
+    # The old index where it holds all that is wanted, and nothing else.
+    same = old if old and outcome.unchanged == old.about.count == len(readable) else None
+    generation = (old.about.generation + (same is None)) if old else 0
     listed = folder / f"unreadable-{generation}.jsonl"
     lines = [json.dumps({"path": path, "error": why}) for path, why in outcome.unreadable]
     write_atomically(listed, "".join(f"{line}\n" for line in lines))
     _check_share(outcome, share, len(items), listed)
     about = dataclasses.replace(
-        old.about if same else about,
+        same.about if same else about,
         count=len(readable),
         unreadable=len(outcome.unreadable),
         generation=generation,
         neighbours=len(readable) > neighbours.EXACT,
     )
-    if not same:
+    if same is None:
         _write(folder, known, readable, about)
     write_about(folder, about)
     clean(folder)

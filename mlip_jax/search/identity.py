@@ -31,5 +31,5 @@ def digest(model: Model) -> str:
     for name in sorted(by_name):
         array = np.asarray(jax.device_get(by_name[name]))
         sha256.update(f"{name} {array.dtype} {array.shape}".encode())
-        sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return sha256.hexdigest()

@@ -101,7 +101,7 @@ def _decoded(
             return error
 
     with ThreadPoolExecutor(cores()) as pool:
-        ahead: list[tuple[Sequence[Item], list[Future]]] = []
+        ahead: list[tuple[Sequence[Item], list[Future[np.ndarray | OSError]]]] = []
         try:
             for start in range(0, len(todo), size):
                 batch = todo[start : start + size]

@@ -76,6 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "mlip_jax", ""
     timeout = _PATIENCE
+    server: ThreadingHTTPServer
 
     def __init__(self, answers: Answers, *arguments: Any) -> None:
         self._answers = answers
