@@ -74,11 +74,12 @@ class Compositions:
         cut = [_ink(record) for record in records]
         places = _lay_out(np.random.default_rng((_SEED, canvas)), [ink.size for ink in cut])
         picture = Image.new("RGB", (SIDE, SIDE), "white")
-        regions = []
+        regions: list[tuple[str, Box]] = []
         for record, ink, place in zip(records, cut, places, strict=True):
             size = place.right - place.left, place.bottom - place.top
             picture.paste(ink.resize(size, Image.Resampling.BICUBIC), place[:2])
-            regions.append((record.captions[0], tuple(edge / SIDE for edge in place)))
+            left, top, right, bottom = (edge / SIDE for edge in place)
+            regions.append((record.captions[0], (left, top, right, bottom)))
         out = io.BytesIO()
         picture.save(out, "PNG")
         return out.getvalue(), regions
