@@ -27,6 +27,8 @@ from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import lower_step, make_train_step
 
+_CACHE = "jax_enable_compilation_cache"  # JAX's name of the setting
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -207,15 +209,15 @@ def largest_batch(
 @contextlib.contextmanager
 def _compiled_anew(machine: Machine) -> Iterator[None]:
     """Keeps JAX's cache on disk out: a host without a TPU cannot read a TPU's programs back."""
-    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # JAX adds it
+    enabled = getattr(jax.config, _CACHE)
     if machine.chip:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update(_CACHE, False)
         compilation_cache.reset_cache()  # JAX asks the setting once
     try:
         yield
     finally:
         if machine.chip:
-            jax.config.update("jax_enable_compilation_cache", enabled)
+            jax.config.update(_CACHE, enabled)
             compilation_cache.reset_cache()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import Jaxpr, Literal, Var
 from ml_collections import ConfigDict
 
 from mlip_jax.models import building
@@ -95,11 +95,6 @@ def _array(operand: Literal | Var) -> jax.core.ShapedArray:
 
 def _parts(params: dict[str, Any]) -> list[Jaxpr]:
     """The programs within an equation."""
-    leaves = jax.tree.leaves(
-        list(params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
-    )
-    return [
-        part.jaxpr if isinstance(part, ClosedJaxpr) else part
-        for part in leaves
-        if isinstance(part, (Jaxpr, ClosedJaxpr))
-    ]
+    # Before JAX 0.12 a closed program is not a Jaxpr but holds one.
+    parts = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(params.values()))]
+    return [part for part in parts if isinstance(part, Jaxpr)]

@@ -119,7 +119,8 @@ def _ink(record: Record) -> Image.Image:
     rows, columns = np.nonzero((np.asarray(drawing) < _WHITE).any(axis=2))
     if not len(rows):
         return drawing
-    return drawing.crop((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    left, top = int(np.min(columns)), int(np.min(rows))
+    return drawing.crop((left, top, int(np.max(columns)) + 1, int(np.max(rows)) + 1))
 
 
 def _lay_out(rng: np.random.Generator, shapes: list[tuple[int, int]]) -> list[_Rectangle]:
