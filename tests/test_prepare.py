@@ -161,6 +161,13 @@ def test_parquet_with_columns_of_other_names(tmp_path):
     assert open_source(f"prepared:{out}", "validation")[0].captions == ("a",)
 
 
+def test_numbers_in_a_column_of_splits_name_none(tmp_path):
+    table = pa.table({"image": [picture(1), picture(2)], "text": ["a", "b"], "split": [1, 0]})
+    pq.write_table(table, tmp_path / "x-val.parquet")
+    out = prepare(tmp_path, f"parquet:{tmp_path / 'x-val.parquet'}")
+    assert len(open_source(f"prepared:{out}", "validation")) == 2
+
+
 def save_to_disk(folder, table, batch=2):
     folder.mkdir(parents=True)
     half = table.num_rows // 2

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -134,17 +134,18 @@ def _compile(
     network: Any, optimizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, abstract: Any
 ) -> tuple[jax.stages.Compiled, Memory]:
     step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
+    program: tuple[jax.stages.Compiled, Memory] | None
     try:
         compiled = lower_step(step, abstract, config, mesh).compile()
-        memory = Memory.of(compiled)
-        need = memory.total
+        program = compiled, Memory.of(compiled)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        compiled, memory, need = None, None, 0
+        program = None
     limit = device_memory()
-    if compiled is not None and need <= limit:
-        return compiled, memory
+    need = program[1].total if program else 0
+    if program and need <= limit:
+        return program
     fitting_batch = _fitting(network, optimizer, config, mesh, abstract, limit)
     needs = f"{need / GIB:.1f} GiB a device" if need else "more memory a device than there is"
     raise UserError(
@@ -194,7 +195,7 @@ def _peak_memory() -> int | None:
 
 def _random(
     config: ConfigDict, mesh: jax.sharding.Mesh, vocab_size: int
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """One random batch of this process's rows, again and again."""
     rng = np.random.default_rng(config.seed)
     rows = len(parallel.local_rows(mesh, config.batch_size))
@@ -208,7 +209,7 @@ def _random(
         yield batch
 
 
-def _real(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.ndarray]]:
+def _real(config: ConfigDict, mesh: jax.sharding.Mesh) -> Generator[dict[str, np.ndarray]]:
     """The batches of a run of the config."""
     rows = parallel.local_rows(mesh, config.batch_size)
     batches = train_batches(config, *open_input(config), start_step=0, rows=rows)

@@ -15,6 +15,7 @@ from rich.console import Console
 from mlip_jax.data.batches.training import batch_bytes, train_batches
 from mlip_jax.data.batches.workers import worker_count
 from mlip_jax.data.sets.records import Source
+from mlip_jax.data.text.tokenizer import Tokenizer
 
 _PILLOW_IMAGES = 256
 _PILLOW_TURNS = 3
@@ -41,7 +42,7 @@ class InputResult:
 
 
 def measure_input(
-    config: ConfigDict, source: Source, tokenizer: object, warmup: int, batches: int
+    config: ConfigDict, source: Source, tokenizer: Tokenizer, warmup: int, batches: int
 ) -> InputResult:
     """Times the input of a run.
 
@@ -100,6 +101,7 @@ def print_input(console: Console, result: InputResult) -> None:
 
 def print_step(console: Console, result: InputResult) -> None:
     """A line: what the step takes of the input."""
+    assert result.step is not None  # it was timed
     console.print(
         f"the step takes {result.step:,.0f} images/s: {result.step / result.per_core:,.1f} cores "
         "of input"

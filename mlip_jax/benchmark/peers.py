@@ -55,6 +55,8 @@ class Peer:
     def __init__(self, config: ConfigDict, process: subprocess.Popen[str]) -> None:
         self._config = config
         self._process = process
+        assert process.stdin is not None and process.stdout is not None  # pipes, see `started`
+        self._stdin, self._stdout = process.stdin, process.stdout
         report = self._read()
         self.name = "open_clip, torch.compile" if report["compiled"] else "open_clip, eager"
         self._parameters, self._seconds = report["parameters"], report["seconds"]
@@ -62,8 +64,8 @@ class Peer:
     def run(self, steps: int) -> list[Timing]:
         """Trains some steps."""
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        self._stdin.write(f"{steps}\n")
+        self._stdin.flush()
         return [Timing(seconds, 0.0) for seconds in self._read()["seconds"]]
 
     def result(self, timings: list[Timing]) -> Result:
@@ -78,7 +80,7 @@ class Peer:
         )
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             raise RunError(f"open_clip ended with exit code {self._process.wait()} (see above)")
         # Its threads would spin on the cores for seconds, in the other side's turn.

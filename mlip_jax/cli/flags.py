@@ -453,7 +453,7 @@ def read(subcommand: str, values: flags.FlagValues, name: str) -> Any:
     """
     use = _BY_NAME[name].uses[subcommand]
     parsed = []
-    for text in values[name].value:
+    for text in values[name].value or ():
         try:
             parsed.append(use.kind.read(text))
         except ValueError:

@@ -16,14 +16,17 @@ class Kind(abc.ABC):
     """A kind of value: what it may be, and how it is read.
 
     Attributes:
-      expected: what a value may be, for errors; "": the flag's metavar says it.
       choices: all values that there are; (): too many to be named.
       repeated: whether the flag may be given several times; its value is a tuple then.
     """
 
-    expected: str = ""
     choices: Collection[str] = ()
     repeated: bool = False
+
+    @property
+    def expected(self) -> str:
+        """What a value may be, for errors; "": the flag's metavar says it."""
+        return ""
 
     @abc.abstractmethod
     def read(self, text: str) -> Any:

@@ -63,7 +63,7 @@ def _page(*parts: str) -> str:
 
 def _usage(program: str, ways: Sequence[str]) -> str:
     first = f"usage: {program} "
-    lines = []
+    lines: list[str] = []
     for way in ways:
         start = first if not lines else " " * len("usage: ") + f"{program} "
         lines += textwrap.wrap(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mlip_jax.errors import UserError, suggestion
@@ -212,7 +213,7 @@ def _match_alternating(
     return Plan(slot, metric.shape[1] - r)
 
 
-def assignment(plan: Plan, dtype: jnp.dtype = jnp.float32) -> Float[Array, "batch merged tokens"]:
+def assignment(plan: Plan, dtype: DTypeLike = jnp.float32) -> Float[Array, "batch merged tokens"]:
     """The plan as a 0/1 matrix."""
     return (plan.slot[:, None, :] == jnp.arange(plan.count)[None, :, None]).astype(dtype)
 

@@ -25,6 +25,7 @@ from mlip_jax.models.layers import (
     layer_norm,
     recomputed,
 )
+from mlip_jax.models.merging import Plan
 
 GUIDANCE_TEMPERATURE = 0.1
 
@@ -109,7 +110,7 @@ class SpatialBlock(nn.Module):
         size: Float[Array, "batch tokens"],
         features: Float[Array, "batch patches width"] | None,
         deterministic: bool,
-    ) -> tuple[Array, Array, Array | None, merging.Plan | None, Array | None]:
+    ) -> tuple[Array, Array, Array | None, Plan | None, Array | None]:
         """Returns tokens, sizes and frequency features after the block, the plan, the guidance."""
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
         y, keys, class_attention = Attention(
@@ -150,12 +151,12 @@ def frequency_importance(
     return jax.nn.softmax(cosine / GUIDANCE_TEMPERATURE, axis=-1)
 
 
-def _merge_features(plan: merging.Plan, features: Array, size: Array, first: int) -> Array:
+def _merge_features(plan: Plan, features: Array, size: Array, first: int) -> Array:
     """Carries the patch tokens' features through a merge: the plan from token `first` on.
 
     That is 1 where there is a class token.
     """
-    patches = merging.Plan(plan.slot[:, first:], plan.count)
+    patches = Plan(plan.slot[:, first:], plan.count)
     # Slots are numbered with the class token's in place; it alone gets no patch and is dropped.
     to_slot = merging.assignment(patches)
     weight = to_slot * size[:, None, first:]

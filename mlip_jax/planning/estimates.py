@@ -27,6 +27,8 @@ from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import lower_step, make_train_step
 
+_CACHE = "jax_enable_compilation_cache"  # JAX's name of the setting
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -42,6 +44,7 @@ class Memory:
     def of(cls, compiled: jax.stages.Compiled) -> Memory:
         """The memory of a compiled program."""
         sizes = compiled.memory_analysis()
+        assert sizes is not None  # the compilers for CPU, GPU and TPU give it
         return cls(
             arguments=sizes.argument_size_in_bytes,
             outputs=sizes.output_size_in_bytes,
@@ -143,11 +146,13 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Estimate(**known, refusal=_refusal(str(error)))
+    text = compiled.as_text()
+    assert text is not None  # the same
     return Estimate(
         **known,
         memory=Memory.of(compiled),
         flops=float((compiled.cost_analysis() or {}).get("flops", math.nan)),
-        program=hlo.read(compiled.as_text(), mesh.size),
+        program=hlo.read(text, mesh.size),
     )
 
 
@@ -204,15 +209,15 @@ def largest_batch(
 @contextlib.contextmanager
 def _compiled_anew(machine: Machine) -> Iterator[None]:
     """Keeps JAX's cache on disk out: a host without a TPU cannot read a TPU's programs back."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = getattr(jax.config, _CACHE)
     if machine.chip:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update(_CACHE, False)
         compilation_cache.reset_cache()  # JAX asks the setting once
     try:
         yield
     finally:
         if machine.chip:
-            jax.config.update("jax_enable_compilation_cache", enabled)
+            jax.config.update(_CACHE, enabled)
             compilation_cache.reset_cache()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr, Literal, Var
 from ml_collections import ConfigDict
 
 from mlip_jax.models import building
@@ -71,13 +71,13 @@ def matrix_flops(program: Jaxpr) -> float:
     """FLOPs of a program's matrix products and convolutions, two for each multiply-add."""
     total = 0.0
     for equation in program.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval
+        name = equation.primitive.name
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * out.size * math.prod(shape[axis] for axis in contracted)
+            left, out = _array(equation.invars[0]), _array(equation.outvars[0])
+            total += 2.0 * out.size * math.prod(left.shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
+            kernel, out = _array(equation.invars[1]), _array(equation.outvars[0])
             channels = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * out.size * kernel.size / channels
         else:
@@ -87,13 +87,14 @@ def matrix_flops(program: Jaxpr) -> float:
     return total
 
 
+def _array(operand: Literal | Var) -> jax.core.ShapedArray:
+    """What a product takes or gives."""
+    assert isinstance(operand.aval, jax.core.ShapedArray)
+    return operand.aval
+
+
 def _parts(params: dict[str, Any]) -> list[Jaxpr]:
     """The programs within an equation."""
-    leaves = jax.tree.leaves(
-        list(params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
-    )
-    return [
-        part.jaxpr if isinstance(part, ClosedJaxpr) else part
-        for part in leaves
-        if isinstance(part, (Jaxpr, ClosedJaxpr))
-    ]
+    # Before JAX 0.12 a closed program is not a Jaxpr but holds one.
+    parts = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(params.values()))]
+    return [part for part in parts if isinstance(part, Jaxpr)]

@@ -159,6 +159,13 @@ def _branches(line: str) -> list[str]:
     return [name.strip(" %") for group in names for name in group.split(",")]
 
 
+def _named(computation: re.Pattern[str], line: str) -> str:
+    """The computation that an instruction runs."""
+    match = computation.search(line)
+    assert match is not None  # every loop, call and fusion names one
+    return match[1]
+
+
 def _cycles(name: str, computations: dict[str, list[_Instruction]], program: Program) -> int:
     total = 0
     for instruction in computations.get(name, []):
@@ -166,13 +173,13 @@ def _cycles(name: str, computations: dict[str, list[_Instruction]], program: Pro
         if instruction.op == "while":
             trips = _trips(instruction, computations)
             program.unknown_loops += trips is None
-            body = _cycles(_BODY.search(line)[1], computations, program)
+            body = _cycles(_named(_BODY, line), computations, program)
             total += body * (1 if trips is None else trips)
         elif instruction.op == "conditional":
             branches = [_cycles(branch, computations, program) for branch in _branches(line)]
             total += max(branches, default=0)
         elif instruction.op == "call":
-            total += _cycles(_CALLED.search(line)[1], computations, program)
+            total += _cycles(_named(_CALLED, line), computations, program)
         elif instruction.op in _WORK:
             estimate = _CYCLES.search(line)
             if estimate is None and _starts_collective(instruction, computations):
@@ -202,12 +209,12 @@ def _reached(
         line, op = instruction.line, instruction.op
         if op == "while":
             inside = times * (_trips(instruction, computations) or 1)
-            yield from _reached(_BODY.search(line)[1], computations, inside, fused)
+            yield from _reached(_named(_BODY, line), computations, inside, fused)
         elif op == "conditional":
             for branch in _branches(line):
                 yield from _reached(branch, computations, times, fused)
         elif op in ("fusion", "call", "async-start"):
-            called = _CALLED.search(line)[1]
+            called = _named(_CALLED, line)
             # A reduce-scatter, as the TPU compiler writes it, is a fusion by itself.
             within = fused or op == "fusion" and not called.startswith(_REDUCE_SCATTER)
             yield from _reached(called, computations, times, within)

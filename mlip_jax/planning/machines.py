@@ -51,8 +51,10 @@ class Chip:
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-_CUBIC += ("8x16x16",)
+_CUBIC = (
+    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    *("4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+)
 _UNIT = 2 * 128 * 128  # FLOPs a cycle of a matrix unit, 128 wide; those of v6e are 256 wide
 
 CHIPS = {

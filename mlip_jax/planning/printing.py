@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mlip_jax.devices import parallel
-from mlip_jax.planning.estimates import Estimate
+from mlip_jax.planning.estimates import Estimate, Memory
 from mlip_jax.planning.hlo import COLLECTIVES
-from mlip_jax.planning.machines import GIB
+from mlip_jax.planning.machines import GIB, Chip
 
 _MIB = 2**20
 
@@ -26,16 +26,16 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
         f"{estimate.batch_size:,}, {estimate.parameters:,} parameters, compute in {estimate.dtype}"
     )
     console.print(f"fits: {_verdict(estimate)}")
-    if not estimate.fits:
+    if estimate.memory is None:
         return
-    _print_memory(console, estimate)
+    _print_memory(console, estimate.memory)
     console.print(
         f"FLOPs a step: {estimate.model_flops:.4g} of the model's matrix products (three times the "
         f"forward pass); {estimate.flops:.4g} a device as compiled, the body of a loop once"
     )
     _print_collectives(console, estimate)
     if chip:
-        _print_time(console, estimate)
+        _print_time(console, estimate, chip)
 
 
 def print_largest(console: Console, estimate: Estimate | None) -> None:
@@ -43,6 +43,7 @@ def print_largest(console: Console, estimate: Estimate | None) -> None:
     if estimate is None:
         console.print("largest global batch that fits: none; shard the parameters (fsdp)")
         return
+    assert estimate.memory is not None  # it fits
     rows = estimate.batch_size // parallel.batch_shards(estimate.mesh)
     console.print(
         f"largest global batch that fits: {estimate.batch_size:,} ({rows:,} rows a device, "
@@ -57,7 +58,7 @@ def print_try(console: Console, estimate: Estimate) -> None:
 
 def _verdict(estimate: Estimate) -> str:
     chip = estimate.machine.chip
-    if not estimate.fits:
+    if estimate.memory is None:
         return f"no. {estimate.refusal}"
     used = f"{estimate.memory.total / GIB:.2f} GiB a device"
     if chip is None:
@@ -65,8 +66,7 @@ def _verdict(estimate: Estimate) -> str:
     return f"yes, {used} of {chip.memory / GIB:.0f} GiB"
 
 
-def _print_memory(console: Console, estimate: Estimate) -> None:
-    memory = estimate.memory
+def _print_memory(console: Console, memory: Memory) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Memory a device, by the compiler")
     table.add_column("MiB", justify="right")
@@ -105,8 +105,8 @@ def _print_collectives(console: Console, estimate: Estimate) -> None:
     console.print(table)
 
 
-def _print_time(console: Console, estimate: Estimate) -> None:
-    program, chip = estimate.program, estimate.machine.chip
+def _print_time(console: Console, estimate: Estimate, chip: Chip) -> None:
+    program = estimate.program
     compute, collectives = estimate.compute_seconds, estimate.collective_seconds
     console.print(
         f"cycles a step, the compiler's estimate: {program.cycles:,}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class Trained:
 
 def train(
     config: ConfigDict,
-    workdir: str | Path,
+    workdir: str | os.PathLike[str],
     *,
     source: Source | None = None,
     callbacks: Sequence[Callback] = (),

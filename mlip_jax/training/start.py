@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Opened:
 
 def start(
     config: ConfigDict,
-    workdir: str | Path,
+    workdir: str | os.PathLike[str],
     stop: Stop,
     stack: contextlib.ExitStack,
     source: Source | None = None,
@@ -80,7 +81,7 @@ def start(
 
 def _open(
     config: ConfigDict,
-    workdir: str | Path,
+    workdir: str | os.PathLike[str],
     stop: Stop,
     stack: contextlib.ExitStack,
     source: Source | None,

@@ -47,7 +47,7 @@ class Lender:
         Where all pieces are lent it is fresh memory that nobody shares, and itself to be sent.
         """
         size = math.prod(shape)
-        free = (memory for memory in self._memories if memory.buf[size] == _FREE)
+        free = (memory for memory in self._memories if _contents(memory)[size] == _FREE)
         memory = next(free, None)
         if memory is None and len(self._memories) == self._limit:
             images = np.empty(shape, np.uint8)
@@ -55,8 +55,14 @@ class Lender:
         if memory is None:
             memory = SharedMemory(create=True, size=size + 1)
             self._memories.append(memory)
-        memory.buf[size] = _LENT
-        return np.ndarray(shape, np.uint8, memory.buf), Lent(memory.name, shape)
+        contents = _contents(memory)
+        contents[size] = _LENT
+        return np.ndarray(shape, np.uint8, contents), Lent(memory.name, shape)
+
+
+def _contents(memory: SharedMemory) -> memoryview:
+    assert memory.buf is not None  # nothing closes it here
+    return memory.buf
 
 
 def _unlink(memories: Sequence[SharedMemory]) -> None:
@@ -82,10 +88,10 @@ class Receiver:
             memory.unlink()
         # NumPy keeps the memory mapped by no more than a reference to `memory`'s map, which
         # `memory` closes when it goes: it must outlive the array, and does by the finalizer.
-        images = np.ndarray(lent.shape, np.uint8, memory.buf)
+        images = np.ndarray(lent.shape, np.uint8, _contents(memory))
         weakref.finalize(images, _give_back, memory, images.size).atexit = False
         return images
 
 
 def _give_back(memory: SharedMemory, size: int) -> None:
-    memory.buf[size] = _FREE
+    _contents(memory)[size] = _FREE

@@ -76,14 +76,16 @@ def augment(
         image = flatten(image, "white")
     elif exact or by_pillow(config_augment):
         image = Image.fromarray(image)
-    if config_augment.trim and rng.random() < config_augment.trim and not trimmed:
-        image = trim(image)
-    if config_augment.morphology and rng.random() < config_augment.morphology:
-        image = _morphology(image, image_size, rng)
+    if isinstance(image, Image.Image):  # which both need; see `by_pillow`
+        if config_augment.trim and rng.random() < config_augment.trim and not trimmed:
+            image = trim(image)
+        if config_augment.morphology and rng.random() < config_augment.morphology:
+            image = _morphology(image, image_size, rng)
     flipped = bool(config_augment.flip and rng.random() < 0.5)
     size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     box = _crop_box(size, config_augment.crop, rng)
     if config_augment.affine:
+        assert isinstance(image, Image.Image)  # as `by_pillow` says
         view = np.asarray(_affine(image, box, config_augment.affine, image_size, flipped, rng))
     else:
         view = _resized(image, box, image_size, exact)
@@ -108,6 +110,7 @@ def _resized(
     exact: bool,
 ) -> UInt8[np.ndarray, "size size 3"]:
     if exact:
+        assert isinstance(image, Image.Image)  # `augment` has made it one
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     return fast_decoding.resize(np.asarray(image), box, size)
 
@@ -122,12 +125,11 @@ def trim(image: Image.Image) -> Image.Image:
     left, top, right, bottom = box
     side = max(right - left, bottom - top)
     # Where the square would leave the image, it is moved back in, or as wide as the image.
-    starts = [
+    left, top = (
         min(max((low + high - side) // 2, 0), max(extent - side, 0))
         for low, high, extent in ((left, right, image.width), (top, bottom, image.height))
-    ]
-    ends = (min(starts[0] + side, image.width), min(starts[1] + side, image.height))
-    return image.crop((*starts, *ends))
+    )
+    return image.crop((left, top, min(left + side, image.width), min(top + side, image.height)))
 
 
 def _crop_box(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ class _Columns(Reader):
             features = {}
         return _class_names(features, self._chosen["label"])
 
+    @abstractmethod
+    def _open(self, file: Path) -> tuple[pa.Schema, int]:
+        """The columns of a file, and how many rows it has."""
+
+    @abstractmethod
+    def _column(self, number: int, name: str) -> Iterator[object]:
+        """The values of one column of a file."""
+
+    @abstractmethod
+    def _batches(
+        self, number: int, names: list[str], first: int, end: int
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches that hold all rows from `first` to `end`, each with its first row's number."""
+
     def files(self) -> Sequence[Path]:
         """The files."""
         return self._files
@@ -105,7 +120,8 @@ class _Columns(Reader):
             words = self._column(number, named[0]) if named else itertools.repeat(split, rows)
             fallback = split or split_of_file(self._files[number])
             for row, word in enumerate(words):
-                yield canonical(word) if canonical(word or "") else fallback, (number, row)
+                known = canonical(word) if isinstance(word, str) else None
+                yield known or fallback, (number, row)
 
     def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the rows of the roles' columns, some at a time."""
@@ -173,7 +189,7 @@ class Parquet(_Columns):
         with pq.ParquetFile(file) as opened:
             return opened.schema_arrow, opened.metadata.num_rows
 
-    def _column(self, number: int, name: str) -> Iterator[str | None]:
+    def _column(self, number: int, name: str) -> Iterator[object]:
         with pq.ParquetFile(self._files[number]) as opened:
             for batch in opened.iter_batches(columns=[name]):
                 yield from batch.column(0).to_pylist()
@@ -182,7 +198,8 @@ class Parquet(_Columns):
         self, number: int, names: list[str], first: int, end: int
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         with pq.ParquetFile(self._files[number], buffer_size=_BUFFER, pre_buffer=False) as opened:
-            start, groups, begin = 0, [], 0
+            start = begin = 0
+            groups: list[int] = []
             for group in range(opened.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows
                 if start + rows > first and start < end:
@@ -225,7 +242,7 @@ class HuggingFace(_Columns):
         with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
             return stream.schema, sum(batch.num_rows for batch in stream)
 
-    def _column(self, number: int, name: str) -> Iterator[str | None]:
+    def _column(self, number: int, name: str) -> Iterator[object]:
         with pa.OSFile(str(self._files[number])) as source, pa.ipc.open_stream(source) as stream:
             for batch in stream:
                 yield from batch.column(name).to_pylist()

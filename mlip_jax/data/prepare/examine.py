@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from PIL import Image, UnidentifiedImageError
 
@@ -83,7 +83,8 @@ def examine(data: bytes, resize: int = 0) -> Examined:
 def _encode(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     if image.mode in ("RGBA", "LA"):
-        if image.getextrema()[-1][0] < 255:
+        extrema = cast("tuple[tuple[int, int], ...]", image.getextrema())  # of each band
+        if extrema[-1][0] < 255:
             image.save(stream, "PNG")
             return stream.getvalue()
         image = image.convert("RGB" if image.mode == "RGBA" else "L")

@@ -168,23 +168,24 @@ class Maker:
         Raises:
           OSError: when the disk is full or cannot be written.
         """
-        tally, broken = Tally(), []
+        tally = Tally()
+        broken: list[Broken] = []
         finals = [self._folder / f"{piece.name}{end}" for end in (SHARD_SUFFIX, TEXTS_SUFFIX)]
         with contextlib.ExitStack() as stack:
-            drafts = [stack.enter_context(whole_file(path)) for path in finals]
-            number = self._write(piece, *drafts, tally, broken)
+            records, texts = (stack.enter_context(whole_file(path)) for path in finals)
+            number = self._write(piece, records, texts, tally, broken)
             shard = Shard(
                 name=piece.name,
                 split=piece.split,
                 records=number,
-                sizes=tuple(path.stat().st_size for path in drafts) if number else (0, 0),
-                sums=tuple(map(checksum, drafts)) if number else ("", ""),
+                sizes=(records.stat().st_size, texts.stat().st_size) if number else (0, 0),
+                sums=(checksum(records), checksum(texts)) if number else ("", ""),
                 made_of=piece.digest,
                 facts=tally.facts(),
             )
             if not number:  # no files, then
-                for draft in drafts:
-                    draft.unlink()
+                records.unlink()
+                texts.unlink()
         plain = (Broken(encoded(b.name).decode(), encoded(b.reason).decode()) for b in broken)
         made = Made(shard, tuple(plain))
         write_atomically(self._folder / DRAFTS / f"{piece.name}.json", made.to_json())
@@ -196,8 +197,9 @@ class Maker:
         number = 0
         with texts.open("wb") as texts_file, _array_record(records) as writer:
             for count, record in enumerate(self._reader.read(piece.refs), start=1):
-                examined = self._looked_at(record)
-                if isinstance(examined, Broken):
+                if isinstance(record, Broken):
+                    broken.append(record)
+                elif isinstance(examined := self._looked_at(record), Broken):
                     broken.append(examined)
                 else:
                     packed, line = pack(record.example, examined.data)
@@ -210,9 +212,7 @@ class Maker:
         self._report(len(piece.refs) % _REPORT_EVERY)
         return number
 
-    def _looked_at(self, record: InputRecord | Broken) -> Examined | Broken:
-        if isinstance(record, Broken):
-            return record
+    def _looked_at(self, record: InputRecord) -> Examined | Broken:
         example = record.example
         place = record.place or example.name
         if not (example.captions or example.labels or record.multi_label):
@@ -251,7 +251,7 @@ def checksum(path: Path) -> str:
 _maker: Maker | None = None  # of this worker process
 
 
-def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
+def start_worker(maker: Maker, done: Synchronized[int], stop: Event) -> None:
     """Makes this process a worker, which adds to `done` and ends its shard when `stop` is set."""
     global _maker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
@@ -273,4 +273,5 @@ def start_worker(maker: Maker, done: Synchronized, stop: Event) -> None:
 
 def make_in_worker(piece: Piece) -> Made:
     """A shard, made by this process."""
+    assert _maker is not None  # start_worker has run
     return _maker.make(piece)

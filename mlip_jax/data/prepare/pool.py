@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from multiprocessing import forkserver
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -26,7 +27,7 @@ _LINE = 30.0  # seconds between two lines where there is no terminal
 
 def pieces(reader: Reader, records: int) -> Iterator[Piece]:
     """The input in pieces of so many records of one split, in its order."""
-    waiting: dict[str, list] = {}
+    waiting: dict[str, list[Any]] = {}
     numbers: dict[str, int] = {}
 
     def piece(split: str) -> Piece:
@@ -73,7 +74,7 @@ def make_all(
     made: dict[str, Made] = {}
     order: list[str] = []
     with _Bar(reader, console) as bar, _pool(maker, workers, bar) as submit:
-        pending: dict[Future, str] = {}
+        pending: dict[Future[Made], str] = {}
 
         def collect(most: int) -> None:
             while len(pending) > most:
@@ -98,13 +99,13 @@ def make_all(
 
 
 @contextlib.contextmanager
-def _pool(maker: Maker, workers: int, bar: _Bar) -> Iterator[Callable[[Piece], Future]]:
+def _pool(maker: Maker, workers: int, bar: _Bar) -> Iterator[Callable[[Piece], Future[Made]]]:
     """How a piece is handed out."""
     if workers == 1:
         maker.tell(bar.add)
 
-        def submit(piece: Piece) -> Future:
-            future: Future = Future()
+        def submit(piece: Piece) -> Future[Made]:
+            future: Future[Made] = Future()
             future.set_result(maker.make(piece))
             return future
 

@@ -136,7 +136,7 @@ def keys_of(value: Any) -> tuple[str, ...]:
       ValueError: when it is anything else.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
-    keys = []
+    keys: list[str] = []
     for each in values:
         is_number = isinstance(each, int) and not isinstance(each, bool)
         if each is None or (is_number and each < 0):

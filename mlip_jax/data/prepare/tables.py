@@ -20,11 +20,11 @@ from mlip_jax.data.prepare.readers import (
     Reader,
     decode_text,
     image_at,
-    kind_of,
     parse_object,
 )
 from mlip_jax.data.sets.splits import canonical
 from mlip_jax.errors import UserError
+from mlip_jax.files import kind_of
 
 _MOST_LINE = 16 * 2**20  # bytes
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")

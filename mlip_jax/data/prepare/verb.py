@@ -88,10 +88,11 @@ def prepare(
     if not source:
         raise UserError("prepare needs a source: add --source=KIND:PATH (--help shows more)")
     chosen = column.read_columns(columns)
-    if split and canonical(split) is None:
+    named_split = canonical(split) if split else ""
+    if named_split is None:
         raise UserError(f"--split={split}: expected train, validation or test")
     class_names = card.read_named(classes) if classes else ()
-    reader = open_reader(source, chosen, canonical(split) if split else "")
+    reader = open_reader(source, chosen, named_split)
     job, inputs = _job(reader, source, chosen, split, resize, shard_records)
     with output.reserved(folder, job), _writing(folder):
         done = output.done_before(folder, console)
@@ -169,8 +170,8 @@ def _job(
     inputs = {"files": len(sizes), "bytes": sum(sizes.values())}
     # Of texts the content counts; images are too many to be read for this alone.
     texts = [f for f in reader.files() if not f.name.lower().endswith(_WITH_IMAGES)]
-    texts = {str(file): checksum(file) for file in texts}
-    digest = hashlib.sha256(json.dumps([sizes, texts]).encode()).hexdigest()
+    sums = {str(file): checksum(file) for file in texts}
+    digest = hashlib.sha256(json.dumps([sizes, sums]).encode()).hexdigest()
     job = {
         "source": source,
         "columns": dict(columns),

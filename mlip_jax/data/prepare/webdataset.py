@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare import tar
@@ -46,14 +46,14 @@ class _Sample(NamedTuple):
     tar: int
     key: str
     image: str  # the ending of its image; "": it has none
-    members: Mapping[str, tuple[int, int]]
+    members: dict[str, tuple[int, int]]
 
     def is_whole(self) -> bool:
         """Whether there is an image and something is said about it."""
         return bool(self.image) and not _ANNOTATIONS.isdisjoint(self.members)
 
 
-def _sample(number: int, key: str, members: Mapping[str, tuple[int, int]]) -> _Sample:
+def _sample(number: int, key: str, members: dict[str, tuple[int, int]]) -> _Sample:
     """Of several images that with the plainest ending is taken, such as "jpg"."""
     images = [ending for ending in members if ending not in _ANNOTATIONS]
     image = min(images, key=lambda ending: ending.count("."), default="")
@@ -167,10 +167,10 @@ class WebDataset(Reader):
         """Reads the members by their offsets."""
         for number, group in itertools.groupby(refs, lambda ref: getattr(ref, "tar", None)):
             if number is None:
-                yield from group
+                yield from cast("Iterator[Broken]", group)
                 continue
             path = self._files[number]
-            samples = list(group)
+            samples = cast("list[_Sample]", list(group))
             try:
                 with opened(path) as container:
                     for sample in samples:
@@ -189,7 +189,9 @@ class WebDataset(Reader):
         self, name: str, sample: _Sample, contents: Mapping[str, bytes]
     ) -> InputRecord:
         image = contents[sample.image]
-        captions, labels, latin = [], [], 0
+        captions: list[str] = []
+        labels: list[str] = []
+        latin = 0
         for ending in _TEXTS:
             if ending in contents:
                 text, other = decode_text(contents[ending])
@@ -199,15 +201,16 @@ class WebDataset(Reader):
             if ending in contents:
                 text, _ = decode_text(contents[ending])
                 labels += keys_of(int(text) if re.fullmatch(r"\s*-?\d{1,18}\s*", text) else text)
-        tags, multi_label = (), False
+        tags: tuple[str, ...] = ()
+        multi_label = False
         if _JSON in contents:
             values, other = parse_object(contents[_JSON])
             record = column.example(values, self._columns, name, b"", int(other))
             captions += record.example.captions
             labels = labels or list(record.example.labels)
             tags, multi_label, latin = record.example.tags, record.multi_label, latin + other
-        captions = tuple(dict.fromkeys(captions))
-        return InputRecord(Example(name, image, captions, tags, tuple(labels)), latin, multi_label)
+        distinct = tuple(dict.fromkeys(captions))
+        return InputRecord(Example(name, image, distinct, tags, tuple(labels)), latin, multi_label)
 
 
 def _contents(container: Container, sample: _Sample) -> dict[str, bytes]:
@@ -231,7 +234,8 @@ def _grouped(
     number: int, entries: Iterable[tuple[str, str, tar.Member] | Broken]
 ) -> Iterator[_Sample | Broken]:
     """Neighbours of one key; an ending that comes again begins another record."""
-    key, members = "", {}
+    key = ""
+    members: dict[str, tuple[int, int]] = {}
     for each in entries:
         if isinstance(each, Broken):
             yield each

@@ -160,7 +160,8 @@ def check_box(place: str, box: Any) -> tuple[float, float, float, float]:
         raise UserError(f"{place}: a box must be [left, top, width, height] in pixels, not {box!r}")
     if not min(box[2:]) > 0:
         raise UserError(f"{place}: the box {list(box)} has no area")
-    return tuple(map(float, box))
+    left, top, width, height = map(float, box)
+    return left, top, width, height
 
 
 def _shares(query: Query, size: tuple[int, int]) -> Box:
@@ -175,7 +176,10 @@ def _shares(query: Query, size: tuple[int, int]) -> Box:
             f"{query.place}: the box {list(query.box)} reaches out of {query.file}, which is "
             f"{size[0]} x {size[1]} pixels"
         )
-    return tuple(min(max(edge / end, 0.0), 1.0) for edge, end in zip(edges, ends, strict=True))
+    left, top, right, bottom = (
+        min(max(edge / end, 0.0), 1.0) for edge, end in zip(edges, ends, strict=True)
+    )
+    return left, top, right, bottom
 
 
 def _size(data: bytes) -> tuple[int, int]:

@@ -74,11 +74,12 @@ class Compositions:
         cut = [_ink(record) for record in records]
         places = _lay_out(np.random.default_rng((_SEED, canvas)), [ink.size for ink in cut])
         picture = Image.new("RGB", (SIDE, SIDE), "white")
-        regions = []
+        regions: list[tuple[str, Box]] = []
         for record, ink, place in zip(records, cut, places, strict=True):
             size = place.right - place.left, place.bottom - place.top
             picture.paste(ink.resize(size, Image.Resampling.BICUBIC), place[:2])
-            regions.append((record.captions[0], tuple(edge / SIDE for edge in place)))
+            left, top, right, bottom = (edge / SIDE for edge in place)
+            regions.append((record.captions[0], (left, top, right, bottom)))
         out = io.BytesIO()
         picture.save(out, "PNG")
         return out.getvalue(), regions
@@ -118,7 +119,8 @@ def _ink(record: Record) -> Image.Image:
     rows, columns = np.nonzero((np.asarray(drawing) < _WHITE).any(axis=2))
     if not len(rows):
         return drawing
-    return drawing.crop((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    left, top = int(np.min(columns)), int(np.min(rows))
+    return drawing.crop((left, top, int(np.max(columns)) + 1, int(np.max(rows)) + 1))
 
 
 def _lay_out(rng: np.random.Generator, shapes: list[tuple[int, int]]) -> list[_Rectangle]:

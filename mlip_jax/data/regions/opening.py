@@ -40,5 +40,5 @@ def open_region_set(
             f"unknown dataset of regions {spec!r}: expected compositions, refcoco:FOLDER or "
             f"regions:FILE{near}"
         )
-    how = {"cleaning": cleaning, "max_skipped_share": max_skipped_share}
-    return opener(Path(where).expanduser(), split, **how)
+    path = Path(where).expanduser()
+    return opener(path, split, cleaning=cleaning, max_skipped_share=max_skipped_share)

@@ -143,13 +143,13 @@ def _queries(refs_file: Path, refs: Mapping[int, dict[str, Any]], file: Path) ->
             raise UserError(f'{file}: annotations[{index}] needs "id", "image_id" and "bbox"')
         places[annotation.id] = index
     for number, ref in refs.items():
-        index = places.get(ref["ann_id"])
-        if index is None:
+        found = places.get(ref["ann_id"])
+        if found is None:
             raise UserError(
                 f"{refs_file}: refs[{number}] is of the annotation {ref['ann_id']!r}, which is not "
                 f'among the "annotations" of {file}'
             )
-        annotation, place = annotations[index], f"{file}: annotations[{index}]"
+        annotation, place = annotations[found], f"{file}: annotations[{found}]"
         name = names.get(annotation.image_id) if is_id(annotation.image_id) else None
         if name is None:
             raise UserError(

@@ -65,8 +65,9 @@ def entries(file: Path, content: Any, *keys: str) -> list[list[Any]]:
     Raises:
       UserError: when it lacks one.
     """
-    lists = [content.get(key) if isinstance(content, dict) else None for key in keys]
-    if not all(isinstance(each, list) for each in lists):
+    values = content if isinstance(content, dict) else {}
+    lists = [each for key in keys if isinstance(each := values.get(key), list)]
+    if len(lists) < len(keys):
         names = " and ".join(f'"{key}"' for key in keys)
         many = ("a list", "two lists", "three lists")[len(keys) - 1]
         raise UserError(f"{file}: expected an object with {names}, {many}")

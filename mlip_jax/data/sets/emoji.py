@@ -142,7 +142,7 @@ def held_out(codes: list[str]) -> set[str]:
     return set(order[: len(order) // 2])
 
 
-class EmojiPairs(tfds.core.GeneratorBasedBuilder):
+class EmojiPairs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS has no types
     """Emoji drawings with their names: about 2,860 images to train on and 950 to validate."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -170,7 +170,9 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
         del dl_manager  # nothing is downloaded: the pictures are in installed packages
         all_concepts = concepts()
         validation = held_out([concept.code for concept in all_concepts])

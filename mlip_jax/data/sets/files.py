@@ -214,7 +214,7 @@ def present_names(
 
     Such an image must not be left out: it counts against every class.
     """
-    names = (class_names[index] for index in np.flatnonzero(targets == 1))
+    names = (class_names[index] for index in np.flatnonzero(targets == 1).tolist())
     return usable(names, cleaning) or ("",)
 
 

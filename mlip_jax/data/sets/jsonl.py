@@ -143,17 +143,29 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     starts = np.concatenate([np.array(rows.starts, np.int64) for rows in chosen]).reshape(-1, 2)
     names, places = classes.sorted()
     numbers = np.concatenate([np.array(rows.labels, np.int32) for rows in chosen])
-    common = {
-        "class_names": names,
-        "cleaning": opening.cleaning,
-        "notes": skipped.notes(len(starts), opening.max_skipped_share),
-    }
+    notes = skipped.notes(len(starts), opening.max_skipped_share)
     if classes.multi_label:
         counts = np.concatenate([np.array(rows.counts, np.int32) for rows in chosen])
-        present = places[numbers]
-        return MultiLabelJsonlSource(path, choice, starts, present=present, counts=counts, **common)
+        return MultiLabelJsonlSource(
+            path,
+            choice,
+            starts,
+            class_names=names,
+            cleaning=opening.cleaning,
+            notes=notes,
+            present=places[numbers],
+            counts=counts,
+        )
     labels = np.append(places, -1)[numbers] if names else None  # the number -1 is the last
-    return JsonlSource(path, choice, starts, labels=labels, **common)
+    return JsonlSource(
+        path,
+        choice,
+        starts,
+        labels=labels,
+        class_names=names,
+        cleaning=opening.cleaning,
+        notes=notes,
+    )
 
 
 @dataclass

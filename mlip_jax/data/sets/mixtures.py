@@ -39,7 +39,8 @@ def parse(spec: str) -> tuple[Part, ...]:
     Raises:
       UserError: for anything else, or a weight that is not above 0.
     """
-    text, parts = spec.removeprefix(PREFIX), []
+    text = spec.removeprefix(PREFIX)
+    parts: list[Part] = []
     position = 0
     while position < len(text) or not parts:
         match = _PART.match(text, position)
@@ -47,7 +48,7 @@ def parse(spec: str) -> tuple[Part, ...]:
             weight = Fraction(match["weight"]) if match else Fraction(0)
         except ValueError:
             weight = Fraction(0)
-        if weight <= 0 or match["spec"].startswith(PREFIX):
+        if match is None or weight <= 0 or match["spec"].startswith(PREFIX):
             raise UserError(
                 f"dataset {spec!r}: expected mix:SET*WEIGHT+SET*WEIGHT with weights above 0, such "
                 f"as mix:coco*0.7+jsonl:pairs.jsonl*0.3; {text[position:]!r} is not that"

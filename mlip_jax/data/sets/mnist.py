@@ -39,18 +39,21 @@ def open_idx(folder: Path, opening: Opening) -> ClassSource:
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    present = [split for split in _PREFIXES if _find(folder, split, "images", 3) is not None]
+    present = {
+        split: images_file
+        for split in _PREFIXES
+        if (images_file := _find(folder, split, "images", 3)) is not None
+    }
     if not present:
         raise UserError(f"no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz) in {folder}")
     choice = STANDARD.choose(folder, opening.wanted, present)
     names = _class_names(folder)
     files, labels = [], []
     for part in choice.parts:
-        images = _find(folder, part, "images", 3)
         labels_file = _find(folder, part, "labels", 1)
         if labels_file is None:
             raise UserError(f"{folder} lacks {_PREFIXES[part]}-labels-idx1-ubyte (.gz)")
-        files.append(images)
+        files.append(present[part])
         labels.append(_read_labels(labels_file, names))
     stored = IdxImages(files)
     for file, file_labels, count in zip(files, labels, stored.counts, strict=True):

@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -133,11 +132,8 @@ class _Readers:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ArrayRecordReader] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # open files stay in their process
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+    def __reduce__(self) -> tuple[type[_Readers], tuple[()]]:
+        return _Readers, ()  # open files stay in their process
 
     def read(self, path: str, place: int) -> bytes:
         """A record. Raises RuntimeError or IndexError when it cannot be read."""

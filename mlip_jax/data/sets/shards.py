@@ -99,8 +99,12 @@ def read_index(folder: Path) -> Index:
             Shard(**{**each, "sizes": tuple(each["sizes"]), "sums": tuple(each["sums"])})
             for each in content.pop("shards")
         )
-        tuples = {key: tuple(content.pop(key)) for key in ("class_keys", "class_names", "notes")}
-        return Index(shards=shards, **tuples, **content)
+        class_keys, class_names, notes = (
+            tuple(content.pop(key)) for key in ("class_keys", "class_names", "notes")
+        )
+        return Index(
+            shards=shards, class_keys=class_keys, class_names=class_names, notes=notes, **content
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 

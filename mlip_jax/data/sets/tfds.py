@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class TfdsSource:
         self._tfds_split = "+".join(self.parts)
         self._cleaning = cleaning
         self._lock = threading.Lock()
-        self._examples = None
+        self._examples: Sequence[Mapping[str, Any]] | None = None
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
         self._length = builder.info.splits[self._tfds_split].num_examples

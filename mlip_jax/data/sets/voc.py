@@ -88,7 +88,7 @@ def _read_split(
 ) -> tuple[list[str], Int8[np.ndarray, "images classes"]]:
     """The images of a split and their targets."""
     ids: list[str] = []
-    columns = []
+    columns: list[list[int]] = []
     for name in classes:
         file = lists / f"{name}_{split}.txt"
         values = _read_list(file)

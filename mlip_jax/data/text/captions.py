@@ -132,7 +132,7 @@ def _choose(
     rng: np.random.Generator,
 ) -> str:
     if len(captions) > 1 and rng.random() >= caption_config["first"]:
-        return captions[rng.integers(len(captions))]
+        return captions[int(rng.integers(len(captions)))]
     return captions[0]
 
 

@@ -95,9 +95,8 @@ def _clip(words: Path, merges: Path) -> _Encoder:
     """CLIP's, as transformers makes it of the two files."""
     vocabulary = read_json(words, advice="get it again")
     lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [
-        tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")
-    ]
+    words_of = (line.split() for line in lines if not line.startswith("#version"))
+    pairs = [(left, right) for left, right in filter(None, words_of)]
     end = "<|endoftext|>"
     encoder = _Encoder(
         models.BPE(vocab=vocabulary, merges=pairs, end_of_word_suffix="</w>", unk_token=end)
@@ -115,7 +114,10 @@ def _clip(words: Path, merges: Path) -> _Encoder:
     start = "<|startoftext|>"
     encoder.add_special_tokens([start, end])
     encoder.post_processor = processors.RobertaProcessing(
-        (end, encoder.token_to_id(end)), (start, encoder.token_to_id(start)), False, False
+        (end, _id(words.parent, encoder, end)),
+        (start, _id(words.parent, encoder, start)),
+        False,
+        False,
     )
     return encoder
 

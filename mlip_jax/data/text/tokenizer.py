@@ -86,17 +86,16 @@ class Tokenizer:
             self.eot = affixes.end[0]
             self.unescapes = cleaning in ("whitespace", "canonicalize")
             return
-        self.vocab_size: int = encoder.get_vocab_size()
+        self.vocab_size = encoder.get_vocab_size()
         is_clip = encoder.token_to_id(_SOT) is not None
         self.unescapes = is_clip
         start, end = (_SOT, _EOT) if is_clip else (wordpiece.START, wordpiece.END)
         sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
         if sot is None or eot is None:
             raise ValueError(f"a tokenizer without {start} and {end}")
-        self.sot: int = sot
-        self.eot: int = eot
+        self.sot, self.eot = sot, eot
         self.start, self.end = (sot,), (eot,)
-        self.pad: int = 0 if is_clip else encoder.token_to_id(wordpiece.PAD) or 0
+        self.pad = 0 if is_clip else encoder.token_to_id(wordpiece.PAD) or 0
 
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
         """Token ids, int32 [texts, context_length]: start, words, end, padding.
@@ -237,7 +236,8 @@ def _clip(vocab_size: int) -> _Encoder:
     # The order of the ids: bytes, bytes that end a word, merges, the two special tokens.
     letters = _byte_letters()
     words = [*letters, *(letter + _END_OF_WORD for letter in letters)]
-    merges = [tuple(line.split()) for line in lines[1 : vocab_size - len(words) - 1]]
+    pairs = map(str.split, lines[1 : vocab_size - len(words) - 1])
+    merges = [(left, right) for left, right in pairs]
     words += [left + right for left, right in merges] + [_SOT, _EOT]
     vocabulary = {word: index for index, word in enumerate(words)}
     encoder = _Encoder(
