@@ -226,6 +226,15 @@ def test_equal_scores_rank_by_place():
     np.testing.assert_allclose(merging.rank01(jnp.zeros((1, 3))), [[0, 0.5, 1]])
 
 
+def test_a_count_by_a_product_is_the_count():
+    rng = np.random.default_rng(0)
+    for others in (1, 3, 196, 1024, 3136):
+        flags = jnp.asarray(rng.random((3, 5, others)) < 0.9)
+        counts = jax.jit(merging.count_by_product)(flags)
+        assert counts.dtype == merging.count(flags).dtype == jnp.int32
+        np.testing.assert_array_equal(counts, merging.count(flags))
+
+
 SPREADS = ["even", "early", "4,2,1,1", "0,0,1,1"]
 
 

@@ -110,6 +110,7 @@ def test_matrix_products_are_counted_through_loops_and_branches():
         jax.debug.callback(lambda: None)  # an equation that gives nothing
         x = jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=3)[0]
         x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+        x = jax.lax.platform_dependent(x, cuda=lambda x: x @ x, default=lambda x: x)
         return jax.lax.conv_general_dilated(x[None, None], kernel, (1, 1), "SAME")
 
     x, kernel = jnp.ones((8, 8)), jnp.ones((5, 1, 3, 3))

@@ -144,7 +144,7 @@ def _shuffled_places(
 def _possible(parts: Parts, spec: str, shots: Sequence[int]) -> tuple[tuple[int, ...], str]:
     """The numbers that every class with a training image can give; a sentence on the others."""
     labels, counts = np.unique(parts.train.labels, return_counts=True)
-    fewest = int(counts.min())
+    fewest = int(np.min(counts))
     name = parts.train.source.class_names[labels[np.argmin(counts)]]
     possible = tuple(sorted({count for count in shots if count <= fewest}))
     if not possible:

@@ -163,7 +163,7 @@ def figures(query_ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
         has_positives = answers.positives > 0
         for k in ks:
             values[f"{direction}_recall@{k}"] = float(np.mean(rank[has_positives] <= k))
-        if answers.positives.max() > 1:
+        if np.max(answers.positives) > 1:
             for k in ks:
                 first = answers.query[answers.place <= k]
                 right = np.bincount(first, minlength=len(rank))[has_positives]
@@ -188,7 +188,7 @@ def chance(
         positives = np.unique(pairs[:, query], return_counts=True)[1]
         for k in ks:
             values[f"{direction}_recall@{k}"] = _expected_recall(positives, candidates, k)
-        if positives.max() > 1:
+        if np.max(positives) > 1:
             for k in ks:
                 values[f"{direction}_actual_recall@{k}"] = min(k, candidates) / candidates
         low, high = 1, candidates
@@ -273,7 +273,7 @@ def _best_positives(
     last_like = np.append((np.diff(query) != 0) | (np.diff(scores) != 0), True)
     ends = np.flatnonzero(last_like)
     reach = number + ends[np.searchsorted(ends, index)] - index + 1
-    chosen = [np.flatnonzero(number == place) for place in range(min(depth, number.max() + 1))]
+    chosen = [np.flatnonzero(number == place) for place in range(min(depth, np.max(number) + 1))]
     return [scores[rows] for rows in chosen], [reach[rows] for rows in chosen]
 
 

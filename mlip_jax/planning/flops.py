@@ -82,8 +82,12 @@ def matrix_flops(program: Jaxpr) -> float:
             total += 2.0 * out.size * kernel.size / channels
         else:
             inside = [matrix_flops(part) for part in _parts(equation.params)]
-            times = equation.params["length"] if name == "scan" else 1
-            total += times * (max(inside, default=0.0) if name == "cond" else sum(inside))
+            if name == "scan":
+                total += equation.params["length"] * sum(inside)
+            elif equation.params.get("branches_platforms"):
+                total += inside[-1]  # the default: a product elsewhere may only stand for a sum
+            else:
+                total += max(inside, default=0.0) if name == "cond" else sum(inside)
     return total
 
 

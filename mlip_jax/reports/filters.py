@@ -54,7 +54,7 @@ def draw_filters(
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).ravel()
     grid = top.subplots(len(kernels), 1 + shown, squeeze=False, width_ratios=(1.35,) + (1,) * shown)
     means = [spectrum.mean(axis=-1) for spectrum in spectra]
-    highest = max(mean.max() for mean in means)
+    highest = max(np.max(mean) for mean in means)
     for block, (row, spectrum, mean) in enumerate(zip(grid, spectra, means, strict=True)):
         drawn = row[0].imshow(mean, cmap=_MAP, vmin=0, vmax=highest, **_frame(mean.shape))
         top.colorbar(drawn, ax=row[0], shrink=0.9, pad=0.04).outline.set_visible(False)
