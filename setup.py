@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mlip_jax/versions.py").read_text(), re.M)[1]
+VERSION = re.search(
+    r'^__version__ = "(.+)"', (ROOT / "mlip_jax/core/versions.py").read_text(), re.M
+)[1]
 README = ROOT / "README.md"
 
 setup(
@@ -35,7 +37,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         # The lower bounds of this file are tested, and the newest versions that each Python brings:
-        # jax 0.9 to 0.12 (mlip_jax/versions.py). There is no upper bound where none is known.
+        # jax 0.9 to 0.12 (mlip_jax/core/versions.py). There is no upper bound where none is known.
         # Compute.
         "jax>=0.9.0",
         "flax>=0.12.6",

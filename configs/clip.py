@@ -16,9 +16,9 @@ this one.
 This is the baseline of the other configs: the same encoders without Frequency Stage and merging.
 """
 
+from mlip_jax.core.schema import arguments
 from mlip_jax.interop.pretrained import adopt
 from mlip_jax.recipes.recipes import recipe
-from mlip_jax.schema import arguments
 
 
 def get_config(arg=None):

@@ -18,9 +18,9 @@ compared with: 1 in the paper and in the large recipe, 4 in the quick one; `text
 from the BERT in a Hugging Face folder, with its vocabulary.
 """
 
+from mlip_jax.core.schema import arguments, whole_number
 from mlip_jax.interop.pretrained import adopt_bert
 from mlip_jax.recipes.recipes import clip_lite
-from mlip_jax.schema import arguments, whole_number
 
 
 def get_config(arg=None):

@@ -14,8 +14,8 @@ Arguments: `size`, `data`.
 The global perspective is trained beside the token level, because retrieval uses it.
 """
 
+from mlip_jax.core.schema import arguments
 from mlip_jax.recipes.recipes import recipe
-from mlip_jax.schema import arguments
 
 
 def get_config(arg=None):

@@ -21,11 +21,11 @@ The token-level perspectives use jsd. jsd takes 4 negatives here: it scores 5 pa
 instead of a whole batch.
 """
 
+from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.schema import IMAGE_VIEWS, arguments
 from mlip_jax.interop.pretrained import adopt
 from mlip_jax.recipes.recipes import recipe
 from mlip_jax.recipes.sizes import QUICK
-from mlip_jax.registry import LOSSES
-from mlip_jax.schema import IMAGE_VIEWS, arguments
 
 _NEGATIVES = 4
 # With a weight of 1 the token level costs a point of R@1 on drawings and names.

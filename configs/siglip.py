@@ -15,9 +15,9 @@ this one.
 Scale and bias start at the values of the paper, 10 and -10.
 """
 
+from mlip_jax.core.schema import arguments
 from mlip_jax.interop.pretrained import adopt
 from mlip_jax.recipes.recipes import recipe
-from mlip_jax.schema import arguments
 
 
 def get_config(arg=None):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlip_jax.core.versions import __version__
 from mlip_jax.training.callbacks import Callback
-from mlip_jax.versions import __version__
 
 if TYPE_CHECKING:
     import os
@@ -36,8 +36,8 @@ def config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     Raises:
       UserError: for a file or key that is not there, or a value that cannot be.
     """
+    from mlip_jax.core.validation import validate
     from mlip_jax.recipes.config_files import load_config, with_overrides
-    from mlip_jax.validation import validate
 
     loaded = with_overrides(load_config(name), overrides or {})
     validate(loaded)
@@ -71,11 +71,11 @@ def train(
       UserError: for a config, a dataset or a workdir that cannot be used.
       RunError: when the loss is no longer finite, the disk is full, or a callback raises.
     """
-    from mlip_jax import versions
+    from mlip_jax.core import versions
 
     with versions.named_in_errors():
+        from mlip_jax.core.validation import validate
         from mlip_jax.training import loop
-        from mlip_jax.validation import validate
 
         validate(config)
         return loop.train(config, workdir, source=source, callbacks=callbacks)
@@ -106,7 +106,7 @@ def load(
     Raises:
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
-    from mlip_jax import versions
+    from mlip_jax.core import versions
 
     with versions.named_in_errors():
         from mlip_jax import inference

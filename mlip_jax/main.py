@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mlip_jax import versions
 from mlip_jax.cli import command_line
 from mlip_jax.cli.subcommands import SUBCOMMANDS
+from mlip_jax.core import versions
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
-from mlip_jax.errors import RunError, UserError
 
 
 def main(argv: Sequence[str]) -> int:

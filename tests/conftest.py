@@ -38,7 +38,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mlip_jax import main as door  # noqa: E402
-from mlip_jax import schema  # noqa: E402
+from mlip_jax.core import schema  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
 
@@ -99,7 +99,7 @@ def tiny(pairs) -> Path:
     values = pairs.parent / "tiny.json"
     values.write_text(schema.to_json(config))
     file.write_text(
-        "from pathlib import Path\nfrom mlip_jax.schema import from_json\n\n"
+        "from pathlib import Path\nfrom mlip_jax.core.schema import from_json\n\n"
         f"def get_config(arg=None):\n    return from_json(Path({str(values)!r}).read_text())\n"
     )
     return file

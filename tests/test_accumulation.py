@@ -11,16 +11,16 @@ import pytest
 from ml_collections import ConfigDict
 from test_step import END, START, VOCABULARY, assert_same, batch, small_config
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import default
+from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.models.dropout import NUMBER, ROWS, Dropout, DropPath
 from mlip_jax.planning import hlo
-from mlip_jax.schema import default
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import lower_step, make_train_step
-from mlip_jax.validation import validate
 
 ONE = (1, 1, 1)
 MLIP, RING = (), (("ring", "always"),)

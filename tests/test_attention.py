@@ -10,15 +10,15 @@ import pytest
 from einops import rearrange
 
 from mlip_jax import main as door
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import ATTENTIONS
+from mlip_jax.core.validation import validate
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.models.layers import Attention, Dense
 from mlip_jax.planning import estimates, machines
-from mlip_jax.schema import ATTENTIONS
 from mlip_jax.training import attention_choice, start
-from mlip_jax.validation import validate
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 9, 4, 32
 

@@ -13,7 +13,7 @@ from mlip_jax import main as door
 from mlip_jax.benchmark import contender, input_speed, peak, peers, verb
 from mlip_jax.benchmark.results import Timing, summarize
 from mlip_jax.cli import command_line
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.planning.machines import GIB
 
 

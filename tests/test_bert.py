@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.interop import bert as reader
 from mlip_jax.models.bert import BertEncoder
 

@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlip_jax import schema
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core import schema
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.storage import checkpoint
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.storage.workdir import open_workdir
@@ -247,7 +247,7 @@ PROGRAM = textwrap.dedent(
     """
     import resource, sys, time
     import jax.numpy as jnp
-    from mlip_jax.errors import RunError
+    from mlip_jax.core.errors import RunError
     from mlip_jax.storage.checkpoint import Checkpoints
 
     class Slow(Checkpoints):
@@ -321,7 +321,7 @@ def test_a_workdir_keeps_config_environment_and_its_lock(tmp_path):
             [
                 sys.executable,
                 "-c",
-                "import sys; from mlip_jax import errors, schema; "
+                "import sys; from mlip_jax.core import errors, schema; "
                 "from mlip_jax.storage.workdir import open_workdir\n"
                 "try:\n    open_workdir(sys.argv[1], schema.default()).__enter__()\n"
                 "except errors.UserError as error:\n    print(error)",

@@ -13,17 +13,17 @@ from test_step import batch as one_view
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.models import building, resnet
 from mlip_jax.objectives import contrastive, perspectives
 from mlip_jax.storage.checkpoint import restore_fields
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import make_train_step
-from mlip_jax.validation import validate
 
 # One block a stage: a ResNet-18 takes three times as long to compile.
 STAGES = {18: (1, 1, 1, 1)}
@@ -335,7 +335,7 @@ def config_file(pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lite")
     (folder / "lite.json").write_text(schema.to_json(config))
     (folder / "lite.py").write_text(
-        "from pathlib import Path\nfrom mlip_jax.schema import from_json\n\n"
+        "from pathlib import Path\nfrom mlip_jax.core.schema import from_json\n\n"
         f"def get_config(arg=None):\n"
         f"    return from_json(Path({str(folder / 'lite.json')!r}).read_text())\n"
     )

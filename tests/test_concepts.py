@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from test_evaluations import FakeSource
 
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations.concepts import editing, measures
 from mlip_jax.evaluations.concepts.definitions import figure_name, read_concept
 from mlip_jax.evaluations.sets import Sets
-from mlip_jax.schema import default
 
 WIDTH = 12
 NAMES = tuple(f"job{number}" for number in range(40))

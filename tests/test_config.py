@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from mlip_jax import schema
-from mlip_jax.errors import UserError
-from mlip_jax.validation import validate
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.validation import validate
 
 
 @pytest.fixture

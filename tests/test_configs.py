@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from mlip_jax.cli import command_line
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.registry import LOSSES
 from mlip_jax.data.text.tokenizer import load_tokenizer
-from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.recipes import sizes
-from mlip_jax.registry import LOSSES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py"))

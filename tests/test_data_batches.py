@@ -14,14 +14,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from mlip_jax import schema as config_lib
+from mlip_jax.core import schema as config_lib
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.batches import training, workers
 from mlip_jax.data.batches.training import SkipCounter, evaluation_batches, train_batches
 from mlip_jax.data.batches.workers import worker_count
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.opening import open_source
 from mlip_jax.data.text.tokenizer import load_tokenizer
-from mlip_jax.errors import UserError
 
 COUNT = 30
 BAD = (4, 5, 20)  # truncated, missing, no image

@@ -7,8 +7,8 @@ import zipfile
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.opening import open_evaluation, open_source
-from mlip_jax.errors import UserError
 
 FOLDERS = ("n01", "n02")
 

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer as Encoder
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import CLEANINGS
 from mlip_jax.data.regions.base import open_regions
 from mlip_jax.data.regions.refer import open_refer
 from mlip_jax.data.sets.opening import open_source
 from mlip_jax.data.text.captions import usable
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.data.text.wordpiece import END, PAD, START, UNKNOWN
-from mlip_jax.errors import UserError
-from mlip_jax.schema import CLEANINGS
 
 CAPTION = "A man's  best_friend, &amp; a Cat"
 CLEANED = {

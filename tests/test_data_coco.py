@@ -6,9 +6,9 @@ import pickle
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.opening import open_evaluation, open_source
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.errors import UserError
 
 
 def write(folder, split="train2017", *, images=None, annotations=None, text=None):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.opening import open_evaluation, open_source
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.errors import UserError
 
 IMAGES = [{"id": 7, "file_name": "7.jpg"}, {"id": 3, "file_name": "3.jpg", "license": 1}]
 CATEGORIES = [{"id": 90, "name": "toothbrush", "supercategory": "indoor"}, {"id": 1, "name": "dog"}]

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip_jax import schema as config_lib
+from mlip_jax.core import schema as config_lib
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import decode
 from mlip_jax.data.sets import emoji
 from mlip_jax.data.sets.opening import open_source, open_validation
 from mlip_jax.data.text.captions import clean_caption
-from mlip_jax.errors import UserError
 
 BUILD = "import sys; from mlip_jax.data.sets import emoji; print(emoji.directory(sys.argv[1]))"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlip_jax import schema as config_lib
+from mlip_jax.core import schema as config_lib
 from mlip_jax.data.images.augment import augment, short_side
 from mlip_jax.data.images.preprocessing import Preprocessing, UnreadableImage, decode, flatten
 

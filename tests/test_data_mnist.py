@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.opening import open_evaluation, open_source
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 3, 4), np.uint8)
 LABELS = np.array([3, 0, 9, 1, 3], np.uint8)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlip_jax import schema as config_lib
+from mlip_jax.core import schema as config_lib
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.opening import open_evaluation, open_source, open_validation
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.errors import UserError
 
 
 def draw(path: Path, color: str = "red") -> str:

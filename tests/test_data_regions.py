@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.regions import compositions, opening
 from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.data.sets.records import MissingSplit, Record
-from mlip_jax.errors import UserError
 
 
 def write_image(path, size=(40, 20)):

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.text import captions
 from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
-from mlip_jax.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "data/clip_bpe_golden.json").read_text("utf-8"))
 NEVER = {"first": 1.0, "tags": 0.0, "shuffle": 0.0, "word_dropout": 0.0}

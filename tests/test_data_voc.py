@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.opening import open_evaluation, open_source, split_spec
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.errors import UserError
 
 LISTS = {
     "cat_train.txt": "000005 -1\n",

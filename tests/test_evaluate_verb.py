@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from mlip_jax import main as door
-from mlip_jax import schema
-from mlip_jax.errors import UserError
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.registry import EVALUATIONS
 from mlip_jax.evaluations import Results, compare, read_results, write_results
 from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.sheets import html, markdown, sheet
 from mlip_jax.evaluations.verb import file_results
-from mlip_jax.registry import EVALUATIONS
 
 
 def outcome(name, **figures):

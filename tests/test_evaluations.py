@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Record
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations import evaluate, read_results, table, write_results, zero_shot
 from mlip_jax.evaluations.prompts import find_templates
 from mlip_jax.evaluations.sets import Sets, short_name
-from mlip_jax.schema import default
 
 
 def png(value):

@@ -26,18 +26,18 @@ from test_foreign import (
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax import schema
 from mlip_jax.cli.command_line import parse
+from mlip_jax.core import schema
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text.tokenizer import load_tokenizer
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.export import own, programs
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
 from mlip_jax.training.optimizer import make
 from mlip_jax.training.state import initial_state
-from mlip_jax.validation import validate
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 40, 52, 3), np.uint8)
 

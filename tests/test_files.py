@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlip_jax import files
+from mlip_jax.core import files
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare.readers import parse_object
 from mlip_jax.data.regions.base import open_regions
@@ -21,7 +22,6 @@ from mlip_jax.data.sets.shards import Index, Shard, read_index
 from mlip_jax.data.sets.splits import Choice
 from mlip_jax.data.text import hugging_face as hugging_face_tokenizers
 from mlip_jax.data.text import wordpiece
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations import compare, prompts
 from mlip_jax.evaluations.concepts.definitions import read_concept
 from mlip_jax.evaluations.results import read_results
@@ -90,7 +90,7 @@ def test_drafts_of_killed_processes_are_known_and_removed(tmp_path):
     code = (
         "import contextlib, os, sys\n"
         "from pathlib import Path\n"
-        "from mlip_jax.files import whole_file, whole_folder\n"
+        "from mlip_jax.core.files import whole_file, whole_folder\n"
         "folder = Path(sys.argv[1])\n"
         "with whole_file(folder / 'a.json') as file, whole_folder(folder / 'model') as made:\n"
         "    file.write_text('half')\n"

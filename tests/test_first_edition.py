@@ -66,7 +66,7 @@ def test_the_run_is_finished_and_says_so(first, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "copy")
     config = Path("written.py")
     config.write_text(
-        "from pathlib import Path\nfrom mlip_jax.schema import from_json\n\n\n"
+        "from pathlib import Path\nfrom mlip_jax.core.schema import from_json\n\n\n"
         "def get_config(arg=None):\n    return from_json(Path('run/config.json').read_text())\n"
     )
     assert door.main(["mlip", f"--config={config}", "--workdir=run"]) == 0

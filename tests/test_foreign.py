@@ -19,9 +19,9 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers, processors
 
 import mlip_jax
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, Preprocessing
 from mlip_jax.data.text.tokenizer import Affixes, Tokenizer, folder_tokenizer, load_tokenizer
-from mlip_jax.errors import UserError
 from mlip_jax.interop import clip_layouts, layouts, open_clip, positions
 
 DATA = Path(__file__).parent / "data"

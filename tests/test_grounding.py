@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.images.preprocessing import Preprocessing
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations import grounding
 from mlip_jax.evaluations.boxes import hits, iou, predicted_boxes
 from mlip_jax.evaluations.sets import Sets

@@ -18,7 +18,7 @@ import yaml
 from devices import understood
 
 import mlip_jax
-from mlip_jax.versions import TESTED_JAX
+from mlip_jax.core.versions import TESTED_JAX
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))

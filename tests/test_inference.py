@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 import mlip_jax
-from mlip_jax import inference, schema
+from mlip_jax import inference
 from mlip_jax import main as door
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import load_tokenizer
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations.verb import changes, results_name
 from mlip_jax.models import building, resnet, two_tower
 from mlip_jax.models.grad_cam import grad_cam

@@ -18,7 +18,7 @@ import pytest
 from devices import with_devices
 
 from mlip_jax import main as door
-from mlip_jax import versions
+from mlip_jax.core import versions
 from mlip_jax.storage.checkpoint import restore_fields
 from mlip_jax.training import evaluation, loop, start
 from mlip_jax.training.run import score

@@ -16,15 +16,15 @@ import pytest
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax import schema, versions
 from mlip_jax.benchmark import peers
 from mlip_jax.cli import command_line, flags, kinds
 from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.errors import RunError
-from mlip_jax.registry import EXPORT_FORMATS
+from mlip_jax.core import schema, versions
+from mlip_jax.core.errors import RunError
+from mlip_jax.core.registry import EXPORT_FORMATS
 
 CONFIG = """
-from mlip_jax import schema
+from mlip_jax.core import schema
 
 def get_config(arg=None):
     values = schema.arguments(arg, seed="3")

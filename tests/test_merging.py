@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.models import merging
 
 DATA = Path(__file__).parent / "data"

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from mlip_jax.errors import RunError
+from mlip_jax.core.errors import RunError
 from mlip_jax.training.metrics import Clock, MetricWriter, cut_back, describe
 
 SCALARS = {

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from mlip_jax import main as door
-from mlip_jax import schema as config_lib
+from mlip_jax.core import schema as config_lib
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.training import train_batches
 from mlip_jax.data.sets import mixtures
 from mlip_jax.data.sets.mixtures import samples_by_set
 from mlip_jax.data.sets.opening import open_evaluation, open_source, open_validation, own_set
 from mlip_jax.data.text.tokenizer import load_tokenizer
-from mlip_jax.errors import UserError
 from mlip_jax.training.metrics import describe
 
 

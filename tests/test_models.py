@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_jax import schema
-from mlip_jax.errors import UserError
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.validation import validate
 from mlip_jax.models import building, vit
 from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
 from mlip_jax.recipes import sizes
-from mlip_jax.registry import LOSSES
-from mlip_jax.validation import validate
 
 BATCH, PATCHES, WIDTH, CONTEXT = 2, 16, 16, 8
 START, END, VOCABULARY = 30, 31, 32

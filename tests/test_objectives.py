@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from token_losses import token_loss as token_level_loss
 
-from mlip_jax import objectives, schema
+from mlip_jax import objectives
+from mlip_jax.core import schema
 from mlip_jax.objectives import perspectives
 
 DATA = Path(__file__).parent / "data"

@@ -13,10 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 from token_losses import token_loss
 
-from mlip_jax import schema
 from mlip_jax.cli import command_line
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.objectives import perspectives, sharded
 from mlip_jax.training import optimizer as optimizers

@@ -23,13 +23,13 @@ from test_models import (
     token_ids,
 )
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import IMAGE_VIEWS
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.models import building, vit
 from mlip_jax.models.dropout import NUMBER, ROWS, random_patches
-from mlip_jax.planning.flops import step_flops
-from mlip_jax.schema import IMAGE_VIEWS
 from mlip_jax.training import summary
+from mlip_jax.training.step_cost import step_flops
 
 KEPT = PATCHES // 2
 

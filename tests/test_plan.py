@@ -11,11 +11,13 @@ from ml_collections import ConfigDict
 
 from mlip_jax import planning
 from mlip_jax.cli import command_line
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.models import building
-from mlip_jax.planning import Memory, estimates, flops, hlo, machines, printing, verb
+from mlip_jax.planning import estimates, hlo, machines, printing, verb
 from mlip_jax.training import optimizer as optimizers
+from mlip_jax.training import step_cost
 from mlip_jax.training.state import abstract_state
+from mlip_jax.training.step_cost import Memory
 
 CONFIGS = ("clip.py", "clip_lite.py", "filip.py", "mlip.py", "siglip.py")
 
@@ -114,7 +116,7 @@ def test_matrix_products_are_counted_through_loops_and_branches():
         return jax.lax.conv_general_dilated(x[None, None], kernel, (1, 1), "SAME")
 
     x, kernel = jnp.ones((8, 8)), jnp.ones((5, 1, 3, 3))
-    counted = flops.matrix_flops(jax.make_jaxpr(program)(x, kernel).jaxpr)
+    counted = step_cost.matrix_flops(jax.make_jaxpr(program)(x, kernel).jaxpr)
     assert counted == (3 + 2) * 2 * 8**3 + 2 * 64 * 5 * 9
 
 
@@ -131,7 +133,7 @@ def test_model_flops_are_the_formula_of_a_transformer():
     pairs = 2 * config.batch_size * 512
     network = building.build(config, vocab_size=49_408, start_id=49_406, end_id=49_407)
     variables = jax.eval_shape(lambda: building.initialise(network, config, jax.random.key(0)))
-    counted = flops.step_flops(network, variables, config)
+    counted = step_cost.step_flops(network, variables, config)
     assert counted == pytest.approx(3 * config.batch_size * (image + text + pairs), rel=1e-6)
 
 

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from mlip_jax import schema
-from mlip_jax.errors import UserError
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.validation import validate
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import initial_state
-from mlip_jax.validation import validate
 
 DATA = Path(__file__).parent / "data"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(56))]

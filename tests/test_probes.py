@@ -5,11 +5,11 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as ReferenceRidge
 
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.schema import PROBES, default
 from mlip_jax.evaluations import classifiers, few_shot, linear_probe, sgd_probe
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import EmbeddedSet
-from mlip_jax.schema import PROBES, default
 
 
 class FakeSource:

@@ -17,8 +17,8 @@ from devices import with_devices
 from ml_collections import ConfigDict
 
 from mlip_jax import main as door
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices import cluster, parallel, processes
-from mlip_jax.errors import RunError, UserError
 
 HERE = Path(__file__).parent
 STEPS = 8

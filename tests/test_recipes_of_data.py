@@ -8,9 +8,9 @@ from preparing import pictures, prepare
 
 from mlip_jax import main as door
 from mlip_jax.cli import command_line
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets import public
 from mlip_jax.data.sets.opening import open_evaluation, open_source
-from mlip_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax import registry
-from mlip_jax.errors import UserError
-from mlip_jax.registry import DATASETS, EVALUATIONS, IMAGE_ENCODERS, LOSSES, Table
+from mlip_jax.core import registry
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.registry import DATASETS, EVALUATIONS, IMAGE_ENCODERS, LOSSES, Table
 
 ROOT = Path(__file__).parents[1]
 TABLES = {name: table for name, table in vars(registry).items() if isinstance(table, Table)}
@@ -69,7 +69,7 @@ def test_an_unknown_name_names_the_nearest():
 def test_a_taken_name_is_refused_and_a_file_may_run_twice(tmp_path):
     with pytest.raises(UserError, match="a loss named 'jsd' is already registered by mlip_jax"):
         LOSSES.register("jsd", LOSSES["softmax"])
-    code = "from mlip_jax.registry import LOSSES\nLOSSES.register('mine', LOSSES['softmax'])\n"
+    code = "from mlip_jax.core.registry import LOSSES\nLOSSES.register('mine', LOSSES['softmax'])\n"
     for name in ("one.py", "other.py"):
         (tmp_path / name).write_text(code)
     runpy.run_path(str(tmp_path / "one.py"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Record
 from mlip_jax.evaluations import Results, write_results
@@ -17,7 +18,6 @@ from mlip_jax.reports.filters import gain, radial_profile
 from mlip_jax.reports.history import read_history, series
 from mlip_jax.reports.merged_tokens import is_merged
 from mlip_jax.reports.retrieval_sheet import evenly_by_rank
-from mlip_jax.schema import default
 
 SIZE, PATCH = 24, 6
 GRID = SIZE // PATCH

@@ -16,12 +16,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import default
 from mlip_jax.interop import resnet as reader
 from mlip_jax.models import building, resnet
 from mlip_jax.models.layers import BatchNorm
 from mlip_jax.models.resnet import ResNet
-from mlip_jax.schema import default
 
 DATA = Path(__file__).parent / "data"
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

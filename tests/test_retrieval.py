@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.schema import default
 from mlip_jax.evaluations import counting, retrieval
 from mlip_jax.evaluations.scores import grid_integers, on_grid, products
 from mlip_jax.evaluations.sets import EmbeddedSet
-from mlip_jax.schema import default
 
 REFERENCE = Path(__file__).parent / "data" / "retrieval.npz"
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax import schema
 from mlip_jax.cli.command_line import parse
-from mlip_jax.errors import UserError
-from mlip_jax.files import is_draft
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import is_draft
 from mlip_jax.search import neighbours, pieces, query, verb
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.identity import digest

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.search.answers import Answers
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.index import Index

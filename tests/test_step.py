@@ -11,14 +11,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models import building
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import make_train_step
-from mlip_jax.validation import validate
 
 BATCH, START, END, VOCABULARY = 16, 62, 63, 64
 

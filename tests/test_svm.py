@@ -8,11 +8,11 @@ import pytest
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import LinearSVC
 
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.schema import default
 from mlip_jax.evaluations import average_precision, svm
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import EmbeddedSet
-from mlip_jax.schema import default
 
 REFERENCE = Path(__file__).parent / "data" / "average_precision.npz"
 

@@ -1,7 +1,7 @@
 """The losses of the token level as functions of plain arguments."""
 
+from mlip_jax.core.registry import LOSSES
 from mlip_jax.objectives.losses import Scoring, Tokens
-from mlip_jax.registry import LOSSES
 
 
 def token_loss(loss, image_tokens, text_tokens, image_weights, text_mask, scale, bias=0.0, **how):

@@ -14,21 +14,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.batches.training import train_batches
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.opening import open_training
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mlip_jax.devices import parallel
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.models import building
-from mlip_jax.planning.estimates import Memory, network_of
-from mlip_jax.planning.flops import step_flops
-from mlip_jax.planning.machines import GIB
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import abstract_batch, lower_step, make_train_step
+from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
 
 
 class Contender:

@@ -17,8 +17,8 @@ import jax
 from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import RunError, UserError, suggestion
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import RunError, UserError, suggestion
 from mlip_jax.models import building
 
 PEERS = ("open_clip",)

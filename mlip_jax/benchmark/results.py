@@ -14,10 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlip_jax.files import write_atomically
+from mlip_jax.core.files import write_atomically
 from mlip_jax.storage.workdir import environment
-
-_GIB = 2**30
+from mlip_jax.training.step_cost import GIB
 
 
 class Timing(NamedTuple):
@@ -133,7 +132,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / _GIB:.2f} GiB"
+    return "" if size is None else f"{size / GIB:.2f} GiB"
 
 
 def _or_nothing(value: float | None, shape: str) -> str:

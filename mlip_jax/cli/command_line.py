@@ -13,13 +13,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mlip_jax import schema
 from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import read_json
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import read_json
+from mlip_jax.core.validation import validate
 from mlip_jax.recipes.config_files import import_file, load_config
-from mlip_jax.validation import validate
 
 _OF_ANY_MODEL = ("evaluate", "export", "search")  # subcommands that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")

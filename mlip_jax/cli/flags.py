@@ -21,9 +21,9 @@ from mlip_jax.cli.kinds import (
     listed,
 )
 from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.registry import EVALUATIONS, EXPORT_FORMATS
-from mlip_jax.schema import PROCESS_VARIABLES
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.registry import EVALUATIONS, EXPORT_FORMATS
+from mlip_jax.core.schema import PROCESS_VARIABLES
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import importlib
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from mlip_jax import versions
 from mlip_jax.cli import flags
 from mlip_jax.cli.subcommands import DEFAULT, SUBCOMMANDS
+from mlip_jax.core import versions
 
 _WIDTH = 80
 _COLUMN = 26  # where the help of a flag begins

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlip_jax.errors import UserError, suggestion
+from mlip_jax.core.errors import UserError, suggestion
 
 DEFAULT = "train"  # where the command line names no subcommand
 

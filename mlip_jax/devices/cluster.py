@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import jax
 
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.schema import PROCESS_VARIABLES
 from mlip_jax.devices import processes
-from mlip_jax.errors import RunError, UserError
-from mlip_jax.schema import PROCESS_VARIABLES
 
 COORDINATOR, PROCESSES, PROCESS_ID = PROCESS_VARIABLES.values()
 START_SECONDS, HEARTBEAT_SECONDS = "MLIP_START_SECONDS", "MLIP_HEARTBEAT_SECONDS"

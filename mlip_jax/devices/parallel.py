@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError, suggestion
+from mlip_jax.core.errors import UserError, suggestion
 
 AXES = ("data", "fsdp", "tensor")
 # A batch is split over every device that does not share its parameters' columns.

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.versions import TESTED_JAX
 from mlip_jax.devices import parallel
-from mlip_jax.errors import RunError, UserError
-from mlip_jax.versions import TESTED_JAX
 
 _PATIENCE = 0.5  # seconds in JAX's C++ at a time, so that Python hears signals between them
 

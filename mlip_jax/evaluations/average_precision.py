@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int8, Shaped
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core.errors import RunError, UserError
 
 _LEVELS = 10  # recall 0, 1/10, ..., 1
 

@@ -10,8 +10,8 @@ import scipy.linalg
 from jaxtyping import Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.records import MultiLabel, Source
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import EmbeddedSet, Sets
 

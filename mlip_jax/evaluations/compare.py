@@ -12,11 +12,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import schema
-from mlip_jax.errors import UserError
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import write_atomically
 from mlip_jax.evaluations.results import Results, read_results
 from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names, terminal
-from mlip_jax.files import write_atomically
 
 FILE_STEM = "comparison"
 _KEYS_SHOWN = 3

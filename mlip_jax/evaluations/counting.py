@@ -20,9 +20,9 @@ from jax import Array
 from jaxtyping import Float, Float32, Float64, Int, Int32, Int64
 from threadpoolctl import threadpool_limits
 
-from mlip_jax.devices.cores import cores
+from mlip_jax.core.cores import cores
+from mlip_jax.core.progress import track
 from mlip_jax.evaluations.scores import products
-from mlip_jax.progress import track
 
 # 512 x 1,024 float32 scores are 2 MB: they stay in the cache while they are counted.
 _ROWS, _COLUMNS = 512, 1024

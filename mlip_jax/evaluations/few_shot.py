@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Parts, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import Sets
-from mlip_jax.progress import track
 
 _FAMILY = "few_shot"
 # From the strongest, so that of several that are as good the strongest is taken.

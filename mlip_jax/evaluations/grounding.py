@@ -17,15 +17,15 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.progress import track
 from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
 from mlip_jax.data.regions.base import Box, Regions
 from mlip_jax.data.regions.opening import open_region_set
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.sets import Sets, short_name
-from mlip_jax.progress import track
 
 _SHIFTS = 8  # other queries' boxes that stand for chance
 

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 from mlip_jax.evaluations import classifiers
 from mlip_jax.evaluations.classifiers import Linear, Ridge, on_one_thread, place_in_class, ranks
 from mlip_jax.evaluations.family import Family
@@ -22,7 +23,6 @@ from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import Sets
 from mlip_jax.evaluations.sgd_probe import sgd
 from mlip_jax.evaluations.zero_shot import accuracies
-from mlip_jax.progress import track
 
 _FAMILY = "linear_probe"
 _WORDS = {"lbfgs": "L-BFGS", "ridge": "ridge", "sgd": "SGD"}

@@ -16,11 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mlip_jax.core.files import write_atomically
+from mlip_jax.core.validation import validate
 from mlip_jax.evaluations.results import Results
-from mlip_jax.files import write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.models import building
-from mlip_jax.validation import validate
 
 FILE_NAME = "merging"
 _HEADLINES = ("_recall@1", "/top1", "/accuracy")

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.batches.training import evaluation_batches
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import short_name
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import read_json
 
 _DEFAULT = "simple"
 # What datasets are called elsewhere -> here.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlip_jax.core.files import read_json, write_atomically
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.files import read_json, write_atomically
 
 FILE_NAME = "results.json"
 

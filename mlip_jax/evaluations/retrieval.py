@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 from mlip_jax.evaluations.counting import Side, count_reaching
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import grid_integers, products
 from mlip_jax.evaluations.sets import Sets
-from mlip_jax.progress import track
 
 KS = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")

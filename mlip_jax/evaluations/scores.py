@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int32, Shaped
 
-from mlip_jax.errors import RunError
+from mlip_jax.core.errors import RunError
 
 # |sum a_i b_i| <= |a| |b| holds for every partial sum, so integers of 26 bits keep all sums of
 # normalised rows below 2^53, where float64 is exact. The step, 1.5e-8, is finer than float32's.

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, Int8
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 from mlip_jax.data.batches.training import evaluation_batches
 from mlip_jax.data.sets.opening import (
     open_evaluation,
@@ -20,9 +22,7 @@ from mlip_jax.data.sets.opening import (
     split_spec,
 )
 from mlip_jax.data.sets.records import MissingSplit, MultiLabel, Source
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations.interface import Encoder
-from mlip_jax.progress import track
 
 # Sets whose captions after the first are aliases of the concept, not descriptions of the image.
 _FIRST_CAPTION_ONLY = frozenset({"emoji"})

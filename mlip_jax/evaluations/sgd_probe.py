@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from mlip_jax.core.progress import track
 from mlip_jax.evaluations.classifiers import Linear
-from mlip_jax.progress import track
 
 _EPOCHS, _DROPS = 100, (60, 80)
 _BATCH, _LEARNING_RATE, _MOMENTUM = 256, 30.0, 0.9

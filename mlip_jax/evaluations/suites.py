@@ -7,13 +7,13 @@ from typing import cast
 
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.registry import EVALUATIONS
 from mlip_jax.data.sets.records import Source
-from mlip_jax.errors import UserError, suggestion
 from mlip_jax.evaluations import pairs, prompts
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import Results
 from mlip_jax.evaluations.sets import Sets
-from mlip_jax.registry import EVALUATIONS
 
 # By name, the evaluations of a suite; "all" is every one that is registered.
 SUITES = {

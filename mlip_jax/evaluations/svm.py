@@ -19,14 +19,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
 
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import UserError
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 from mlip_jax.evaluations import average_precision, classifiers
 from mlip_jax.evaluations.classifiers import named, on_one_thread
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import Sets
-from mlip_jax.progress import track
 
 _FAMILY = "svm"
 _COSTS = (0.01, 0.1, 1.0, 10.0)

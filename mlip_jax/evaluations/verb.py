@@ -11,18 +11,18 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.registry import EVALUATIONS
 from mlip_jax.devices import cluster
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations import merging_rates
 from mlip_jax.evaluations.compare import compare_workdirs
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
 from mlip_jax.evaluations.sheets import html, markdown, sheet, table
 from mlip_jax.evaluations.suites import apply_suite, check, evaluate
-from mlip_jax.files import read_json, write_atomically
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import model_folders
-from mlip_jax.registry import EVALUATIONS
 
 _MOVE_A_FIGURE = (
     "compute_dtype",

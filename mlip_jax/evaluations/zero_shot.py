@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlip_jax.core.versions import __version__
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sheets import markdown, sheet
 from mlip_jax.inference import Model
 from mlip_jax.interop import model_folders
 from mlip_jax.storage.workdir import origin
-from mlip_jax.versions import __version__
 
 FILE_NAME = "README.md"
 _USE = {

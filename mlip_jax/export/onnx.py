@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlip_jax.errors import RunError, UserError
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.export import programs
 from mlip_jax.inference import Model
 

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Encoder
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.errors import UserError
 from mlip_jax.inference import Model
 from mlip_jax.interop import layouts
 from mlip_jax.interop.foreign import MissingPreprocessing, MissingTokenizer

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from mlip_jax.core.errors import RunError
 from mlip_jax.data.text.tokenizer import OWN_FILE
-from mlip_jax.errors import RunError
 from mlip_jax.inference import Model
 from mlip_jax.interop.foreign import MissingTokenizer
 

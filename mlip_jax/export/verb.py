@@ -9,12 +9,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import whole_folder
+from mlip_jax.core.registry import EXPORT_FORMATS
 from mlip_jax.evaluations.results import FILE_NAME
 from mlip_jax.export import card
-from mlip_jax.files import whole_folder
 from mlip_jax.inference import Model, load
-from mlip_jax.registry import EXPORT_FORMATS
 
 # Writes a model into an empty folder and returns notes for the user.
 WriteModel = Callable[[Path, Model], Sequence[str]]

@@ -11,16 +11,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.inference.model import Model
 from mlip_jax.interop import model_folders, positions
 from mlip_jax.models import building
 from mlip_jax.storage.compiled import keep_compiled
-from mlip_jax.validation import validate
 
 
 def load(

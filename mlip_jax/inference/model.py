@@ -16,14 +16,14 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 from mlip_jax.data.images.preprocessing import ImageLike, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import UserError
 from mlip_jax.inference.batches import Batches
 from mlip_jax.inference.programs import Program, global_view, programs
 from mlip_jax.models import building
-from mlip_jax.progress import track
 
 
 class Model:

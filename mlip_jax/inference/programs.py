@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import Preprocessing
-from mlip_jax.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize

@@ -13,11 +13,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import OWN_FILE, Tokenizer
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
 from mlip_jax.interop import foreign, tensors
 
 CONFIG = "mlip_config.json"

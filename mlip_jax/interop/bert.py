@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 from mlip_jax.interop import tensors
 from mlip_jax.interop.tensors import Recipe
 from mlip_jax.models.bert import EPSILON, TOKEN_TYPES

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import decode_json
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.errors import UserError
-from mlip_jax.files import decode_json
 from mlip_jax.interop import layouts
 from mlip_jax.interop.layouts import Layout
 from mlip_jax.models import building

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import read_json
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer, folder_tokenizer
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import read_json
 from mlip_jax.interop import clip_layouts
 from mlip_jax.interop.foreign import (
     Foreign,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.interop import tensors
 from mlip_jax.interop.tensors import Recipe
 

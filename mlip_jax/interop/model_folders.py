@@ -6,16 +6,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
+from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
 from mlip_jax.interop import artefact, hugging_face, open_clip
 from mlip_jax.interop.artefact import Artefact
 from mlip_jax.interop.foreign import Foreign
 from mlip_jax.storage.checkpoint import restore_fields, served
-from mlip_jax.validation import validate
 
 _KINDS = (
     "the workdir of a run, an exported model, or a folder of open_clip's or of Hugging Face's CLIP "

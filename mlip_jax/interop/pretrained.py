@@ -12,8 +12,8 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import NORMALIZATIONS, Preprocessing
-from mlip_jax.errors import UserError
 from mlip_jax.interop import bert, model_folders, positions, resnet
 from mlip_jax.models import building
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.registry import IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS
+from mlip_jax.core.schema import PERSPECTIVES
 from mlip_jax.models import merging
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.two_tower import Embeddings, TwoTower
-from mlip_jax.registry import IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS
-from mlip_jax.schema import PERSPECTIVES
 
 if TYPE_CHECKING:
     from mlip_jax.models.encoders import ImageEncoderKind

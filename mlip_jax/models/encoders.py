@@ -10,14 +10,14 @@ import flax.linen as nn
 from einops import rearrange
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError, choose
+from mlip_jax.core.errors import UserError, choose
+from mlip_jax.core.schema import ACTIVATIONS, GUIDANCES, flatten
 from mlip_jax.models import building, resnet
 from mlip_jax.models.bert import BertEncoder
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.resnet import ResNet
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.models.vit import ImageEncoder, Merging
-from mlip_jax.schema import ACTIVATIONS, GUIDANCES, flatten
 
 # Keys of config.model.image and .text that describe no encoder.
 _NOT_OF_IMAGE = ("pretrained", "normalization", "patch_dropout", "remat")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mlip_jax.errors import UserError, suggestion
+from mlip_jax.core.errors import UserError, suggestion
 
 SCHEDULES = ("even", "early")
 _NEVER = -jnp.inf

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlip_jax.core.registry import IMAGE_ENCODERS, TEXT_ENCODERS
+from mlip_jax.core.schema import IMAGE_VIEWS, PERSPECTIVES
 from mlip_jax.models.dropout import row_keys
 from mlip_jax.models.heads import (
     ConcatCritic,
@@ -19,8 +21,6 @@ from mlip_jax.models.heads import (
 )
 from mlip_jax.models.text import TextViews
 from mlip_jax.models.vit import ImageViews
-from mlip_jax.registry import IMAGE_ENCODERS, TEXT_ENCODERS
-from mlip_jax.schema import IMAGE_VIEWS, PERSPECTIVES
 
 Embeddings = dict[str, Array]
 

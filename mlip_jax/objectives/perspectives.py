@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.schema import PERSPECTIVES
 from mlip_jax.objectives import sharded
 from mlip_jax.objectives.losses import Scoring, Tokens
 from mlip_jax.objectives.prior import prior_matching
-from mlip_jax.registry import LOSSES
-from mlip_jax.schema import PERSPECTIVES
 
 # (perspective, one side, other side shifted) -> scores [shifts + 1, batch]
 PairCritic = Callable[[str, Array, Array], Array]

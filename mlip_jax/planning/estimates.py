@@ -15,48 +15,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mlip_jax.data.images.preprocessing import Preprocessing
-from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.devices import parallel
 from mlip_jax.models import building
-from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.planning import hlo
-from mlip_jax.planning.flops import step_flops
 from mlip_jax.planning.machines import Machine
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import lower_step, make_train_step
+from mlip_jax.training.step_cost import Memory, network_of, step_flops
 
 _CACHE = "jax_enable_compilation_cache"  # JAX's name of the setting
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a device, by the compiler."""
-
-    arguments: int  # state and batch
-    outputs: int
-    aliased: int  # outputs that take the place of arguments: the donated state
-    temporary: int
-    code: int
-
-    @classmethod
-    def of(cls, compiled: jax.stages.Compiled) -> Memory:
-        """The memory of a compiled program."""
-        sizes = compiled.memory_analysis()
-        assert sizes is not None  # the compilers for CPU, GPU and TPU give it
-        return cls(
-            arguments=sizes.argument_size_in_bytes,
-            outputs=sizes.output_size_in_bytes,
-            aliased=sizes.alias_size_in_bytes,
-            temporary=sizes.temp_size_in_bytes,
-            code=sizes.generated_code_size_in_bytes,
-        )
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
 
 
 @dataclass(frozen=True)
@@ -225,15 +194,6 @@ def _compute_dtype(config: ConfigDict, machine: Machine) -> str:
     if config.compute_dtype != "auto":
         return config.compute_dtype
     return "bfloat16" if machine.chip else "float32"
-
-
-def network_of(config: ConfigDict) -> TwoTower:
-    """The model without its data: a vocabulary to be trained counts as large as it may get."""
-    text = config.model.text
-    if text.tokenizer == "wordpiece":
-        return building.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
-    tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
-    return building.build_for(config, tokenizer)
 
 
 def _refusal(message: str) -> str:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-from mlip_jax.errors import UserError, suggestion
-
-GIB = 2**30
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.training.step_cost import GIB
 
 
 @dataclass(frozen=True)

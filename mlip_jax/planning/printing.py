@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mlip_jax.devices import parallel
-from mlip_jax.planning.estimates import Estimate, Memory
+from mlip_jax.planning.estimates import Estimate
 from mlip_jax.planning.hlo import COLLECTIVES
-from mlip_jax.planning.machines import GIB, Chip
+from mlip_jax.planning.machines import Chip
+from mlip_jax.training.step_cost import GIB, Memory
 
 _MIB = 2**20
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.devices.parallel import AXES
-from mlip_jax.errors import UserError, suggestion
 from mlip_jax.planning import estimates, machines, printing
 
 

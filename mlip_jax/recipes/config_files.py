@@ -10,8 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax import schema
-from mlip_jax.errors import UserError, suggestion
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError, suggestion
 
 _PACKAGE = Path(__file__).parents[1]
 

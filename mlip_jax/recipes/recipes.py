@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from mlip_jax import schema
+from mlip_jax.core import schema
 from mlip_jax.recipes import sizes
 
 # Images for training of the datasets that are named by one word (mlip_jax.data.sets.public says

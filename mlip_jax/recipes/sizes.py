@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError, suggestion
+from mlip_jax.core.errors import UserError, suggestion
 
 # width, depth, heads of the image encoder; width, depth, heads of the text encoder; joint width.
 _LARGE = {

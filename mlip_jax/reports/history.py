@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mlip_jax.files import decode_json
+from mlip_jax.core.files import decode_json
 
 Line = dict[str, Any]
 

@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax import versions
+from mlip_jax.core import versions
+from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
 from mlip_jax.data.sets.opening import open_source, open_validation
 from mlip_jax.data.sets.records import Source
 from mlip_jax.devices import cluster
@@ -23,10 +25,8 @@ from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
 from mlip_jax.evaluations.sheets import page_template, sheet
-from mlip_jax.files import read_json, write_atomically
 from mlip_jax.inference import load
 from mlip_jax.models import building
-from mlip_jax.registry import LOSSES, TEXT_ENCODERS
 from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters

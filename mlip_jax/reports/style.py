@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mlip_jax.core.files import write_atomically
 from mlip_jax.data.images.preprocessing import decode, flatten
-from mlip_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import UserError
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import UserError
 from mlip_jax.inference import Model
 from mlip_jax.search import pictures
 from mlip_jax.search.collection import Collection, reason

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from mlip_jax.errors import RunError, UserError
-from mlip_jax.files import whole_file, write_atomically
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.files import whole_file, write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Collection, Item

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.progress import track
+from mlip_jax.core.registry import DATASETS
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, read_file
 from mlip_jax.data.sets.opening import named, open_source, split_spec
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.sets.splits import ALL
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.progress import track
-from mlip_jax.registry import DATASETS
 
 
 class Item(NamedTuple):

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import remove_drafts
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import remove_drafts
 from mlip_jax.search.index import FILE_NAME, Index
 
 PIECES = "pieces-"  # a folder of what is embedded, until the index is whole

@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 
-from mlip_jax import schema
+from mlip_jax.core import schema
 from mlip_jax.devices import parallel
 from mlip_jax.inference import Model
 from mlip_jax.interop import foreign

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import decode_json, read_json, write_atomically
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import decode_json, read_json, write_atomically
 from mlip_jax.search import neighbours
 from mlip_jax.search.collection import Item
 

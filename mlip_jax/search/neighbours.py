@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from mlip_jax.errors import UserError
-from mlip_jax.progress import track
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.progress import track
 
 EXACT = 1_000_000  # images; above that many, neighbours are looked up
 _ROWS = 1 << 16  # added at a time

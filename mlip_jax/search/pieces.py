@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from mlip_jax.devices.cores import cores
-from mlip_jax.files import whole_file, write_atomically
+from mlip_jax.core.cores import cores
+from mlip_jax.core.files import whole_file, write_atomically
+from mlip_jax.core.progress import track
 from mlip_jax.inference import Model
-from mlip_jax.progress import track
 from mlip_jax.search.collection import Collection, Item, reason
 from mlip_jax.search.index import item
 

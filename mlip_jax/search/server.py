@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.inference import Model
 from mlip_jax.search.answers import Answer, Answers, Refusal
 from mlip_jax.search.collection import Collection

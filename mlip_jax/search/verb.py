@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.files import read_file
 from mlip_jax.devices import cluster
-from mlip_jax.errors import UserError
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import model_folders
 from mlip_jax.search.build import Outcome, build

@@ -23,8 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices import processes
-from mlip_jax.errors import RunError, UserError
 from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
 

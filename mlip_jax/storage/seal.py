@@ -6,8 +6,8 @@ import json
 import zlib
 from pathlib import Path
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 
 NAME = "files.json"
 # Orbax writes these after the seal: when it commits.

@@ -20,10 +20,10 @@ from typing import Any, TextIO
 import jax
 from ml_collections import ConfigDict
 
-from mlip_jax import schema, versions
+from mlip_jax.core import schema, versions
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import write_atomically
 from mlip_jax.devices import processes
-from mlip_jax.errors import UserError
-from mlip_jax.files import write_atomically
 
 TOKENIZER = "tokenizer.json"
 _LOCK = ".lock"

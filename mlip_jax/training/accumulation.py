@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 
 Embeddings = dict[str, Array]
 Embed = Callable[[Any, Any], Embeddings]  # parameters, rows -> arrays with a row each

@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import UserError, first_line
+from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.registry import TEXT_ENCODERS
+from mlip_jax.core.schema import ATTENTIONS, views_of
 from mlip_jax.devices import parallel, processes
-from mlip_jax.errors import UserError, first_line
-from mlip_jax.files import read_json, write_atomically
 from mlip_jax.models.attention import attend
 from mlip_jax.models.building import compute_dtype, image_encoder, training_patches
-from mlip_jax.registry import TEXT_ENCODERS
-from mlip_jax.schema import ATTENTIONS, views_of
 
 RECORD = "attention.json"
 _PROBED = ("gpu",)  # platforms

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlip_jax.errors import RunError, first_line
+from mlip_jax.core.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from mlip_jax.training.run import Run

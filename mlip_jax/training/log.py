@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlip_jax.errors import RunError
+from mlip_jax.core.errors import RunError
 from mlip_jax.training.callbacks import Callbacks
 from mlip_jax.training.step import Metrics
 

@@ -23,8 +23,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from mlip_jax.errors import RunError
-from mlip_jax.files import decode_json, write_atomically
+from mlip_jax.core.errors import RunError
+from mlip_jax.core.files import decode_json, write_atomically
 from mlip_jax.training.callbacks import Callback
 
 

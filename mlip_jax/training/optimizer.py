@@ -12,8 +12,8 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from mlip_jax.core.registry import OPTIMIZERS, SCHEDULES
 from mlip_jax.devices.parallel import path_name
-from mlip_jax.registry import OPTIMIZERS, SCHEDULES
 from mlip_jax.training import muon as orthogonal
 
 _ADAMW_RMS = 0.2  # of an element of AdamW's updates, before the learning rate

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import schema
+from mlip_jax.core import schema
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.errors import UserError, suggestion
 from mlip_jax.inference import Model
 from mlip_jax.storage.checkpoint import Checkpoints
 from mlip_jax.training.callbacks import Callback

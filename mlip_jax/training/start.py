@@ -14,15 +14,15 @@ import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax import versions
+from mlip_jax.core import versions
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import write_atomically
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.opening import open_training, open_validation
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mlip_jax.devices import parallel
-from mlip_jax.errors import UserError
 from mlip_jax.evaluations import suites
-from mlip_jax.files import write_atomically
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building

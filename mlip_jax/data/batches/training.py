@@ -21,6 +21,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.schema import views_of
 from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
 from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, end_with_parent, worker_count
@@ -31,9 +34,6 @@ from mlip_jax.data.sets.mixtures import neighbours
 from mlip_jax.data.sets.records import Record, Source
 from mlip_jax.data.text import captions
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import UserError
-from mlip_jax.schema import views_of
 
 _MAX_THREADS = 8  # of an evaluation
 _MAX_REPLACEMENTS = 100  # unreadable images in a row

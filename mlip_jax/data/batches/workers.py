@@ -8,8 +8,8 @@ import shutil
 import sys
 import threading
 
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import UserError
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import UserError
 
 # Batches of a worker that exist at a time: in the making, sent, two received, one with the training
 # step, which may have one more.

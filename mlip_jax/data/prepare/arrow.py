@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlip_jax.core.errors import UserError, first_line
+from mlip_jax.core.files import decode_json, read_json
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
@@ -22,8 +24,6 @@ from mlip_jax.data.prepare.readers import (
 )
 from mlip_jax.data.prepare.webdataset import find_files
 from mlip_jax.data.sets.splits import canonical
-from mlip_jax.errors import UserError, first_line
-from mlip_jax.files import decode_json, read_json
 
 _BATCH = 64  # rows that are in memory at a time, where the file allows it
 _BUFFER = 2**20  # bytes; without one, or with pre_buffer, a whole row group is in memory

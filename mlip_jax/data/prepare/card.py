@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import parse_json, write_atomically
 from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
 from mlip_jax.data.prepare.make import Made, Tally, encoded
 from mlip_jax.data.prepare.readers import Broken
 from mlip_jax.data.sets.class_trees import read_classes
 from mlip_jax.data.sets.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
-from mlip_jax.errors import UserError
-from mlip_jax.files import parse_json, write_atomically
 
 _MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
 _SHOWN = 20

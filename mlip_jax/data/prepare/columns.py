@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.prepare.readers import InputRecord, keys_of, texts_of
 from mlip_jax.data.sets.shards import Example
-from mlip_jax.errors import UserError, suggestion
 
 ROLES = ("image", "caption", "label", "tags", "split")
 # Names by which a role is found, the best first; those of one group are taken together.

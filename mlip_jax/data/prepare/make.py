@@ -20,12 +20,12 @@ from typing import Any, TextIO
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mlip_jax.core.files import decode_json, whole_file, write_atomically
 from mlip_jax.data.batches.workers import end_with_parent
 from mlip_jax.data.images.preprocessing import UnreadableImage
 from mlip_jax.data.prepare.examine import Examined, examine
 from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Shard, pack
-from mlip_jax.files import decode_json, whole_file, write_atomically
 
 DRAFTS = ".prepare"  # what has been made is noted here until the index is written
 LOCK = ".lock"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader, image_at, split_of_file
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
@@ -23,7 +24,6 @@ from mlip_jax.data.sets.opening import open_evaluation, open_source, split_spec
 from mlip_jax.data.sets.records import MissingSplit, MultiLabel, Source
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import ALL, canonical
-from mlip_jax.errors import UserError
 
 _ROLES = ("train", "validation", "evaluation")
 

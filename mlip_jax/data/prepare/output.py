@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json, remove_drafts, write_atomically
 from mlip_jax.data.prepare import card
 from mlip_jax.data.prepare.make import (
     DRAFTS,
@@ -24,8 +26,6 @@ from mlip_jax.data.prepare.make import (
 )
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.shards import INDEX, SHARD_SUFFIX
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json, remove_drafts, write_atomically
 
 _JOB = "job.json"
 

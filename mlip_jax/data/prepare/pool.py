@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from mlip_jax.core.errors import RunError
 from mlip_jax.data.prepare.make import Made, Maker, Piece, make_in_worker, start_worker
 from mlip_jax.data.prepare.readers import Reader
-from mlip_jax.errors import RunError
 
 _AHEAD = 2  # shards a worker that wait for it
 _LOOK = 0.2  # seconds between two looks at how far the workers are

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_jax.core.files import NotJson, decode_json, kind_of
 from mlip_jax.data.sets.files import read_file
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import canonical
-from mlip_jax.files import NotJson, decode_json, kind_of
 
 MOST_TEXT = 16 * 2**20  # bytes of a text or a JSON object
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import kind_of
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
@@ -23,8 +25,6 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
 )
 from mlip_jax.data.sets.splits import canonical
-from mlip_jax.errors import UserError
-from mlip_jax.files import kind_of
 
 _MOST_LINE = 16 * 2**20  # bytes
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")

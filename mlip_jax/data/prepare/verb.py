@@ -13,6 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from mlip_jax.core.cores import cores
+from mlip_jax.core.errors import RunError, UserError, suggestion
+from mlip_jax.core.files import write_atomically
+from mlip_jax.core.registry import DATASETS, READERS
 from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.containers import SUFFIXES
@@ -24,10 +28,6 @@ from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.opening import named
 from mlip_jax.data.sets.shards import BROKEN, Index
 from mlip_jax.data.sets.splits import canonical
-from mlip_jax.devices.cores import cores
-from mlip_jax.errors import RunError, UserError, suggestion
-from mlip_jax.files import write_atomically
-from mlip_jax.registry import DATASETS, READERS
 
 _WITH_IMAGES = (*SUFFIXES, ".parquet", ".arrow")
 _SHOWN = 3

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare import tar
 from mlip_jax.data.prepare.containers import SUFFIXES, Container, is_packed, opened
@@ -26,7 +27,6 @@ from mlip_jax.data.prepare.readers import (
 )
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES
 from mlip_jax.data.sets.shards import Example
-from mlip_jax.errors import UserError
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")

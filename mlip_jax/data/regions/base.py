@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import parse_json
 from mlip_jax.data.images.preprocessing import UnreadableImage
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, Wanted, split_of
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError
-from mlip_jax.files import parse_json
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.images.preprocessing import decode, flatten
 from mlip_jax.data.regions.base import Box, Region
 from mlip_jax.data.sets.opening import open_source
 from mlip_jax.data.sets.records import Record, Source
-from mlip_jax.errors import UserError, suggestion
 
 SIDE = 192  # pixels of a canvas
 SPLITS = ("train", "validation")

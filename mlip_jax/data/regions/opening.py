@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.regions.base import Regions, open_regions
 from mlip_jax.data.regions.compositions import open_compositions
 from mlip_jax.data.regions.refer import open_refer
 from mlip_jax.data.sets.opening import split_spec
-from mlip_jax.errors import UserError, suggestion
 
 _VALID = ("compositions", "refcoco:", "regions:")
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 from mlip_jax.data.regions.base import FileRegions, Query, check_box, clean_regions
 from mlip_jax.data.sets.coco_json import is_id, is_text, read_entries
 from mlip_jax.data.sets.splits import Scheme, Wanted
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
 
 # The standard splits of RefCOCO and RefCOCO+ are UNC's, of RefCOCOg UMD's.
 _REFS = ("refs(unc).p", "refs(umd).p", "refs(google).p")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, ImageFiles
 from mlip_jax.data.sets.kinds import Opening, by_path
-from mlip_jax.errors import UserError
 
 
 def open_folder(path: Path, opening: Opening) -> ClassSource:

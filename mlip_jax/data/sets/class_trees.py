@@ -8,11 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import NotJson, decode_json
 from mlip_jax.data.sets.files import ClassSource, Images
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.splits import STANDARD, canonical
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import NotJson, decode_json
 
 CLASSES_FILE = "classes.json"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     is_id,
@@ -20,7 +21,6 @@ from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError
 
 _YEARS = ("2017", "2014")
 _SPLITS = {"train": "train", "validation": "val"}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 
 
 class CocoImage(NamedTuple):

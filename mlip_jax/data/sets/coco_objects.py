@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int8
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoCategory,
@@ -24,8 +26,6 @@ from mlip_jax.data.sets.coco_json import (
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource, find_images
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import STANDARD, canonical, split_of
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
 
 _OFFICIAL = re.compile(r"instances_(\w+)\.json$")
 

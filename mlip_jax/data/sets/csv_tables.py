@@ -6,12 +6,12 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, split_of
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError
 
 IMAGE_KEYS = ("file", "image", "path")
 _CAPTION_KEYS = ("caption", "text", "title")

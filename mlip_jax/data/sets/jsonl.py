@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int, Int8
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import kind_of, parse_json
 from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
 from mlip_jax.data.sets.files import read_file
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Record, Skipped
 from mlip_jax.data.sets.splits import STANDARD, Choice, split_of
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError
-from mlip_jax.files import kind_of, parse_json
 
 
 class JsonlSource:

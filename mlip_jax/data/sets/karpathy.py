@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.sets.coco_json import is_text, read_entries
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles, find_images
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import Scheme
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError, suggestion
 
 _SPLITS = ("train", "restval", "val", "test")
 _SCHEME = Scheme(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted
-from mlip_jax.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.records import Record, Source
-from mlip_jax.errors import UserError
 
 PREFIX = "mix:"
 _PART = re.compile(r"(?P<spec>.+?)\*(?P<weight>[0-9.]+)(?:\+|$)")

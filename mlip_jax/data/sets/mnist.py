@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.class_folders import read_beside
 from mlip_jax.data.sets.class_trees import read_classes
 from mlip_jax.data.sets.files import ClassSource
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import STANDARD
-from mlip_jax.errors import UserError
 
 _PREFIXES = {"train": "train", "test": "t10k"}
 _MAGIC = {1: 0x00000801, 3: 0x00000803}  # unsigned bytes, by the number of dimensions

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.registry import DATASETS
 from mlip_jax.data.sets import mixtures, public
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted, canonical
 from mlip_jax.data.text.captions import check_cleaning
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.registry import DATASETS
 
 SPLITS = ("train", "validation")
 _MAX_SKIPPED_SHARE = 0.01

@@ -11,6 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int8
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.files import present_names
 from mlip_jax.data.sets.kinds import Opening, by_path
@@ -18,7 +19,6 @@ from mlip_jax.data.sets.records import Record
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Index, Shard
 from mlip_jax.data.sets.splits import STANDARD, Choice
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError
 
 _MOST_OPEN = 256  # shards; a process may often have 1,024 files open
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"

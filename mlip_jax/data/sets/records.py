@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int8
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 
 _PLACES_SHOWN = 5
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import decode_json, read_json
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import decode_json, read_json
 
 INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
 SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.errors import UserError, suggestion
 
 ALL = "all"  # every split together
 _NAMES = {

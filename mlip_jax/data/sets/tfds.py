@@ -11,13 +11,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int8
 
+from mlip_jax.core.errors import UserError, first_line
 from mlip_jax.data.sets import emoji
 from mlip_jax.data.sets.files import present_names
 from mlip_jax.data.sets.kinds import DatasetKind, Opening
 from mlip_jax.data.sets.records import Record
 from mlip_jax.data.sets.splits import STANDARD, Choice
 from mlip_jax.data.text.captions import usable
-from mlip_jax.errors import UserError, first_line
 
 _CAPTION_NAMES = ("caption", "captions", "text", "description", "title", "sentence")
 

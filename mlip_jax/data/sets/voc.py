@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int8
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import Scheme
-from mlip_jax.errors import UserError
 
 _LISTS = Path("ImageSets", "Main")
 _LIST = re.compile(r"(.+)_(trainval|train|val|test)\.txt$")

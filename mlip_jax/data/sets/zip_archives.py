@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.class_folders import read_beside
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import canonical
-from mlip_jax.errors import UserError
 
 _MOST_BYTES = 256 * 2**20  # of one member, unpacked; a photo takes some 10 MB
 _ENCRYPTED = 1  # bit of the flags

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import choose
-from mlip_jax.schema import CLEANINGS
+from mlip_jax.core.errors import choose
+from mlip_jax.core.schema import CLEANINGS
 
 _MAX_WORDS = 30
 _DELETED_OR_SPACED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})

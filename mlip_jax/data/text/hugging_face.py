@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as _Encoder
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 
 # What transformers 5 takes where the files do not say.
 _PADS = {

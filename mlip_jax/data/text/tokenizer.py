@@ -15,10 +15,10 @@ import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Encoder
 
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import decode_json
 from mlip_jax.data.text import hugging_face, wordpiece
 from mlip_jax.data.text.captions import check_cleaning, clean, unescape
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import decode_json
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
 # fork and warn about it.

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer as _Encoder
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlip_jax.errors import UserError
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_json
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 

@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import read_json
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import read_json
 
 _WORD = re.compile(r"[\w']+")  # "man's" is no "man": it tells of a thing, not of a person
 _MOST_QUERIES = 8

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 from mlip_jax.evaluations.concepts.definitions import Concept, figure_name, read_concept
 from mlip_jax.evaluations.concepts.measures import (
     THIRDS,

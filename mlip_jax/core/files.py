@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.errors import UserError
+from mlip_jax.core.errors import UserError
 
 _DRAFT = re.compile(r"\..+\.[0-9]+")  # .NAME.PROCESS, as `_draft` makes it
 _FULL = (errno.ENOSPC, errno.EDQUOT)

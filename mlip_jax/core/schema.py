@@ -14,9 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError, suggestion
-from mlip_jax.files import decode_json, read_json
-from mlip_jax.registry import EVALUATIONS
+from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import decode_json, read_json
+from mlip_jax.core.registry import EVALUATIONS
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
 # another augmentation of the image, another caption of it.

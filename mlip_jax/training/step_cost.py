@@ -1,8 +1,9 @@
-"""The arithmetic that a model needs, whatever a compiler makes of it."""
+"""What a training step costs: the memory of its program, and the arithmetic of its model."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,11 +11,52 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal, Var
 from ml_collections import ConfigDict
 
+from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.schema import PERSPECTIVES, views_of
+from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
-from mlip_jax.registry import LOSSES
-from mlip_jax.schema import PERSPECTIVES, views_of
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device, by the compiler."""
+
+    arguments: int  # state and batch
+    outputs: int
+    aliased: int  # outputs that take the place of arguments: the donated state
+    temporary: int
+    code: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> Memory:
+        """The memory of a compiled program."""
+        sizes = compiled.memory_analysis()
+        assert sizes is not None  # the compilers for CPU, GPU and TPU give it
+        return cls(
+            arguments=sizes.argument_size_in_bytes,
+            outputs=sizes.output_size_in_bytes,
+            aliased=sizes.alias_size_in_bytes,
+            temporary=sizes.temp_size_in_bytes,
+            code=sizes.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+
+
+def network_of(config: ConfigDict) -> TwoTower:
+    """The model without its data: a vocabulary to be trained counts as large as it may get."""
+    text = config.model.text
+    if text.tokenizer == "wordpiece":
+        return building.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
+    tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
+    return building.build_for(config, tokenizer)
 
 
 def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:

@@ -9,15 +9,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlip_jax.errors import UserError, choose
-from mlip_jax.registry import (
+from mlip_jax.core.errors import UserError, choose
+from mlip_jax.core.registry import (
     IMAGE_ENCODERS,
     LOSSES,
     OPTIMIZERS,
     SCHEDULES,
     TEXT_ENCODERS,
 )
-from mlip_jax.schema import (
+from mlip_jax.core.schema import (
     ACTIVATIONS,
     ATTENTIONS,
     CLEANINGS,

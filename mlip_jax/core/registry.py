@@ -3,7 +3,7 @@
 What comes with the package stands here by its place, "module:attribute", and is imported when it is
 first used: to know the names costs nothing. A config file adds things of its own, without a fork:
 
-    from mlip_jax.registry import LOSSES
+    from mlip_jax.core.registry import LOSSES
     LOSSES.register("hinge", over_all_pairs(hinge))
 
 CONTRIBUTING.md has a whole example of each kind.
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from mlip_jax.errors import UserError, suggestion
+from mlip_jax.core.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from mlip_jax.data.prepare.readers import MakeReader

@@ -12,7 +12,7 @@ import numpy as np
 from mlip_jax.evaluations import counting
 
 ROOT = Path(__file__).parents[1]
-COUNT = "from mlip_jax.devices.cores import cores; print(cores())"
+COUNT = "from mlip_jax.core.cores import cores; print(cores())"
 
 
 def count(before="", **environment):
