@@ -17,6 +17,7 @@ from PIL import Image
 from mlip_jax.core import schema as config_lib
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.batches import training, workers
+from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.training import SkipCounter, evaluation_batches, train_batches
 from mlip_jax.data.batches.workers import worker_count
 from mlip_jax.data.images.preprocessing import Preprocessing
@@ -107,6 +108,16 @@ def test_stream_is_a_function_of_seed_and_position(source):
     assert_same(all_batches, joined)
     other = batches(settings(seed=1), source, 1)
     assert (other[0]["image"] != all_batches[0]["image"]).any()
+
+
+@pytest.mark.parametrize("position", [2**31 - 1, 2**31, 2**33, 34_000_000_000])
+def test_the_stream_goes_on_past_32_bits(source, position):
+    start = position // 8
+    later = batches(settings(), source, 2, start_step=start)
+    assert_same(later[1:], batches(settings(), source, 1, start_step=start + 1))
+    stream = order(source, seed=0)
+    epoch = position // len(source) * len(source)
+    assert {stream[epoch + index] for index in range(len(source))} == set(range(len(source)))
 
 
 def test_margins_that_always_go_are_cut_once_to_the_same_pixels(tmp_path):

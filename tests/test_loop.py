@@ -501,3 +501,36 @@ def test_the_workdir_of_another_run_is_refused(train, workdir):
     assert code == 2
     assert f"{workdir} holds a run of another config (seed: 0 -> 5)" in one_line(output)
     assert steps_of(workdir)[-1] == 8
+
+
+@pytest.mark.parametrize("samples", [2**31 - 1, 34_000_000_000])
+def test_runs_of_billions_of_samples_end_and_resume(train, tmp_path, monkeypatch, samples):
+    initialise = start._initialise
+
+    def near_the_end(opened):
+        state = initialise(opened)
+        step = jax.device_put(np.int32(opened.run.steps - 4), state.step.sharding)
+        return state.replace(step=step)
+
+    monkeypatch.setattr(start, "_initialise", near_the_end)
+    run = {
+        "samples": samples,
+        "batch_size": 16,
+        "optimizer.warmup_samples": samples // 2,
+        "perspectives.frequency_tokens.warmup_samples": samples,
+        "checkpoint.every_samples": 2**31 + 5,
+        "evaluation.every_samples": 2**32 + 5,
+        "log_every": 1,
+    }
+    with monkeypatch.context() as stopped:
+        interrupt(stopped, loop.Log, "add", when=1)
+        assert train(**run)[0] == 75
+    steps = samples // 16
+    assert steps_of(tmp_path / "run") == [steps - 2]
+    code, output = train(**run)
+    assert code == 0 and f"going on from step {steps - 2}" in output
+    assert steps_of(tmp_path / "run")[-1] == steps
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [line["samples"] for line in lines] == [16 * (steps - left) for left in (3, 2, 1, 0)]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert all(0 <= line["learning_rate"] < 1e-6 for line in lines)  # the end of the cosine

@@ -192,3 +192,14 @@ def test_a_run_on_a_mixture_writes_the_counts(tmp_path, tiny, pairs, monkeypatch
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     counts = [(x["samples/pairs"], x["samples/pairs#2"]) for x in lines if "loss" in x]
     assert counts == [(12, 4), (24, 8), (36, 12), (48, 16)]
+
+
+@pytest.mark.parametrize("position", [2**31 - 1, 2**31, 2**33, 34_000_000_000])
+def test_turns_go_on_past_32_bits(sets, position):
+    mixture = open_source(f"mix:{sets[0]}*0.75+{sets[2]}*0.25", "train")
+    counts = mixture.samples(position)
+    assert sum(counts.values()) == position
+    assert abs(list(counts.values())[0] - 0.75 * position) < 1
+    number, before = mixture.turn(position)
+    assert before == list(counts.values())[number]
+    assert 0 <= order(mixture, seed=0)[position] < len(mixture)

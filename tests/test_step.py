@@ -307,3 +307,18 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm):
     ]
     same = np.allclose(updates[0], updates[1], rtol=1e-5)
     assert same == (clip_norm > 0)
+
+
+@pytest.mark.parametrize("samples", [2**31 - 1, 2**31, 2**33, 34_000_000_000])
+@pytest.mark.parametrize("batch_size", [16, 32_768])
+def test_schedules_go_on_past_the_integers_of_the_device(samples, batch_size):
+    config = small_config()
+    config.samples, config.batch_size = samples, batch_size
+    config.optimizer.warmup_samples = warmup = samples // 4
+    steps = np.array([0, *(samples // batch_size * np.array([1, 3, 5, 7, 8]) // 8 - 1)], np.int32)
+    schedule = jax.jit(jax.vmap(optimizers.learning_rate(config)))
+    seen = (steps.astype(np.float64) + 1) * batch_size
+    progress = np.clip((seen - warmup) / (samples - warmup), 0, 1)
+    shares = np.minimum(seen / warmup, 1) * 0.5 * (1 + np.cos(np.pi * progress))
+    rates = np.asarray(schedule(jnp.asarray(steps))) / config.optimizer.learning_rate
+    np.testing.assert_allclose(rates, shares, rtol=1e-5, atol=1e-6)

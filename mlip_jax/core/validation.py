@@ -61,6 +61,8 @@ _RULES = (
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
 
+_MOST_STEPS = 2**31 - 1  # the state counts them in an int32
+
 
 def validate(config: ConfigDict) -> None:
     """Checks what the types cannot. Rooms check what only they know (a rho, a mesh) themselves.
@@ -73,6 +75,12 @@ def validate(config: ConfigDict) -> None:
     if config.samples < config.batch_size:
         raise UserError(
             f"config.samples={config.samples} is less than one batch of {config.batch_size}"
+        )
+    steps = config.samples // config.batch_size
+    if steps > _MOST_STEPS:
+        raise UserError(
+            f"config.samples={config.samples} in batches of {config.batch_size} are {steps:,} "
+            f"steps, and a run has at most {_MOST_STEPS:,}: raise config.batch_size"
         )
     crop = config.data.augment.crop
     if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:

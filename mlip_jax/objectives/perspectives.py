@@ -127,7 +127,7 @@ def total_loss(
         losses[view] = loss
         weight = jnp.float32(term.weight)
         if term.warmup_samples:
-            weight = weight * jnp.minimum(samples_seen / term.warmup_samples, 1.0)
+            weight = weight * jnp.minimum(samples_seen / float(term.warmup_samples), 1.0)
         total = total + weight * loss
     if prior_weight:
         losses["prior"] = prior_matching(*embeddings["image_prior"].T) + prior_matching(

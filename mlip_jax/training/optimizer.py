@@ -32,7 +32,7 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
     The first step has a rate above 0: at step s the rate is that of s + 1 finished batches.
     """
-    peak, warmup = config.optimizer.learning_rate, max(config.optimizer.warmup_samples, 1)
+    peak, warmup = config.optimizer.learning_rate, _floating(config.optimizer.warmup_samples)
     share = SCHEDULES[config.optimizer.schedule](config)
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
@@ -42,12 +42,18 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     return schedule
 
 
+def _floating(samples: int) -> float:
+    """At least 1, and no int: JAX takes a Python int for an int32, which ends at 2^31 samples."""
+    return float(max(samples, 1))
+
+
 def cosine(config: ConfigDict) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
     """From 1 at the end of the warm-up to 0 at the last sample, by half a cosine."""
-    warmup, total = max(config.optimizer.warmup_samples, 1), config.samples
+    warmup = _floating(config.optimizer.warmup_samples)
+    rest = _floating(config.samples - max(config.optimizer.warmup_samples, 1))
 
     def share(seen: Float[Array, ""]) -> Float[Array, ""]:
-        progress = jnp.clip((seen - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        progress = jnp.clip((seen - warmup) / rest, 0.0, 1.0)
         return 0.5 * (1 + jnp.cos(math.pi * progress))
 
     return share
