@@ -42,6 +42,18 @@ from mlip_jax.core import schema  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
 
+# Those that take longest. At the end, one of them would keep one process busy and the other idle.
+LONG = (
+    "processes loop clip_lite registry wheel compiled inference step api first_edition accumulation "
+    "attention export prepare models main benchmark launch plan reports sharded search svm"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     """pairs.jsonl: 40 little pictures with a caption each, 8 of them for validation."""
