@@ -79,6 +79,8 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.9.0"],  # runs on older drivers too, which CUDA 13 does not
+        # Compiles for GPUs where there are none; the version must be that of jaxlib.
+        "plan-gpu": ["jax-cuda12-plugin>=0.9.0", "jax-cuda12-pjrt>=0.9.0"],
         "tpu": ["jax[tpu]>=0.9.0"],
         "kubernetes": ["jax[k8s]>=0.9.0"],  # processes of an indexed job find each other by it
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],

@@ -41,12 +41,32 @@ from mlip_jax import main as door  # noqa: E402
 from mlip_jax.core import schema  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
-
 # Those that take longest. At the end, one of them would keep one process busy and the other idle.
-LONG = (
-    "processes loop clip_lite registry wheel compiled inference step api first_edition accumulation "
-    "attention export prepare models main benchmark launch plan reports sharded search svm"
-).split()
+LONG = [
+    "processes",
+    "loop",
+    "clip_lite",
+    "registry",
+    "wheel",
+    "compiled",
+    "inference",
+    "step",
+    "api",
+    "first_edition",
+    "accumulation",
+    "attention",
+    "export",
+    "prepare",
+    "models",
+    "main",
+    "benchmark",
+    "launch",
+    "plan",
+    "reports",
+    "sharded",
+    "search",
+    "svm",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -345,9 +345,11 @@ FLAGS = (
             "plan": Use(
                 Text(),
                 "NAME",
-                "the machine: a slice of TPU chips such as v5e:16x16 (needs the extra tpu), or "
-                "CPU devices such as cpu:8",
-                missing="a machine: add --topology=v5e:16x16, or --topology=cpu:8",
+                "the machine: a slice of TPU chips such as v5e:16x16 (needs the extra tpu), GPUs "
+                "such as h100:8 or, of 4 hosts, h100:4x8 (needs the extra plan-gpu), or CPU "
+                "devices such as cpu:8",
+                missing="a machine: add --topology=v5e:16x16, --topology=h100:8 or "
+                "--topology=cpu:8",
             )
         },
     ),

@@ -152,6 +152,7 @@ SUBCOMMANDS = {
             "mlip plan --config=mlip --topology=cpu:8",
             "mlip plan --config=clip:size=B/16,data=jsonl:pairs.jsonl \\\n"
             "  --topology=v5e:16x16 --mesh=data:64,fsdp:4 --largest-batch",
+            "mlip plan --config=mlip:size=B/16 --topology=h100:8 --config.batch_size=1024",
         ),
     ),
     "benchmark": Subcommand(

@@ -17,13 +17,15 @@ from ml_collections import ConfigDict
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models import building
-from mlip_jax.planning import hlo
+from mlip_jax.planning import gpus, hlo, kernels
+from mlip_jax.planning.gpus import Card
+from mlip_jax.planning.kernels import Kernel
 from mlip_jax.planning.machines import Machine
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import lower_step, make_train_step
-from mlip_jax.training.step_cost import Memory, network_of, step_flops
+from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
 
 _CACHE = "jax_enable_compilation_cache"  # JAX's name of the setting
 
@@ -43,6 +45,7 @@ class Estimate:
       memory: of a device; None when the program was refused.
       flops: of a device's program as compiled, by XLA, which counts a loop's body once.
       program: cycles and collectives; nothing when the program was refused.
+      kernels: of a GPU's program.
     """
 
     machine: Machine
@@ -55,23 +58,33 @@ class Estimate:
     memory: Memory | None = None
     flops: float = math.nan
     program: hlo.Program = field(default_factory=hlo.Program)
+    kernels: tuple[Kernel, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler found room for the program in the chip's memory."""
-        return self.memory is not None
+        """Whether there is room for the program in a device's memory; on CPUs there always is."""
+        return self.memory is not None and not self.refusal
 
     @property
     def compute_seconds(self) -> float:
-        """The estimated cycles at the chip's clock, without collectives; NaN on CPUs."""
+        """A step without collectives; NaN on CPUs.
+
+        Of a TPU, the estimated cycles at its clock; of a GPU, the least that its kernels take.
+        """
         chip = self.machine.chip
+        if isinstance(chip, Card):
+            return sum(kernel.seconds(chip) for kernel in self.kernels)
         return self.program.cycles / chip.clock if chip else math.nan
 
     @property
     def collective_seconds(self) -> float:
         """The least that the collectives take, at the published bandwidth; NaN on CPUs."""
-        chip = self.machine.chip
-        return self.program.sent / chip.interconnect if chip else math.nan
+        if self.machine.chip is None:
+            return math.nan
+        return sum(
+            collective.sent / self.machine.bandwidth(collective.devices)
+            for collective in self.program.collectives
+        )
 
     def utilisation(self, seconds: float) -> float:
         """The model's FLOPs over what the chips could do in that time at their peak."""
@@ -96,7 +109,7 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     network = network_of(config)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
-    form = attention_choice.named(config, "tpu" if machine.chip else "cpu")
+    form = attention_choice.named(config, machine.platform)
     forms = dict.fromkeys(attention_choice.shapes(config, mesh), form)
     trained = building.with_attention(network, forms)
     step = make_train_step(trained, optimizer, config, Preprocessing.of(config), mesh)
@@ -117,11 +130,14 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
         return Estimate(**known, refusal=_refusal(str(error)))
     text = compiled.as_text()
     assert text is not None  # the same
+    memory = Memory.of(compiled)
     return Estimate(
         **known,
-        memory=Memory.of(compiled),
+        memory=memory,
+        refusal=_beyond_the_pool(memory, machine),
         flops=float((compiled.cost_analysis() or {}).get("flops", math.nan)),
         program=hlo.read(text, mesh.size),
+        kernels=tuple(kernels.read(text)) if machine.platform == "gpu" else (),
     )
 
 
@@ -177,7 +193,7 @@ def largest_batch(
 
 @contextlib.contextmanager
 def _compiled_anew(machine: Machine) -> Iterator[None]:
-    """Keeps JAX's cache on disk out: a host without a TPU cannot read a TPU's programs back."""
+    """Keeps JAX's cache on disk out: no host without a TPU or GPU can read its programs back."""
     enabled = getattr(jax.config, _CACHE)
     if machine.chip:
         jax.config.update(_CACHE, False)
@@ -194,6 +210,18 @@ def _compute_dtype(config: ConfigDict, machine: Machine) -> str:
     if config.compute_dtype != "auto":
         return config.compute_dtype
     return "bfloat16" if machine.chip else "float32"
+
+
+def _beyond_the_pool(memory: Memory, machine: Machine) -> str:
+    """Why a GPU has no room: its compiler takes whatever a program needs, and only warns."""
+    card = machine.chip
+    if not isinstance(card, Card) or memory.total <= card.pool:
+        return ""
+    share = card.pool / card.memory
+    return (
+        f"It needs {memory.total / GIB:.2f} GiB a device, and JAX takes {card.pool / GIB:.2f} of "
+        f"the {card.memory / GIB:.2f} GiB of this GPU ({share:.0%}; {gpus.FRACTION})"
+    )
 
 
 def _refusal(message: str) -> str:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\(")
+_INSTRUCTION = re.compile(
+    r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\((?P<operands>[^)]*)"
+)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
 _CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
@@ -81,20 +84,46 @@ class Program:
 
 
 @dataclass(frozen=True)
-class _Instruction:
-    op: str
-    type: str
-    line: str
+class Array:
+    """An array in the text of a program."""
+
+    dtype: str  # such as "bf16"
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes; of less than a byte each, rounded down in all."""
+        bits = 8 if self.dtype == "pred" else int(_BITS.findall(self.dtype)[0])
+        return self.size * bits // 8
 
 
 @dataclass(frozen=True)
-class _Place:
+class Instruction:
+    """A line of a computation."""
+
+    name: str
+    op: str
+    type: str
+    operands: tuple[str, ...]  # names; of a parameter, its number
+    line: str
+
+
+Computations = dict[str, list[Instruction]]
+
+
+@dataclass(frozen=True)
+class Place:
     """An instruction that a step runs: where it stands, and how often it runs."""
 
-    instruction: _Instruction
+    instruction: Instruction
     computation: str
     times: int
-    fused: bool
+    fused: bool  # it is part of another instruction
 
 
 def read(text: str, devices: int) -> Program:
@@ -104,14 +133,14 @@ def read(text: str, devices: int) -> Program:
       text: `as_text()` of a `jax.stages.Compiled`.
       devices: that it runs on.
     """
-    entry, computations = _computations(text)
+    entry, computations = parse(text)
     program = Program()
     program.cycles = _cycles(entry, computations, program)
     seen = set()
     # A collective that runs beside the arithmetic is spread over several fusions; those of a
     # shard_map share one channel. So what is scheduled counts, and in fusions what is new.
     for fused in (False, True):
-        for place in _reached(entry, computations, 1, False):
+        for place in reached(entry, computations, 1, False):
             collective = _collective(place, devices) if place.fused == fused else None
             if collective is None:
                 continue
@@ -123,8 +152,9 @@ def read(text: str, devices: int) -> Program:
     return program
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
-    computations: dict[str, list[_Instruction]] = {}
+def parse(text: str) -> tuple[str, Computations]:
+    """The name of the entry computation, and all computations by name."""
+    computations: Computations = {}
     entry = name = ""
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -136,11 +166,19 @@ def _computations(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
             continue
         instruction = _INSTRUCTION.match(line)
         if instruction and name:
-            computations[name].append(_Instruction(instruction["op"], instruction["type"], line))
+            computations[name].append(
+                Instruction(
+                    name=instruction["name"],
+                    op=instruction["op"],
+                    type=instruction["type"],
+                    operands=_operands(instruction["operands"]),
+                    line=line,
+                )
+            )
     return entry, computations
 
 
-def _trips(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+def _trips(instruction: Instruction, computations: Computations) -> int | None:
     """How often a loop runs; None where the text does not tell.
 
     The loops of `lax.scan`, `lax.map` and `fori_loop` count from 0 by 1 to a constant.
@@ -166,7 +204,7 @@ def _named(computation: re.Pattern[str], line: str) -> str:
     return match[1]
 
 
-def _cycles(name: str, computations: dict[str, list[_Instruction]], program: Program) -> int:
+def _cycles(name: str, computations: Computations, program: Program) -> int:
     total = 0
     for instruction in computations.get(name, []):
         line = instruction.line
@@ -192,43 +230,39 @@ def _cycles(name: str, computations: dict[str, list[_Instruction]], program: Pro
     return total
 
 
-def _starts_collective(
-    instruction: _Instruction, computations: dict[str, list[_Instruction]]
-) -> bool:
+def _starts_collective(instruction: Instruction, computations: Computations) -> bool:
     called = _CALLED.search(instruction.line)
     inside = computations.get(called[1], []) if called else []
     return any(other.op in COLLECTIVES for other in inside)
 
 
-def _reached(
-    name: str, computations: dict[str, list[_Instruction]], times: int, fused: bool
-) -> Iterator[_Place]:
-    """Every instruction that a step runs."""
+def reached(name: str, computations: Computations, times: int, fused: bool) -> Iterator[Place]:
+    """Every instruction that a step runs, from a computation on."""
     for instruction in computations.get(name, []):
-        yield _Place(instruction, name, times, fused)
+        yield Place(instruction, name, times, fused)
         line, op = instruction.line, instruction.op
         if op == "while":
             inside = times * (_trips(instruction, computations) or 1)
-            yield from _reached(_named(_BODY, line), computations, inside, fused)
+            yield from reached(_named(_BODY, line), computations, inside, fused)
         elif op == "conditional":
             for branch in _branches(line):
-                yield from _reached(branch, computations, times, fused)
+                yield from reached(branch, computations, times, fused)
         elif op in ("fusion", "call", "async-start"):
             called = _named(_CALLED, line)
             # A reduce-scatter, as the TPU compiler writes it, is a fusion by itself.
             within = fused or op == "fusion" and not called.startswith(_REDUCE_SCATTER)
-            yield from _reached(called, computations, times, within)
+            yield from reached(called, computations, times, within)
 
 
-def _collective(place: _Place, devices: int) -> Collective | None:
+def _collective(place: Place, devices: int) -> Collective | None:
     instruction = place.instruction
     kind = instruction.op.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
     size = _group_size(instruction.line, devices)
-    sizes = [_bytes(*array) for array in _ARRAY.findall(instruction.type)]
+    sizes = [array.bytes for array in arrays(instruction.type)]
     payload = sum(sizes)
-    if instruction.op == "all-gather-start":  # gives its operands too
+    if instruction.op in ("all-gather-start", "reduce-scatter-start"):  # give their operands too
         payload = payload * size // (size + 1)
     elif kind == "collective-permute":
         payload = max(sizes)
@@ -239,9 +273,17 @@ def _collective(place: _Place, devices: int) -> Collective | None:
     return Collective(kind, payload, size, place.times)
 
 
-def _bytes(dtype: str, bits: str, shape: str) -> int:
-    elements = math.prod(int(size) for size in shape.split(",") if size)
-    return elements * (1 if dtype == "pred" else int(bits)) // (1 if dtype == "pred" else 8)
+def arrays(type_: str) -> list[Array]:
+    """The arrays of a type, those of a tuple in order."""
+    return [
+        Array(dtype, tuple(int(size) for size in shape.split(",") if size))
+        for dtype, shape in _ARRAY.findall(type_)
+    ]
+
+
+def _operands(text: str) -> tuple[str, ...]:
+    """The names in "%a, f32[2,3]{1,0} %b", with types or without."""
+    return tuple(part.split()[-1].lstrip("%") for part in text.split(", ") if part.strip())
 
 
 def _group_size(line: str, devices: int) -> int:

@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from mlip_jax.devices import parallel
+from mlip_jax.planning import kernels
 from mlip_jax.planning.estimates import Estimate
+from mlip_jax.planning.gpus import Card
 from mlip_jax.planning.hlo import COLLECTIVES
-from mlip_jax.planning.machines import Chip
+from mlip_jax.planning.tpus import Chip
 from mlip_jax.training.step_cost import GIB, Memory
 
 _MIB = 2**20
+_PRODUCTS = {"f32": "f32, as TF32", "bf16": "bf16"}
 
 
 def print_estimate(console: Console, estimate: Estimate) -> None:
@@ -30,13 +33,22 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
     if estimate.memory is None:
         return
     _print_memory(console, estimate.memory)
-    console.print(
+    flops = (
         f"FLOPs a step: {estimate.model_flops:.4g} of the model's matrix products (three times the "
-        f"forward pass); {estimate.flops:.4g} a device as compiled, the body of a loop once"
+        "forward pass)"
     )
+    if isinstance(chip, Card):
+        console.print(flops)
+        _print_kernels(console, estimate)
+    else:
+        console.print(
+            f"{flops}; {estimate.flops:.4g} a device as compiled, the body of a loop once"
+        )
     _print_collectives(console, estimate)
+    if isinstance(chip, Chip):
+        _print_cycles(console, estimate, chip)
     if chip:
-        _print_time(console, estimate, chip)
+        _print_step(console, estimate, chip)
 
 
 def print_largest(console: Console, estimate: Estimate | None) -> None:
@@ -59,11 +71,14 @@ def print_try(console: Console, estimate: Estimate) -> None:
 
 def _verdict(estimate: Estimate) -> str:
     chip = estimate.machine.chip
-    if estimate.memory is None:
+    if not estimate.fits:
         return f"no. {estimate.refusal}"
+    assert estimate.memory is not None  # it fits
     used = f"{estimate.memory.total / GIB:.2f} GiB a device"
     if chip is None:
         return f"{used}; CPUs have no memory of their own to fit in"
+    if isinstance(chip, Card):
+        return f"yes, {used} of {chip.pool / GIB:.2f} that JAX takes of {chip.memory / GIB:.2f}"
     return f"yes, {used} of {chip.memory / GIB:.0f} GiB"
 
 
@@ -106,28 +121,68 @@ def _print_collectives(console: Console, estimate: Estimate) -> None:
     console.print(table)
 
 
-def _print_time(console: Console, estimate: Estimate, chip: Chip) -> None:
+def _print_kernels(console: Console, estimate: Estimate) -> None:
+    """Of a GPU's program: its products by type, its traffic, and calls to libraries."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Products a device, as compiled")
+    table.add_column("Kernels", justify="right")
+    table.add_column("FLOPs a step", justify="right")
+    for dtype, flops in sorted(kernels.products(estimate.kernels).items()):
+        count = sum(kernel.times for kernel in estimate.kernels if dtype in kernel.products)
+        table.add_row(_PRODUCTS.get(dtype, dtype), f"{count:,}", f"{flops:.4g}")
+    console.print(table)
+    attention = [kernel for kernel in estimate.kernels if kernel.is_attention]
+    fused = f"{sum(kernel.times for kernel in attention):,} fused kernels" if attention else "plain"
+    console.print(f"attention: {fused}")
+    uncounted = {kernel.target for kernel in estimate.kernels if kernel.uncounted}
+    if uncounted:
+        console.print(f"calls whose FLOPs are not known: {', '.join(sorted(uncounted))}")
+    traffic = sum(kernel.times * kernel.traffic for kernel in estimate.kernels)
+    console.print(
+        f"kernels a step: {sum(kernel.times for kernel in estimate.kernels):,}, which read and "
+        f"write {traffic / GIB:,.2f} GiB if nothing stays in the cache"
+    )
+
+
+def _print_cycles(console: Console, estimate: Estimate, chip: Chip) -> None:
     program = estimate.program
-    compute, collectives = estimate.compute_seconds, estimate.collective_seconds
     console.print(
         f"cycles a step, the compiler's estimate: {program.cycles:,}; "
         f"{program.unestimated:,} of {program.work:,} instructions have none"
     )
     if program.unknown_loops:
         console.print(f"  {program.unknown_loops} loops of unknown length count once")
-    console.print(
-        f"estimated time: arithmetic {_milliseconds(compute)} at {chip.clock / 1e9:.2f} GHz; "
-        f"collectives at least {_milliseconds(collectives)} at "
-        f"{chip.interconnect / 1e9:.0f} GB/s"
-    )
+
+
+def _print_step(console: Console, estimate: Estimate, chip: Chip | Card) -> None:
+    compute, collectives = estimate.compute_seconds, estimate.collective_seconds
+    sends = f"collectives at least {_milliseconds(collectives)} at {_rates(estimate)}"
+    if isinstance(chip, Card):
+        console.print(
+            f"bounds: kernels at least {_milliseconds(compute)}, each at the card's peak or at "
+            f"{chip.bandwidth / 1e12:.2f} TB/s, whichever takes longer; {sends}"
+        )
+    else:
+        console.print(
+            f"estimated time: arithmetic {_milliseconds(compute)} at {chip.clock / 1e9:.2f} GHz; "
+            f"{sends}"
+        )
     hidden, exposed = max(compute, collectives), compute + collectives
+    word = "bound of a step" if isinstance(chip, Card) else "estimated step"
     console.print(
-        f"estimated step: {_milliseconds(hidden)} if the arithmetic hides the collectives, "
+        f"{word}: {_milliseconds(hidden)} if the arithmetic hides the collectives, "
         f"{_milliseconds(exposed)} if it hides none; "
         f"{_pairs(estimate, hidden)} to {_pairs(estimate, exposed)} pairs a second, "
         f"{100 * estimate.utilisation(exposed):.1f} to {100 * estimate.utilisation(hidden):.1f} % "
         f"of {chip.peak / 1e12:.0f} TFLOP/s a chip"
     )
+
+
+def _rates(estimate: Estimate) -> str:
+    """The bandwidths at which collectives send."""
+    groups = {collective.devices for collective in estimate.program.collectives} or {1}
+    rates = sorted({estimate.machine.bandwidth(group) for group in groups})
+    return " and ".join(f"{rate / 1e9:.0f} GB/s" for rate in rates)
 
 
 def _milliseconds(seconds: float) -> str:

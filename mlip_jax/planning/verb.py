@@ -27,7 +27,7 @@ def plan(
     Args:
       config: validated.
       workdir: not used: a plan reads no data and writes nothing.
-      topology: CHIP:SHAPE or cpu:N; see `machines.find`.
+      topology: such as v5e:16x16, h100:8 or cpu:8; see `machines.find`.
       mesh: AXIS:SIZE,... such as "data:64,fsdp:4"; "": config.mesh.
       largest_batch: also find the largest global batch that fits.
 
@@ -45,8 +45,8 @@ def plan(
     machine = machines.find(topology)
     if largest_batch and machine.chip is None:
         raise UserError(
-            f"--largest-batch needs a chip whose memory it must fit, such as --topology=v5e:2x4, "
-            f"not {topology}"
+            f"--largest-batch needs a chip whose memory it must fit, such as --topology=v5e:2x4 or "
+            f"h100:8, not {topology}"
         )
     console = Console(highlight=False, markup=False, soft_wrap=True)
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
