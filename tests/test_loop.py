@@ -503,7 +503,7 @@ def test_the_workdir_of_another_run_is_refused(train, workdir):
     assert steps_of(workdir)[-1] == 8
 
 
-@pytest.mark.parametrize("samples", [2**31 - 1, 34_000_000_000])
+@pytest.mark.parametrize("samples", [34_000_000_000])
 def test_runs_of_billions_of_samples_end_and_resume(train, tmp_path, monkeypatch, samples):
     initialise = start._initialise
 
