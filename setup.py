@@ -89,7 +89,7 @@ setup(
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",
-            "mypy>=2.1",
+            "mypy>=2.4",
             "psutil>=5.9",
             "pytest>=8.2",
             "pytest-xdist>=3.8",

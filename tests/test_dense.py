@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_jax.models.layers import Dense
+from mlip_jax.models.layers import Dense, add
 
 RNG = np.random.default_rng(0)
 SHAPES = [(4, 6), (2, 3, 6), (2, 3, 2, 6)]
@@ -70,3 +70,34 @@ def test_products_in_bfloat16_are_native():
     for line in products:
         operands, result = line.rsplit(":", 1)[1].split("->")
         assert operands.count("bf16") == 2 and "xf32>" in result
+
+
+def test_gradients_of_parameters_are_sums_in_float32():
+    """257 ones: in bfloat16 they are 256."""
+    layer, x = Dense(1, jnp.dtype("bfloat16")), jnp.ones((257, 1), jnp.bfloat16)
+    params = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+
+    def total(params, position):
+        y = add(layer.apply({"params": params}, x), position)
+        return jnp.sum(y.astype(jnp.float32))
+
+    for gradient in jax.tree.leaves(jax.grad(total, argnums=(0, 1))(params, jnp.zeros(1))):
+        assert gradient.dtype == jnp.float32 and gradient.ravel() == 257
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_devices_sum_the_gradients_of_kernels_in_float32(platform):
+    """What several devices add up has the type that the product has."""
+
+    def loss(kernel, x):
+        y = Dense(32, jnp.dtype("bfloat16"), use_bias=False).apply(
+            {"params": {"kernel": kernel}}, x
+        )
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    traced = jax.jit(jax.grad(loss)).trace(jnp.zeros((64, 32)), jnp.zeros((8, 64), jnp.bfloat16))
+    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    results = [line.rsplit("->", 1)[1] for line in products]
+    assert sum("64x32xf32" in result for result in results) == 1
+    assert not any("64x32xbf16" in result for result in results)

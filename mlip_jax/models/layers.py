@@ -54,8 +54,9 @@ def layer_norm(name: str, dtype: jnp.dtype, epsilon: float = EPSILON) -> nn.Laye
 def half_product(
     x: Float[Array, "*batch width"], kernel: Float[Array, "width features"]
 ) -> Float[Array, "*batch features"]:
-    """The product of bfloat16 arrays.
+    """The product of bfloat16 rows with a kernel in bfloat16; the kernel's gradient is float32.
 
+    It is a sum over the batch's rows, and over devices, which are summed in its type.
     XLA has native products for CPUs too, but only into float32, and for a kernel's gradient only
     where it sums over several axes; all others it computes in float32, after copies.
     """
@@ -64,6 +65,8 @@ def half_product(
         rows = x.reshape(-1, x.shape[-1])
         product = jnp.dot(rows, kernel, preferred_element_type=sums).astype(x.dtype)
         return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+    kernel = kernel.astype(x.dtype)
 
     return jax.lax.platform_dependent(
         x,
@@ -82,33 +85,33 @@ def _half_product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[
 
     def over_axes(x: Array, gradient: Array) -> Array:
         axes = tuple(range(x.ndim - 1))
-        product = jnp.tensordot(x, gradient, (axes, axes), preferred_element_type=jnp.float32)
-        return product.astype(x.dtype)
+        return jnp.tensordot(x, gradient, (axes, axes), preferred_element_type=jnp.float32)
 
     def over_rows(x: Array, gradient: Array) -> Array:
-        return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
+        x, gradient = (rows.reshape(-1, rows.shape[-1]) for rows in (x, gradient))
+        return jnp.dot(x.T, gradient, preferred_element_type=jnp.float32)
 
     for_kernel = jax.lax.platform_dependent(x, gradient, cpu=over_axes, default=over_rows)
-    return half_product(gradient, kernel.T), for_kernel
+    return half_product(gradient, kernel.T), for_kernel.astype(kernel.dtype)
 
 
 half_product.defvjp(_half_product_forward, _half_product_backward)
 
 
 @jax.custom_vjp
-def _add_bias(
-    x: Float[Array, "*batch features"], bias: Float[Array, " features"]
-) -> Float[Array, "*batch features"]:
-    return x + bias.astype(x.dtype)
+def add(x: Float[Array, "*batch"], parameter: Float[Array, "*rest"]) -> Float[Array, "*batch"]:
+    """x + a parameter in its type, which is that of x's last axes; its gradient is float32."""
+    return x + parameter.astype(x.dtype)
 
 
-def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
-    # In float32 from the start: XLA sums narrower types about five times slower on CPUs.
-    axes = tuple(range(gradient.ndim - 1))
-    return gradient, jnp.sum(gradient.astype(jnp.float32), axes)
+def _add_backward(parameter: Array, gradient: Array) -> tuple[Array, Array]:
+    # In float32 from the start: over devices too, and XLA sums narrower types about five times
+    # slower on CPUs.
+    axes = tuple(range(gradient.ndim - parameter.ndim))
+    return gradient, jnp.sum(gradient.astype(jnp.float32), axes).astype(parameter.dtype)
 
 
-_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
+add.defvjp(lambda x, parameter: (add(x, parameter), parameter), _add_backward)
 
 
 class Dense(nn.Module):
@@ -129,12 +132,13 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
+        x, kernel = x.astype(self.dtype), jnp.asarray(kernel)
         if self.dtype == jnp.bfloat16:
             y = half_product(x, kernel)
         else:
-            y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
-        return y if bias is None else _add_bias(y, jnp.asarray(bias))
+            rows = x.reshape(-1, x.shape[-1])
+            y = (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        return y if bias is None else add(y, jnp.asarray(bias))
 
 
 def dense(

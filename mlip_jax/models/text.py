@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mlip_jax.models.dropout import Dropout
-from mlip_jax.models.layers import EPSILON, TOKEN_INIT, Block, layer_norm, recomputed
+from mlip_jax.models.layers import EPSILON, TOKEN_INIT, Block, add, layer_norm, recomputed
 
 
 class TextViews(NamedTuple):
@@ -99,7 +99,7 @@ class TextEncoder(nn.Module):
             "position", nn.initializers.normal(0.01), (self.context_length, self.width)
         )
         x = jnp.take(embedding, token_ids, axis=0).astype(self.dtype)
-        x = x + position.astype(self.dtype)
+        x = add(x, position)
         x = Dropout(self.dropout)(x, deterministic)
         for layer in range(self.depth):
             x = recomputed(Block, self.remat, deterministic=2)(

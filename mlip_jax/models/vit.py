@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mlip_jax.models import merging
@@ -22,6 +22,7 @@ from mlip_jax.models.layers import (
     Attention,
     AttentionPool,
     PatchEmbedding,
+    add,
     layer_norm,
     recomputed,
 )
@@ -292,7 +293,7 @@ class ImageEncoder(nn.Module):
             self.width, self.patch_size, self.stem, self.dtype, name="patch_embedding"
         )(images)
         position = self.param("position", TOKEN_INIT, (grid, grid, self.width))
-        x = x + position.astype(self.dtype)
+        x = add(x, position)
         for index in range(self.frequency_depth):
             x = recomputed(FrequencyBlock, self.remat, deterministic=2)(
                 **self._block_fields(index), transform=self.transform, name=f"frequency_{index}"
@@ -311,8 +312,8 @@ class ImageEncoder(nn.Module):
         if self._first_patch:
             # The class token brings its own position; a sum of two parameters would be one.
             class_token = self.param("class_token", TOKEN_INIT, (self.width,))
-            class_token = repeat(class_token.astype(self.dtype), "d -> b 1 d", b=x.shape[0])
-            x = jnp.concatenate([class_token, x], axis=1)
+            class_tokens = add(jnp.zeros_like(x[:, :1]), class_token)
+            x = jnp.concatenate([class_tokens, x], axis=1)
         if self.pre_norm:
             x = layer_norm("norm_pre", self.dtype, self.norm_epsilon)(x)
         size = jnp.ones(x.shape[:2], jnp.float32)
