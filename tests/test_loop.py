@@ -20,7 +20,7 @@ from devices import with_devices
 from mlip_jax import main as door
 from mlip_jax.core import versions
 from mlip_jax.storage.checkpoint import restore_fields
-from mlip_jax.training import evaluation, loop, start
+from mlip_jax.training import evaluation, loop, repeatability, start
 from mlip_jax.training.run import score
 from mlip_jax.training.signals import Stop, Stopped
 
@@ -534,3 +534,36 @@ def test_runs_of_billions_of_samples_end_and_resume(train, tmp_path, monkeypatch
     assert [line["samples"] for line in lines] == [16 * (steps - left) for left in (3, 2, 1, 0)]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert all(0 <= line["learning_rate"] < 1e-6 for line in lines)  # the end of the cosine
+
+
+def test_where_a_step_is_probed_the_run_is_the_same(train, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(repeatability, "_PROBED", ("cpu",))
+    code, output = train()
+    assert code == 0
+    assert output.count("\nrepeatable: a step taken twice gave the same bits.") == 1
+    assert_same_state(trained, tmp_path / "run")
+    assert "repeatable" not in train()[1]  # a run that is there already is not probed
+
+
+def test_a_step_with_other_bits_each_time_is_named(train, monkeypatch):
+    compile_step, calls = start.compile_step, iter(range(1_000_000))
+
+    def unsteady(*arguments):
+        step = compile_step(*arguments)
+
+        def noisy(state, batch):
+            state, metrics = step(state, batch)
+            scale = state.params["log_scale_spatial_global"]
+            bits = scale.view(np.int32) + next(calls)
+            changed = jax.device_put(bits.view(np.float32), scale.sharding)
+            return state.replace(
+                params=state.params | {"log_scale_spatial_global": changed}
+            ), metrics
+
+        return noisy
+
+    monkeypatch.setattr(start, "compile_step", unsteady)
+    monkeypatch.setattr(start.summary, "print_compiled", lambda *_: None)
+    monkeypatch.setattr(repeatability, "_PROBED", ("cpu",))
+    code, output = train(samples=8)
+    assert code == 0 and "\nnot repeatable: a step taken twice gave other bits" in output

@@ -25,7 +25,7 @@ from mlip_jax.models import building
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
-from mlip_jax.training.step import abstract_batch, lower_step, make_train_step
+from mlip_jax.training.step import abstract_batch, compile_lowered, lower_step, make_train_step
 from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
 
 
@@ -134,7 +134,7 @@ def _compile(
     step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
     program: tuple[jax.stages.Compiled, Memory] | None
     try:
-        compiled = lower_step(step, abstract, config, mesh).compile()
+        compiled = compile_lowered(lower_step(step, abstract, config, mesh), mesh)
         program = compiled, Memory.of(compiled)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -169,7 +169,7 @@ def _fitting(
         smaller.batch_size = smaller.batch_size // 2 // unit * unit
         step = make_train_step(network, optimizer, smaller, Preprocessing.of(smaller), mesh)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            compiled = lower_step(step, abstract, smaller, mesh).compile()
+            compiled = compile_lowered(lower_step(step, abstract, smaller, mesh), mesh)
             if Memory.of(compiled).total <= limit:
                 return smaller.batch_size
     return 0

@@ -24,7 +24,7 @@ from mlip_jax.planning.machines import Machine
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
-from mlip_jax.training.step import lower_step, make_train_step
+from mlip_jax.training.step import compile_lowered, lower_step, make_train_step
 from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
 
 _CACHE = "jax_enable_compilation_cache"  # JAX's name of the setting
@@ -123,7 +123,7 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     }
     try:
         with _compiled_anew(machine):
-            compiled = lower_step(step, abstract, config, mesh).compile()
+            compiled = compile_lowered(lower_step(step, abstract, config, mesh), mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -30,14 +30,14 @@ from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
-from mlip_jax.training import attention_choice, summary
+from mlip_jax.training import attention_choice, repeatability, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
 from mlip_jax.training.run import SCORE, Run
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.state import TrainState, abstract_state, initial_state
-from mlip_jax.training.step import Step, lower_step, make_train_step
+from mlip_jax.training.step import Step, compile_lowered, lower_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ def start(
     step = _compile(opened)
     if state is None:
         state = _initialise(opened)
+        if repeatability.is_probed(opened.run.mesh):
+            line = repeatability.probe(opened.run, step, lambda: _fresh(opened))
+            opened.run.console.print(line)
     return opened.run, state, step
 
 
@@ -195,18 +198,24 @@ def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages
     """Compiles the step before any data is read; the state is donated."""
     more = run.channel.shapes(run.config.batch_size)
     lowered = lower_step(run.channel.through(train_step), abstract, run.config, run.mesh, more)
-    return lowered.compile()
+    return compile_lowered(lowered, run.mesh)
 
 
 def _initialise(opened: Opened) -> TrainState:
     """A fresh state on the run's devices; says what it starts from."""
+    state = _fresh(opened)
     run, weights = opened.run, opened.pretrained
+    for line in pretrained.summary(run.config, weights, opened.abstract.evaluated):
+        run.console.print(line)
+    return state
+
+
+def _fresh(opened: Opened) -> TrainState:
+    run = opened.run
     # Pretrained arrays are arguments: captured, they would be constants of the program.
     init = jax.jit(
         lambda weights: initial_state(opened.network, opened.optimizer, run.config, weights),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, opened.abstract),
     )
-    state: TrainState = init(weights)
-    for line in pretrained.summary(run.config, weights, opened.abstract.evaluated):
-        run.console.print(line)
+    state: TrainState = init(opened.pretrained)
     return state
