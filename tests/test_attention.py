@@ -25,18 +25,20 @@ BATCH, TOKENS, HEADS, WIDTH = 3, 9, 4, 32
 
 @pytest.fixture
 def inputs():
-    """Tokens, their sizes, and a mask as a causal text's with padding."""
+    """Tokens, their sizes, and lengths as of texts with padding."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
     size = jnp.asarray(rng.integers(1, 5, (BATCH, TOKENS)), jnp.float32)
-    place = np.arange(TOKENS)
-    lengths = np.array([3, 6, 9])
-    mask = (place[:, None] >= place) & (place < lengths[:, None, None])
-    return x, size, jnp.asarray(mask[:, None])
+    return x, size, jnp.array([3, 6, 9])
 
 
-def plain(params, x, mask, size, heads=HEADS):
+def plain(params, x, causal, lengths, size, heads=HEADS):
     """Attention by the book, its gradient JAX's own: output, mean keys, the class token's row."""
+    place = jnp.arange(TOKENS)
+    mask = None
+    if causal or lengths is not None:
+        mask = (place[:, None] >= place) | (not causal)
+        mask = mask & (place < (TOKENS if lengths is None else lengths[:, None, None, None]))
 
     def dense(name, x, features):
         return Dense(features, x.dtype).apply({"params": params[name]}, x)
@@ -64,29 +66,30 @@ def gradient(function, params, x):
     return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), results)
 
 
-def ours(dtype, x, mask, size, form="plain"):
+def ours(dtype, x, causal, lengths, size, form="plain"):
     """Attention as a function of its parameters and tokens, and parameters."""
-    layer = Attention(HEADS, 0.0, jnp.dtype(dtype), form)
+    layer = Attention(HEADS, 0.0, jnp.dtype(dtype), form, causal)
     params = layer.init(jax.random.key(0), x, True)["params"]
-    return lambda params, x: layer.apply({"params": params}, x, True, mask, size), params
+    return lambda params, x: layer.apply({"params": params}, x, True, lengths, size), params
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sized", [False, True])
-def test_in_float32_it_is_the_plain_formula_bit_for_bit(inputs, masked, sized):
-    x, size, mask = inputs
-    mask, size = mask if masked else None, size if sized else None
-    function, params = ours("float32", x, mask, size)
+def test_in_float32_it_is_the_plain_formula_bit_for_bit(inputs, causal, padded, sized):
+    x, size, lengths = inputs
+    lengths, size = lengths if padded else None, size if sized else None
+    function, params = ours("float32", x, causal, lengths, size)
     actual = gradient(function, params, x)
-    expected = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    expected = gradient(lambda params, x: plain(params, x, causal, lengths, size), params, x)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_in_bfloat16_it_is_near_float32(inputs):
-    x, size, mask = inputs
-    function, params = ours("bfloat16", x, mask, size)
+    x, size, lengths = inputs
+    function, params = ours("bfloat16", x, True, lengths, size)
     actual = gradient(function, params, x.astype(jnp.bfloat16))
-    expected = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    expected = gradient(lambda params, x: plain(params, x, True, lengths, size), params, x)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.1), actual, expected
     )
@@ -94,8 +97,8 @@ def test_in_bfloat16_it_is_near_float32(inputs):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_gpus_multiply_bfloat16_forth_and_back(inputs, platform):
-    x, size, mask = inputs
-    function, params = ours("bfloat16", x, mask, size)
+    x, size, lengths = inputs
+    function, params = ours("bfloat16", x, True, lengths, size)
 
     def loss(params, x):
         return jnp.sum(jnp.sin(function(params, x)[0].astype(jnp.float32)))
@@ -114,28 +117,28 @@ def cudnn_by_xla(monkeypatch):
     """cuDNN's place is taken by XLA's form, which then gets what cuDNN would, and its limits."""
     real = jax.nn.dot_product_attention
 
-    def act(q, k, v, bias, mask, *, key_value_seq_lengths, implementation):
+    def act(q, k, v, bias, *, implementation, **options):
         if implementation == "cudnn":
             assert q.shape[1] % 2 == 0
-            for array in (bias, mask):
-                assert array is None or array.shape == (len(q), 1, q.shape[1], q.shape[1])
+            assert bias is None or bias.shape == (len(q), 1, q.shape[1], q.shape[1])
             assert bias is None or bias.dtype == q.dtype
-        lengths = {"key_value_seq_lengths": key_value_seq_lengths}
-        return real(q, k, v, bias, mask, **lengths, implementation="xla")
+        assert options.keys() == {"is_causal", "key_value_seq_lengths"}  # and no mask
+        return real(q, k, v, bias, **options, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", act)
 
 
 @pytest.mark.usefixtures("cudnn_by_xla")
 @pytest.mark.parametrize("form", ["xla", "cudnn"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sized", [False, True])
-def test_the_forms_are_equal_up_to_rounding(inputs, form, masked, sized):
-    x, size, mask = inputs
-    mask, size = mask if masked else None, size if sized else None
-    function, params = ours("float32", x, mask, size, form)
+def test_the_forms_are_equal_up_to_rounding(inputs, form, causal, padded, sized):
+    x, size, lengths = inputs
+    lengths, size = lengths if padded else None, size if sized else None
+    function, params = ours("float32", x, causal, lengths, size, form)
     actual = gradient(function, params, x)
-    expected = gradient(lambda params, x: plain(params, x, mask, size), params, x)
+    expected = gradient(lambda params, x: plain(params, x, causal, lengths, size), params, x)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
     )
@@ -192,7 +195,7 @@ def test_the_probe_takes_the_largest_attention_of_each_tower(config):
     mesh = mesh_of(config)
     assert attention_choice.shapes(config, mesh) == {
         "image": attention_choice.Shape(8, 37, 4, 8, sized=True, first=True),
-        "text": attention_choice.Shape(8, 9, 4, 8, mask="causal"),
+        "text": attention_choice.Shape(8, 9, 4, 8, causal=True, padded=True),
     }
     config.perspectives.other_caption.weight = 1.0
     config.model.image.patch_dropout = 0.5

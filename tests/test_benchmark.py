@@ -14,7 +14,7 @@ from mlip_jax.benchmark import contender, input_speed, peak, peers, verb
 from mlip_jax.benchmark.results import Timing, summarize
 from mlip_jax.cli import command_line
 from mlip_jax.core.errors import RunError, UserError
-from mlip_jax.planning.machines import GIB
+from mlip_jax.training.step_cost import GIB
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Implementation = Literal["xla", "cudnn"]
 
@@ -47,7 +47,8 @@ def attend(
     qkv: Float[Array, "batch tokens qkv"],
     heads: int,
     form: str = "plain",
-    mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+    causal: bool = False,
+    lengths: Int[Array, "batch"] | None = None,
     size: Float[Array, "batch tokens"] | None = None,
 ) -> tuple[
     Float[Array, "batch tokens width"],
@@ -61,7 +62,9 @@ def attend(
       heads: how many there are.
       form: one of `config.ATTENTIONS`: "plain", or an implementation of JAX's
         `dot_product_attention`.
-      mask: True where a query may look at a key.
+      causal: a token attends to those before it and to itself.
+      lengths: how many of the first tokens are attended to; None: all. Written like this, and not
+        as a mask, both need no array of queries and keys in cuDNN's kernels.
       size: patches behind each token; its log is added to the logits (proportional attention).
 
     Returns:
@@ -69,16 +72,29 @@ def attend(
       What is not used is not computed.
     """
     q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
+    mask = _mask(q.shape[2], causal, lengths)
     if form == "plain":
         weights = _weights(q, k, mask, size)
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(qkv.dtype), v)
         first = weights[:, :, 0]
     else:
-        out = _by_jax(q, k, v, cast(Implementation, form), mask, size)
+        out = _by_jax(q, k, v, cast(Implementation, form), causal, lengths, size)
         mask = None if mask is None else mask[:, :, :1]
         first = _weights(q[:, :, :1], k, mask, size)[:, :, 0]
     out = rearrange(out, "b h t d -> b t (h d)")
     return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(first, axis=1)
+
+
+def _mask(
+    tokens: int, causal: bool, lengths: Int[Array, "batch"] | None
+) -> Bool[Array, "#batch 1 #tokens tokens"] | None:
+    """True where a query may look at a key; None where all may."""
+    index = jnp.arange(tokens)
+    mask = None if lengths is None else (index < lengths[:, None])[:, None, None]
+    if not causal:
+        return mask
+    before = (index[:, None] >= index[None, :])[None, None]
+    return before if mask is None else mask & before
 
 
 def _weights(
@@ -104,26 +120,30 @@ def _by_jax(
     k: Float[Array, "batch heads tokens head"],
     v: Float[Array, "batch heads tokens head"],
     implementation: Implementation,
-    mask: Bool[Array, "#batch 1 #tokens tokens"] | None,
+    causal: bool,
+    lengths: Int[Array, "batch"] | None,
     size: Float[Array, "batch tokens"] | None,
 ) -> Float[Array, "batch heads tokens head"]:
     batch, _, tokens, _ = q.shape
     bias = None if size is None else jnp.log(size)[:, None, None, :]
-    lengths = None
     if implementation == "cudnn":
         # In training it takes even numbers of tokens alone.
         odd = tokens % 2
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, 0))) for x in (q, k, v))
-        if mask is not None or bias is not None:
-            # It adds both as one array in the queries' type, and that is to be whole.
-            square = (batch, 1, tokens, tokens)
-            mask = jnp.broadcast_to(True if mask is None else mask, square)
-            bias = jnp.broadcast_to(0.0 if bias is None else bias, square).astype(q.dtype)
-            mask, bias = (jnp.pad(x, ((0, 0), (0, 0), (0, odd), (0, odd))) for x in (mask, bias))
-        elif odd:
+        if bias is not None:
+            # It adds an array in the queries' type, and that is to be whole.
+            bias = jnp.broadcast_to(bias, (batch, 1, tokens, tokens)).astype(q.dtype)
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, odd), (0, odd)))
+        if odd and lengths is None:
             lengths = jnp.full(batch, tokens, jnp.int32)
     q, k, v = (rearrange(x, "b h t d -> b t h d") for x in (q, k, v))
     out = jax.nn.dot_product_attention(
-        q, k, v, bias, mask, key_value_seq_lengths=lengths, implementation=implementation
+        q,
+        k,
+        v,
+        bias,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
     )
     return rearrange(out[:, :tokens], "b t h d -> b h t d")

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from mlip_jax.models.attention import attend
 from mlip_jax.models.dropout import Dropout, DropPath
@@ -234,13 +234,14 @@ class Attention(nn.Module):
     dropout: float
     dtype: jnp.dtype
     form: str = "plain"  # see `attend`
+    causal: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
         deterministic: bool,
-        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+        lengths: Int[Array, "batch"] | None = None,
         size: Float[Array, "batch tokens"] | None = None,
     ) -> tuple[
         Float[Array, "batch tokens width"],
@@ -250,7 +251,7 @@ class Attention(nn.Module):
         """Attends over all tokens, without dropout if `deterministic`; the rest as in `attend`."""
         width = x.shape[-1]
         qkv = dense(x, 3 * width, "qkv", self.dtype)
-        out, keys, first = attend(qkv, self.heads, self.form, mask, size)
+        out, keys, first = attend(qkv, self.heads, self.form, self.causal, lengths, size)
         out = dense(out, width, "out", self.dtype)
         return Dropout(self.dropout)(out, deterministic), keys, first
 
@@ -305,18 +306,24 @@ class Block(nn.Module):
     dtype: jnp.dtype
     epsilon: float = EPSILON  # of the norms
     attention_form: str = "plain"  # see `attend`
+    causal: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
         deterministic: bool,
-        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+        lengths: Int[Array, "batch"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
         y, _, _ = Attention(
-            self.heads, self.dropout, self.dtype, self.attention_form, name="attention"
-        )(y, deterministic, mask)
+            self.heads,
+            self.dropout,
+            self.dtype,
+            self.attention_form,
+            self.causal,
+            name="attention",
+        )(y, deterministic, lengths)
         x = x + DropPath(self.drop_path)(y, deterministic)
         y = layer_norm("norm_mlp", self.dtype, self.epsilon)(x)
         y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(

@@ -88,12 +88,7 @@ class TextEncoder(nn.Module):
     ) -> TextViews:
         """Encodes token ids; `deterministic` means no dropout and no stochastic depth."""
         tokens = spans(token_ids, self.start_id, self.end_id)
-        valid = jnp.ones_like(tokens.valid) if self.attend_padding else tokens.valid
-        mask = valid[:, None, None, :]
-        if self.causal:
-            index = jnp.arange(self.context_length)
-            mask = mask & (index[:, None] >= index[None, :])
-
+        lengths = None if self.attend_padding else tokens.end + 1
         embedding = self.param("embedding", TOKEN_INIT, (self.vocab_size, self.width))
         position = self.param(
             "position", nn.initializers.normal(0.01), (self.context_length, self.width)
@@ -111,8 +106,9 @@ class TextEncoder(nn.Module):
                 dtype=self.dtype,
                 epsilon=self.norm_epsilon,
                 attention_form=self.attention_form,
+                causal=self.causal,
                 name=f"block_{layer}",
-            )(x, deterministic, mask)
+            )(x, deterministic, lengths)
         x = layer_norm("norm", self.dtype, self.norm_epsilon)(x)
         if self.pooling == "highest":
             end = tokens._replace(end=jnp.argmax(token_ids, axis=-1))

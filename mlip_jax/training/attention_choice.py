@@ -43,7 +43,8 @@ class Shape:
       tokens: of an example.
       heads: of a device.
       head: their width.
-      mask: "" for none, "keys", or "causal".
+      causal: whether a token attends to none after it.
+      padded: whether rows have lengths of their own.
       sized: whether the logits get the log of the tokens' sizes.
       first: whether the attention of the first token is asked for.
     """
@@ -52,7 +53,8 @@ class Shape:
     tokens: int
     heads: int
     head: int
-    mask: str = ""
+    causal: bool = False
+    padded: bool = False
     sized: bool = False
     first: bool = False
 
@@ -89,8 +91,13 @@ def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
             first=merging.rate > 0 and merging.guidance in ("spatial", "both"),
         )
     if TEXT_ENCODERS[text.architecture].attention_forms:
-        mask = "causal" if text.causal else "keys"
-        shapes["text"] = shape(text, "other_caption", text.context_length, mask=mask)
+        shapes["text"] = shape(
+            text,
+            "other_caption",
+            text.context_length,
+            causal=text.causal,
+            padded=not text.attend_padding,
+        )
     return shapes
 
 
@@ -223,7 +230,7 @@ class _Contest:
             self._qkv = jax.random.normal(keys[0], (rows, tokens, 3 * width), dtype)
             self._gradient = jax.random.normal(keys[1], (rows, tokens, width), dtype)
             self._size = jax.random.uniform(keys[2], (rows, tokens), minval=1.0, maxval=4.0)
-            self._valid = jnp.ones((rows, 1, 1, tokens), bool)
+            self._lengths = jnp.full(rows, tokens, jnp.int32)
         self._entered: dict[str, Callable[[], Any]] = {}
 
     def enter(self, form: str, repeatable: bool = True) -> None:
@@ -256,18 +263,20 @@ class _Contest:
     def _program(self, form: str) -> Callable[[], Any]:
         shape = self._shape
 
-        def forth_and_back(qkv: Array, gradient: Array, valid: Array, size: Array) -> Any:
-            mask = valid if shape.mask else None
-            if shape.mask == "causal":
-                mask = valid & jnp.tril(jnp.ones((shape.tokens, shape.tokens), bool))
-
+        def forth_and_back(qkv: Array, gradient: Array, lengths: Array, size: Array) -> Any:
             def attention(qkv: Array) -> tuple[Array, Array | None]:
-                sizes = size if shape.sized else None
-                out, _, first = attend(qkv, shape.heads, form, mask, sizes)
+                out, _, first = attend(
+                    qkv,
+                    shape.heads,
+                    form,
+                    shape.causal,
+                    lengths if shape.padded else None,
+                    size if shape.sized else None,
+                )
                 return out, first if shape.first else None
 
             out, pull, first = jax.vjp(attention, qkv, has_aux=True)
             return out, pull(gradient), first
 
         program = jax.jit(forth_and_back)
-        return lambda: program(self._qkv, self._gradient, self._valid, self._size)
+        return lambda: program(self._qkv, self._gradient, self._lengths, self._size)
