@@ -139,7 +139,7 @@ def test_a_step_that_does_not_fit_names_a_batch_that_does(config, monkeypatch):
         contender,
         "lower_step",
         lambda _, __, config, ___: types.SimpleNamespace(
-            compile=lambda: program(config.batch_size)
+            compile=lambda compiler_options=None: program(config.batch_size)
         ),
     )
     monkeypatch.setattr(
