@@ -19,6 +19,7 @@ from devices import with_devices
 
 from mlip_jax import main as door
 from mlip_jax.core import versions
+from mlip_jax.devices import parallel
 from mlip_jax.storage.checkpoint import restore_fields
 from mlip_jax.training import evaluation, loop, repeatability, start
 from mlip_jax.training.run import score
@@ -538,8 +539,10 @@ def test_runs_of_billions_of_samples_end_and_resume(train, tmp_path, monkeypatch
 
 def test_where_a_step_is_probed_the_run_is_the_same(train, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(repeatability, "_PROBED", ("cpu",))
+    monkeypatch.setattr(parallel, "memory_limit", lambda: 3 * 2**30)
     code, output = train()
     assert code == 0
+    assert re.search(r"\n  in all 0\.\d\d of the 3\.00 GiB that JAX takes of a device\n", output)
     assert output.count("\nrepeatable: a step taken twice gave the same bits.") == 1
     assert_same_state(trained, tmp_path / "run")
     assert "repeatable" not in train()[1]  # a run that is there already is not probed

@@ -177,10 +177,8 @@ def _fitting(
 
 def device_memory() -> float:
     """Bytes that a device of this host has; virtual CPU devices share the host's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
+    if limit := parallel.memory_limit():
+        return float(limit)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory / jax.local_device_count()
 

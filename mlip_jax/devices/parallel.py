@@ -200,6 +200,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def memory_limit() -> int | None:
+    """Bytes that programs may take of a device of this host; None where it does not say (CPUs)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a global batch this process feeds, in the order that `global_batch` takes.
 

@@ -26,6 +26,7 @@ from mlip_jax.models.building import (
     training_patches,
 )
 from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.training.step_cost import GIB, Memory
 
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
 
@@ -122,13 +123,17 @@ def print_compiled(
     if huge_pages.asked_for():
         variable = huge_pages.VARIABLE
         console.print(f"host memory in huge pages: {variable}={os.environ[variable]}")
-    memory = step.memory_analysis()
-    if memory is not None:
-        mib = 2**20
+    if step.memory_analysis() is None:
+        return
+    memory, mib = Memory.of(step), 2**20
+    console.print(
+        f"memory a device, by the compiler: {memory.arguments / mib:,.0f} MiB state and batch, "
+        f"{memory.temporary / mib:,.0f} MiB temporary"
+    )
+    if limit := parallel.memory_limit():
         console.print(
-            "memory a device, by the compiler: "
-            f"{memory.argument_size_in_bytes / mib:,.0f} MiB state and batch, "
-            f"{memory.temp_size_in_bytes / mib:,.0f} MiB temporary"
+            f"  in all {memory.total / GIB:.2f} of the {limit / GIB:.2f} GiB that JAX takes of a "
+            "device"
         )
 
 
