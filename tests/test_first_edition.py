@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax import export as jax_export
@@ -36,6 +37,9 @@ def test_it_embeds_as_it_did(first, name):
     np.testing.assert_allclose(model.encode_text(texts), wrote[f"{name}/text"], atol=2e-5)
 
 
+@pytest.mark.skipif(
+    jax.version.__version_info__ < (0, 10), reason="JAX reads programs of older versions, not newer"
+)
 def test_programs_run(first):
     wrote = np.load(first / "embeddings.npz")
     program = jax_export.deserialize(
