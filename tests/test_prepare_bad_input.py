@@ -151,6 +151,20 @@ def test_duplicate_keys_are_both_kept_and_members_need_not_be_neighbours(tmp_pat
     assert "1 key came twice" in output and "neither image nor text: mp3 (1)" in output
 
 
+def test_what_is_hidden_is_left_out(tmp_path, capsys):
+    hidden = [
+        *sample("a/.ipynb_checkpoints/1"),
+        *sample("__MACOSX/1"),
+        ("a/._1.jpg", b"attributes"),
+    ]
+    tar(tmp_path / "in/1.tar", [*sample("./a/1"), *hidden])
+    (tmp_path / "in/._1.tar").write_bytes(b"attributes")
+    tar(tmp_path / "in/.trash/2.tar", sample("2"))
+    out = prepare(tmp_path, f"webdataset:{tmp_path / 'in'}")
+    assert list(records(out)) == [f"{tmp_path}/in/1.tar/a/1"]
+    assert "5 members are neither image nor text: hidden (5)" in capsys.readouterr().out
+
+
 def test_captions_of_every_encoding_and_length(tmp_path):
     long = "word " * 20_000
     texts = {

@@ -25,7 +25,7 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
     split_of_file,
 )
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES, is_hidden
 from mlip_jax.data.sets.shards import Example
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
@@ -154,6 +154,9 @@ class WebDataset(Reader):
             name = member.name
             if "./" in name or "//" in name:
                 name = "/".join(part for part in name.split("/") if part not in ("", "."))
+            if is_hidden(name):
+                self._others["hidden"] += 1
+                continue
             match = _NAME.fullmatch(name)
             key, ending = match.groups() if match else ("", "")
             ending = ending.lower()
@@ -264,7 +267,8 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     for pattern in _braces(os.path.expanduser(where)):
         path = Path(pattern)
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+            below = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+            files += [p for p in below if not is_hidden(str(p.relative_to(path)))]
         elif path.is_file():
             files.append(path)
         else:
