@@ -76,6 +76,7 @@ class WebDataset(Reader):
         self._columns = dict(columns)
         self._others: Counter[str] = Counter()
         self._twice = 0
+        self._cut, self._first_cut = 0, ""  # texts whose keys have dots, and the first one's place
         self._seen = self._scanned = 0
         self._sizes = [file.stat().st_size for file in self._files]
 
@@ -95,6 +96,12 @@ class WebDataset(Reader):
             number = self._others.total()
             are = "member is" if number == 1 else "members are"
             yield f"{number:,} {are} neither image nor text: {most}{more}"
+        if self._cut:
+            are = "text is" if self._cut == 1 else "texts are"
+            yield (
+                f"{self._cut:,} {are} left out, since names are cut at their first dot: the first "
+                f"is {self._first_cut}; keys must have no dots"
+            )
         if self._twice:
             keys = "key" if self._twice == 1 else "keys"
             yield f"{self._twice:,} {keys} came twice in a tar file; both records are kept"
@@ -163,6 +170,9 @@ class WebDataset(Reader):
             plain = ending.rpartition(".")[2]
             if match and (ending in _ANNOTATIONS or f".{plain}" in IMAGE_SUFFIXES):
                 yield key, ending, member
+            elif match and plain in _ANNOTATIONS:
+                self._cut += 1
+                self._first_cut = self._first_cut or f"{file}/{name}"
             else:
                 self._others[plain or "without a key"] += 1
 
@@ -254,7 +264,11 @@ def _grouped(
 
 def _not_whole(file: Path, sample: _Sample, where: str = "") -> Broken:
     reason = "has no image" if not sample.image else "has no caption, class or JSON"
-    return Broken(f"{file}/{sample.key}", reason + where)
+    cut = ""
+    if "." in sample.image:
+        name = f"{sample.key}.{sample.image}"
+        cut = f": the name {name} is cut at its first dot, to the key {sample.key}"
+    return Broken(f"{file}/{sample.key}", reason + where + cut)
 
 
 def find_files(where: str, *suffixes: str) -> list[Path]:
