@@ -17,6 +17,7 @@ from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
 from mlip_jax.recipes import sizes
+from mlip_jax.training.summary import token_words
 
 BATCH, PATCHES, WIDTH, CONTEXT = 2, 16, 16, 8
 START, END, VOCABULARY = 30, 31, 32
@@ -325,8 +326,12 @@ def test_what_is_not_seen_is_described():
     assert (building.grid(config), building.seen(config)) == (4, 16)
     words = building.image_encoder(config).describe(config)
     assert words.endswith("19 px in patches of 4, the last 3 not seen")
+    assert token_words(config) == (
+        "16 patches, 8 after merging; the last 3 of 19 pixels a side fill no patch"
+    )
     words = building.image_encoder(small_config()).describe(small_config())
     assert words.endswith("16 px in patches of 4")
+    assert token_words(small_config()) == "16 patches, 8 after merging"
 
 
 def test_dropout_and_stochastic_depth_follow_their_key():
