@@ -316,6 +316,7 @@ def test_a_workdir_keeps_config_environment_and_its_lock(tmp_path):
         assert (
             environment["devices"] == ["cpu"] * 8
             and environment["versions"]["jax"] == jax.__version__
+            and environment["folder"] == os.getcwd()
         )
         other = subprocess.run(
             [

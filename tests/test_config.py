@@ -28,7 +28,7 @@ MISTAKES = [
     ("compute_dtype", "bfloat", "did you mean 'bfloat16'"),
     ("model.text.pooling", "las", "did you mean 'last'"),
     ("model.image.heads", 7, "not a multiple of heads=7"),
-    ("model.image.image_size", 50, "not a multiple of patch_size=8"),
+    ("model.image.image_size", 7, "smaller than patch_size=8"),
     ("model.image.frequency.depth", 6, "the Spatial Stage needs at least one"),
     ("perspectives.spatial_global.loss", "sigmod", "did you mean 'sigmoid'"),
     ("perspectives.spatial_global.weight", 0.0, "nothing to train on"),

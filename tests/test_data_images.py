@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from mlip_jax.core import schema as config_lib
 from mlip_jax.data.images.augment import augment, short_side
+from mlip_jax.data.images.fast_decoding import decode_pixels
 from mlip_jax.data.images.preprocessing import Preprocessing, UnreadableImage, decode, flatten
 
 DATA = Path(__file__).parent / "data"
@@ -65,6 +68,83 @@ def test_transparency():
     palette = drawing.convert("P")
     palette.info["transparency"] = 0
     assert np.asarray(flatten(decode(encoded(palette)), "white")).min() == 255
+
+
+def png(pixels: np.ndarray, bits: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of samples that have so many bits, in grey or in RGB, with chunks of one's own."""
+    height, width, *channels = pixels.shape
+    if bits == 16:
+        rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    elif bits == 8:
+        rows = pixels.astype(np.uint8).reshape(height, -1)
+    else:
+        digits = np.unpackbits(pixels.astype(np.uint8)[..., None], axis=-1)[..., -bits:]
+        rows = np.packbits(digits.reshape(height, -1), axis=1)
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if channels else 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", packed), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts
+    )
+
+
+def transparent_pngs() -> dict[str, tuple[bytes, np.ndarray]]:
+    """PNGs with a transparent colour, and their pixels on white by the PNG standard."""
+    cases = {}
+    rng = np.random.default_rng(0)
+    for bits in (1, 2, 4, 8, 16):
+        grey = rng.integers(0, 2**bits, (24, 24))
+        grey[4:20, 4:20] = color = 2**bits * 2 // 3
+        # 16 bits: the shade beside it has the same upper byte, and is not transparent.
+        grey[10, 10] = color + 1 if bits == 16 else color
+        eight_bits = grey >> 8 if bits == 16 else grey * (255 // (2**bits - 1))
+        expected = np.where(grey == color, 255, eight_bits)
+        data = png(grey, bits, (b"tRNS", struct.pack(">H", color)))
+        cases[f"grey, {bits} bits"] = data, np.repeat(expected[..., None], 3, axis=-1)
+    for bits in (8, 16):
+        pixels = rng.integers(0, 2**bits, (24, 24, 3))
+        pixels[4:20, 4:20] = color = np.array((0, 2**bits // 3, 0xFF))
+        expected = pixels >> bits - 8
+        expected[(pixels == color).all(axis=-1)] = 255
+        data = png(pixels, bits, (b"tRNS", struct.pack(">HHH", *color)))
+        cases[f"RGB, {bits} bits"] = data, expected
+    return cases
+
+
+@pytest.mark.parametrize("name", transparent_pngs())
+def test_a_transparent_color_is_laid_on_white(name):
+    data, expected = transparent_pngs()[name]
+    assert (expected[4:20, 4:20] == 255).all(axis=-1).mean() > 0.9  # what this test is about
+    np.testing.assert_array_equal(flatten(decode(data), "white"), expected)
+    np.testing.assert_array_equal(decode_pixels(data), expected)  # in training
+    np.testing.assert_array_equal(Preprocessing(24, transparency="white")(data), expected)
+    dropped = np.asarray(flatten(decode(data), "drop"))
+    opaque = (expected < 255).any(axis=-1)
+    np.testing.assert_array_equal(dropped[opaque], expected[opaque])
+    assert (dropped[4:20, 4:20] < 255).any(axis=-1).all() or name == "grey, 1 bits"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
+def test_a_transparent_color_is_what_pillow_says(mode):
+    image = picture(24, 24).convert(mode)
+    image.paste(0, (4, 4, 20, 20))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    reference = Image.open(stream).convert("RGBA")
+    white = Image.new("RGBA", reference.size, "white")
+    expected = np.asarray(Image.alpha_composite(white, reference).convert("RGB"))
+    assert (expected[4:20, 4:20] == 255).all()
+    for given in (stream.getvalue(), Image.open(stream)):
+        pixels = Preprocessing(24, transparency="white")(given)
+        np.testing.assert_array_equal(pixels, expected)
+    # Without it the image is resized as torchvision and open_clip do: in its own colours.
+    if mode in ("L", "RGB"):
+        small = Image.open(stream).resize((12, 12), Image.Resampling.BICUBIC).convert("RGB")
+        np.testing.assert_array_equal(Preprocessing(12)(stream.getvalue()), small)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16", "RGBA"])

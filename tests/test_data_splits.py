@@ -7,6 +7,7 @@ from PIL import Image
 
 from mlip_jax.core import schema as config_lib
 from mlip_jax.core.errors import UserError
+from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.data.sets.opening import open_evaluation, open_source, open_validation, split_spec
 from mlip_jax.data.sets.records import MissingSplit
 
@@ -111,3 +112,20 @@ def test_a_path_may_hold_the_mark(tmp_path):
     assert split_spec(f"jsonl:{path}#val") == (f"jsonl:{path}", "val")
     assert split_spec("coco#val") == ("coco", "val") and split_spec("emoji") == ("emoji", "")
     assert open_evaluation(f"jsonl:{path}#train").split == "train"
+    missing = f"jsonl:{tmp_path}/c#/missing.jsonl"  # no split holds a "/"
+    assert split_spec(missing) == (missing, "")
+    assert split_spec(f"{missing}#val") == (missing, "val")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}/c#/missing.jsonl"):
+        open_evaluation(missing)
+
+
+@pytest.mark.parametrize("opened", [open_evaluation, open_region_set])
+def test_a_path_that_does_not_exist_and_holds_the_mark(tmp_path, opened, monkeypatch):
+    kind = "jsonl" if opened is open_evaluation else "regions"
+    message = f"#b.jsonl is taken for a split, as there is no {tmp_path}/a#b.jsonl either"
+    with pytest.raises(UserError, match=message) as caught:
+        opened(f"{kind}:{tmp_path}/a#b.jsonl")
+    assert str(caught.value).endswith("either")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"the path is relative to {tmp_path}$"):
+        opened(f"{kind}:a.jsonl")

@@ -36,7 +36,7 @@ def write(folder, **lists):
 
 
 def test_targets_and_captions(tmp_path):
-    spec = write(tmp_path / "VOCdevkit/VOC2007")
+    spec = write(tmp_path / "VOCdevkit/VOC2007", **{"._cat_test.txt": b"attributes of macOS"})
     for place in (spec, f"voc:{tmp_path / 'VOCdevkit'}"):
         source = pickle.loads(pickle.dumps(open_evaluation(place)))
         assert (source.name, source.split, source.parts) == ("VOC2007", "test", ("test",))

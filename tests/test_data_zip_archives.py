@@ -48,6 +48,36 @@ def test_images_are_read_by_offset(tmp_path, method):
         assert source[index].label == labels[stored]
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "zips"])
+def test_what_is_hidden_is_left_out(tmp_path, kind):
+    names = ["train/cat/1.png", "train/dog/2.png", "test/dog/3.png"]
+    hidden = [
+        ".ipynb_checkpoints/cat/1.png",
+        "train/.ipynb_checkpoints/1-checkpoint.png",
+        "train/cat/.ipynb_checkpoints/1-checkpoint.png",
+        "train/cat/._1.png",
+        "__MACOSX/train/cat/._1.png",
+        "__MACOSX/train/emu/2.png",
+    ]
+    place = tmp_path / ".cache/pets"  # which may lie in a hidden folder itself
+    if kind == "folder":
+        for name in names + hidden:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(png() if name in names else b"no image")
+    else:
+        place = place / "pets.zip"
+        pack(place, names + hidden)
+        if kind == "zips":
+            place = place.parent
+            (place / "._pets.zip").write_bytes(b"no zip")
+    spec = f"{'folder' if kind == 'folder' else 'zip'}:{place}"
+    train = open_source(spec, "train")
+    assert train.class_names == ("cat", "dog")
+    found = [train.name_of(i).removeprefix(f"{place}/") for i in range(len(train))]
+    assert [name.removeprefix("pets.zip/") for name in found] == names[:2]
+    assert len(open_evaluation(spec)) == 1
+
+
 @pytest.mark.parametrize(
     "zips",
     [

@@ -70,6 +70,30 @@ def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
     assert families == [("zero_shot", "validation"), ("concepts", "own-concepts")]
 
 
+def test_a_relative_path_is_found_from_elsewhere(workdir, pairs, tmp_path, monkeypatch, capfd):
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["train"] = f"jsonl:{pairs.name}"
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "results.json").unlink()
+    environment = json.loads((workdir / "environment.json").read_text())
+    environment["folder"] = str(pairs.parent)
+    (workdir / "environment.json").write_text(json.dumps(environment))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(workdir) == 0
+    assert "retrieval/pairs/text_to_image_recall@1" in json.loads(
+        (workdir / "results.json").read_text()
+    )
+    # What is nowhere is named by where it was.
+    environment["folder"] = "/no/such"
+    (workdir / "environment.json").write_text(json.dumps(environment))
+    assert evaluate(workdir) != 0
+    assert f"cannot read /no/such/{pairs.name}" in capfd.readouterr().err
+    # A run that does not say it was trained elsewhere: where it is looked for.
+    (workdir / "environment.json").unlink()
+    assert evaluate(workdir) != 0
+    assert f"the path is relative to {tmp_path}" in capfd.readouterr().err
+
+
 def test_figures_of_other_families_join_those_of_the_run(workdir, families, capsys):
     before = json.loads((workdir / "results.json").read_text())
     assert evaluate(workdir, "--suite=linear_probe") == 0

@@ -361,8 +361,33 @@ def test_positions_are_resampled_for_another_size(folders):
     assert model.encode_image([np.zeros((60, 50, 3), np.uint8)]).shape == (1, 32)
     flat = positions.resampled(np.ones((4, 4, 2), np.float32), 7)
     np.testing.assert_allclose(flat, 1, rtol=1e-6)
-    with pytest.raises(UserError, match="not a multiple of patch_size=8"):
-        mlip_jax.load(folders["open_clip"], image_size=50)
+    with pytest.raises(UserError, match="image_size=7 is smaller than patch_size=8"):
+        mlip_jax.load(folders["open_clip"], image_size=7)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hf_clip", "siglip"])
+def test_the_last_pixels_of_a_grid_that_does_not_divide_are_not_seen(
+    tmp_path, folders, models_by_kind, kind
+):
+    # A convolution whose stride is its kernel, as in those libraries, does not reach them.
+    size = models_by_kind[kind].config.model.image.image_size
+    if kind == "open_clip":
+        folder = open_clip_folder(tmp_path / kind, vision_cfg__image_size=size + 5)
+    else:
+        folder = hugging_face_folder(tmp_path / kind, kind, vision_config__image_size=size + 5)
+    noise = np.random.default_rng(0).normal(size=(len(pixels(kind)), size + 5, size + 5, 3))
+    noise[:, :size, :size] = pixels(kind)
+    images, expected = noise.astype(np.float32), unit(reference(kind)["image_features"])
+    for model in (mlip_jax.load(folder), mlip_jax.load(folders[kind], image_size=size + 5)):
+        np.testing.assert_allclose(model.encode_image_array(images), expected, atol=2e-6)
+        assert model.preprocess.image_size == size + 5 or kind != "open_clip"
+        np.testing.assert_array_equal(
+            model.encode_image_array(images),
+            models_by_kind[kind].encode_image_array(images[:, :size, :size]),
+        )
+    # Another size may come in place of one that does not divide.
+    smaller = mlip_jax.load(folder, image_size=size)
+    np.testing.assert_allclose(smaller.encode_image_array(pixels(kind)), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "siglip"])

@@ -74,6 +74,25 @@ def test_what_is_found_is_counted(spec):
         assert mapping.keys() == outcome.figures.keys()
 
 
+def test_patches_that_do_not_cover_the_square_see_the_whole_image(spec):
+    class Wider(Finder):
+        preprocess = Preprocessing(39)
+
+        def saliency(self, images, texts):
+            return super().saliency(images[:, :32, :32], texts)
+
+    changes = {"model.image.image_size": 39, "model.image.patch_size": 8}
+    wider, expected = (
+        grounding.saliency_maps(model, grounding.open_set(spec, config), config, progress=False)
+        for model, config in (
+            (Wider(), sets_of(Finder(), spec, **changes).config),
+            (Finder(), sets_of(Finder(), spec).config),
+        )
+    )
+    np.testing.assert_array_equal(wider.maps, expected.maps)
+    np.testing.assert_array_equal(wider.boxes, expected.boxes)
+
+
 def test_neither_batches_nor_rounding_change_the_figures(spec):
     first = grounding.score(sets_of(Finder(), spec), spec)
     model = Finder(lambda maps: maps * np.float32(1 + 1e-6) + np.float32(1e-8))

@@ -17,6 +17,7 @@ from mlip_jax.models.layers import PatchEmbedding
 from mlip_jax.models.text import TextEncoder
 from mlip_jax.objectives import perspectives
 from mlip_jax.recipes import sizes
+from mlip_jax.training.summary import token_words
 
 BATCH, PATCHES, WIDTH, CONTEXT = 2, 16, 16, 8
 START, END, VOCABULARY = 30, 31, 32
@@ -305,6 +306,32 @@ def test_a_convolutional_stem_gives_the_same_grid():
         lambda: model.init_with_output(jax.random.key(0), images(), token_ids())[0]
     )
     assert embeddings["frequency_tokens"].shape == (BATCH, PATCHES, 6)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_the_last_pixels_that_fill_no_patch_are_not_seen(stem):
+    whole = images()
+    wider = jnp.pad(whole, ((0, 0), (0, 3), (0, 3), (0, 0)), constant_values=9.0)
+    model = build(small_config(**{"model.image.stem": stem}))
+    wider_model = build(small_config(**{"model.image.stem": stem, "model.image.image_size": 19}))
+    variables = jax.jit(model.init)(jax.random.key(0), whole, token_ids())
+    expected, _, _ = jax.jit(model.apply)(variables, whole, token_ids())
+    embeddings, _, _ = jax.jit(wider_model.apply)(variables, wider, token_ids())
+    for view, values in expected.items():
+        np.testing.assert_array_equal(embeddings[view], values)
+
+
+def test_what_is_not_seen_is_described():
+    config = small_config(**{"model.image.image_size": 19})
+    assert (building.grid(config), building.seen(config)) == (4, 16)
+    words = building.image_encoder(config).describe(config)
+    assert words.endswith("19 px in patches of 4, the last 3 not seen")
+    assert token_words(config) == (
+        "16 patches, 8 after merging; the last 3 of 19 pixels a side fill no patch"
+    )
+    words = building.image_encoder(small_config()).describe(small_config())
+    assert words.endswith("16 px in patches of 4")
+    assert token_words(small_config()) == "16 patches, 8 after merging"
 
 
 def test_dropout_and_stochastic_depth_follow_their_key():

@@ -19,6 +19,7 @@ from PIL import Image
 from preparing import broken, contents, index, picture, pictures, prepare, run
 
 from mlip_jax import main as door
+from mlip_jax.data.images.preprocessing import decode, flatten
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.opening import open_evaluation, open_source
 from mlip_jax.data.sets.prepared import open_prepared
@@ -223,6 +224,12 @@ def test_resize(tmp_path):
     Image.new("RGBA", (200, 100), (255, 0, 0, 9)).save(folder / "transparent.png")
     Image.new("CMYK", (200, 100), (9, 0, 200, 0)).save(folder / "cmyk.jpg")
     Image.fromarray(np.full((100, 120), 40000, np.uint16)).save(folder / "deep.png")
+    drawing = Image.new("RGB", (100, 100))  # black, and black is transparent
+    drawing.paste((0, 99, 0), (0, 0, 100, 50))
+    drawing.save(folder / "key.png", transparency=(0, 0, 0))
+    drawing.convert("L").save(folder / "grey_key.png", transparency=0)
+    deep_key = Image.fromarray(np.repeat([[40000], [0]], 50, axis=0).repeat(100, 1).astype("u2"))
+    deep_key.save(folder / "deep_key.png", transparency=0)
     out = prepare(tmp_path, f"folder:{tmp_path / 'in'}", "--resize=64")
     train = open_source(f"prepared:{out}", "train")
     images = {Path(train.name_of(i)).stem: train[i].image for i in range(len(train))}
@@ -234,9 +241,15 @@ def test_resize(tmp_path):
         "transparent": ("PNG", "RGBA", (128, 64)),
         "cmyk": ("JPEG", "RGB", (128, 64)),
         "deep": ("JPEG", "L", (77, 64)),
+        "key": ("PNG", "RGBA", (64, 64)),
+        "grey_key": ("PNG", "LA", (64, 64)),
+        "deep_key": ("PNG", "LA", (64, 64)),
     }
+    for name, color in (("key", (0, 99, 0)), ("grey_key", (58,) * 3), ("deep_key", (156,) * 3)):
+        flat = np.asarray(flatten(decode(images[name]), "white"))
+        assert (flat[:28] == color).all() and (flat[36:] == 255).all()
     assert images["small"] == (folder / "small.jpg").read_bytes()
-    assert "4 images were made smaller" in (out / "README.md").read_text()
+    assert "7 images were made smaller" in (out / "README.md").read_text()
 
 
 def test_what_is_prepared_trains(tmp_path, tiny, pairs, monkeypatch, on_one_device):

@@ -1,5 +1,6 @@
 """What the subcommand prepare refuses or leaves out, by name: tars, tables, images, columns."""
 
+import gzip
 import json
 import os
 import struct
@@ -149,6 +150,42 @@ def test_duplicate_keys_are_both_kept_and_members_need_not_be_neighbours(tmp_pat
     }
     output = capsys.readouterr().out
     assert "1 key came twice" in output and "neither image nor text: mp3 (1)" in output
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_with_dots_are_named(tmp_path, capsys, packed):
+    path = tar(tmp_path / "a.tar", [*sample("whole"), *sample("a/x.5"), *sample("a/y.6")])
+    where = ""
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+        path, where = (
+            path.rename(tmp_path / "a.tar.gz"),
+            " beside it, as it must in a packed tar file",
+        )
+    out = prepare(tmp_path, f"webdataset:{path}", LENIENT)
+    assert list(records(out)) == [f"{path}/whole"]
+    cut = "is cut at its first dot, to the key"
+    lacking = f"has no caption, class or JSON{where}: the name"
+    assert reasons(out) == {
+        f"{path}/a/x": f"{lacking} a/x.5.jpg {cut} a/x",
+        f"{path}/a/y": f"{lacking} a/y.6.jpg {cut} a/y",
+    }
+    message = "2 texts are left out, since names are cut at their first dot: the first is "
+    assert f"{message}{path}/a/x.5.txt; keys must have no dots" in capsys.readouterr().out
+
+
+def test_what_is_hidden_is_left_out(tmp_path, capsys):
+    hidden = [
+        *sample("a/.ipynb_checkpoints/1"),
+        *sample("__MACOSX/1"),
+        ("a/._1.jpg", b"attributes"),
+    ]
+    tar(tmp_path / "in/1.tar", [*sample("./a/1"), *hidden])
+    (tmp_path / "in/._1.tar").write_bytes(b"attributes")
+    tar(tmp_path / "in/.trash/2.tar", sample("2"))
+    out = prepare(tmp_path, f"webdataset:{tmp_path / 'in'}")
+    assert list(records(out)) == [f"{tmp_path}/in/1.tar/a/1"]
+    assert "5 members are neither image nor text: hidden (5)" in capsys.readouterr().out
 
 
 def test_captions_of_every_encoding_and_length(tmp_path):

@@ -1,5 +1,6 @@
 """The subcommand search: an index that follows its folder, exact answers, and what is refused."""
 
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from mlip_jax.cli.command_line import parse
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import is_draft
-from mlip_jax.search import neighbours, pieces, query, verb
+from mlip_jax.search import neighbours, pictures, pieces, query, verb
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.identity import digest
 from mlip_jax.search.index import Index
@@ -362,6 +363,16 @@ def test_threads_read_one_index(search, photos):
     assert sorted(paths) == sorted([item.path for item in index.items()] * 4)
     with pytest.raises(IndexError):
         index.path(COUNT)
+
+
+def test_heat_lies_on_what_the_patches_cover():
+    alphas = [
+        np.asarray(Image.open(io.BytesIO(pictures.heat(np.ones((4, 4), np.float32), seen))))[..., 3]
+        for seen in (1.0, 0.75)
+    ]
+    assert alphas[0].all() and alphas[0].shape == (512, 512)
+    assert alphas[1][:384, :384].all()
+    assert not alphas[1][384:].any() and not alphas[1][:, 384:].any()
 
 
 def test_serve_has_a_port_of_its_own():

@@ -18,6 +18,7 @@ from mlip_jax.cli import pages, subcommands
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import read_json
+from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
 from mlip_jax.recipes.config_files import import_file, load_config
 
@@ -158,7 +159,7 @@ def _find_config(
         return folders.settings(Path(workdir))[0]
     if not path.exists():
         raise UserError(f"{workdir} is no workdir of a run: it has no config.json; check --workdir")
-    return schema.from_file(path)
+    return read_config(path.parent)
 
 
 def _holds_model(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.sets import Sets, short_name
+from mlip_jax.models import building
 
 _SHIFTS = 8  # other queries' boxes that stand for chance
 
@@ -194,7 +195,9 @@ def saliency_maps(
         )
     grounder = cast(Grounder, model)
     queries = list(range(len(regions)) if indices is None else indices)
-    size, reader = config.evaluation.batch_size, _Reader(regions, model.preprocess)
+    image = config.model.image
+    size = config.evaluation.batch_size
+    reader = _Reader(regions, model.preprocess, building.seen(config) / image.image_size)
     parts, read_indices, boxes = [], [], []
     starts = range(0, len(queries), size)
     for start in track(starts, f"Grounding {name}", shown=progress):
@@ -226,9 +229,10 @@ def saliency_maps(
 class _Reader:
     """Reads queries; decodes an image once for those that follow one another."""
 
-    def __init__(self, regions: Regions, preprocess: Preprocessing) -> None:
+    def __init__(self, regions: Regions, preprocess: Preprocessing, seen: float) -> None:
         self._regions = regions
         self._preprocess = preprocess
+        self._seen = seen
         self._latest: tuple[str, UInt8[np.ndarray, "size size 3"]] | None = None
         self.unreadable: dict[str, None] = {}
         self.skipped = 0
@@ -237,7 +241,7 @@ class _Reader:
         try:
             region = self._regions[index]
             if self._latest is None or self._latest[0] != region.name:
-                self._latest = region.name, squash(region.image, self._preprocess)
+                self._latest = region.name, squash(region.image, self._preprocess, self._seen)
         except OSError:
             self.unreadable[self._regions.name_of(index)] = None
             self.skipped += 1
@@ -245,15 +249,26 @@ class _Reader:
         return index, self._latest[1], region.expression, region.box
 
 
-def squash(image: bytes, preprocess: Preprocessing) -> UInt8[np.ndarray, "size size 3"]:
+def squash(
+    image: bytes, preprocess: Preprocessing, seen: float = 1.0
+) -> UInt8[np.ndarray, "size size 3"]:
     """All of an image at the model's size, whatever its aspect: no box is cut off.
+
+    Args:
+      image: an encoded one.
+      preprocess: the model's.
+      seen: the share of a side that the model's patches cover. The image fills that: the map is
+        then one of the whole image. The rest is black.
 
     Raises:
       UnreadableImage: when it cannot be decoded.
     """
     size = preprocess.image_size
     picture = flatten(decode(image, at_least=size), preprocess.transparency)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    side = round(seen * size)
+    pixels = np.zeros((size, size, 3), np.uint8)
+    pixels[:side, :side] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+    return pixels
 
 
 def _box_figures(overlap: Float[np.ndarray, " queries"]) -> Mapping[str, float]:

@@ -241,7 +241,7 @@ class Model:
 
         Returns:
           A value at least 0 for each cell of the grid of patches (of a ResNet: of its last
-          features); not normalised.
+          features); not normalised. The grid covers `building.seen` pixels of a side.
 
         Raises:
           ValueError: when there are not as many texts as images.

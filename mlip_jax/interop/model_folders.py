@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def settings(folder: Path) -> tuple[ConfigDict, Preprocessing]:
     if folder_kind != "workdir":
         foreign = describe(folder)
         return foreign.config, foreign.preprocessing
-    config = schema.from_file(folder / "config.json")
+    config = read_config(folder)
     return config, Preprocessing.of(config)
 
 

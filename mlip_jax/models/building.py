@@ -52,6 +52,11 @@ def grid(config: ConfigDict) -> int:
     return image_encoder(config).grid(config)
 
 
+def seen(config: ConfigDict) -> int:
+    """Pixels along a side of the image that the grid covers; the last ones may fill no patch."""
+    return image_encoder(config).seen(config)
+
+
 def evidence_layers(config: ConfigDict) -> Mapping[Path, Tokens]:
     """The layers that Grad-CAM takes: the last ones whose tokens have a place in the image.
 

@@ -42,6 +42,7 @@ class ImageEncoderKind:
       feature_width: of its global view.
       check: raises UserError for a config that it cannot follow.
       describe: it in some words.
+      seen: pixels along a side, from the first, that its spatial tokens cover.
       evidence: the layers that Grad-CAM takes: by a module's path, how to bring its output to
         [batch, tokens, width]. None: grounding and saliency are not to be had.
       patch_tokens: whether its tokens are a ViT's: they can be merged and dropped, and their
@@ -55,6 +56,7 @@ class ImageEncoderKind:
     feature_width: Callable[[ConfigDict], int]
     check: Callable[[ConfigDict], None] = _nothing
     describe: Callable[[ConfigDict], str] = lambda config: config.model.image.architecture
+    seen: Callable[[ConfigDict], int] = lambda config: config.model.image.image_size
     evidence: Callable[[ConfigDict], Mapping[Path, Tokens]] | None = None
     patch_tokens: bool = False
     batch_norm: bool = False
@@ -101,6 +103,10 @@ def _vit_grid(config: ConfigDict) -> int:
     return config.model.image.image_size // config.model.image.patch_size
 
 
+def _vit_seen(config: ConfigDict) -> int:
+    return _vit_grid(config) * config.model.image.patch_size
+
+
 def _vit_evidence(config: ConfigDict) -> dict[Path, Tokens]:
     """The normalised patch tokens that the last block attends to (our choice).
 
@@ -122,9 +128,11 @@ def _vit_evidence(config: ConfigDict) -> dict[Path, Tokens]:
 
 def _describe_vit(config: ConfigDict) -> str:
     image = config.model.image
+    seen = _vit_seen(config)
+    unseen = "" if seen == image.image_size else f", the last {image.image_size - seen} not seen"
     return (
         f"ViT, depth {image.depth}, {image.width} wide, {image.heads} heads; "
-        f"{image.image_size} px in patches of {image.patch_size}"
+        f"{image.image_size} px in patches of {image.patch_size}{unseen}"
     )
 
 
@@ -139,9 +147,9 @@ def _check_vit(config: ConfigDict) -> None:
     _check_guidance(config)
     if image.pretrained:
         raise UserError("config.model.image.pretrained is for ResNets; leave it '' for a ViT")
-    if image.image_size % image.patch_size:
+    if image.image_size < image.patch_size:
         raise UserError(
-            f"config.model.image.image_size={image.image_size} is not a multiple of "
+            f"config.model.image.image_size={image.image_size} is smaller than "
             f"patch_size={image.patch_size}"
         )
     if image.stem == "conv" and image.patch_size & (image.patch_size - 1):
@@ -252,6 +260,7 @@ VIT = ImageEncoderKind(
     feature_width=lambda config: config.model.image.width,
     check=_check_vit,
     describe=_describe_vit,
+    seen=_vit_seen,
     evidence=_vit_evidence,
     patch_tokens=True,
 )

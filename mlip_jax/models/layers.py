@@ -336,7 +336,8 @@ class PatchEmbedding(nn.Module):
     """Pixels to one token a patch.
 
     stem "patch" is ViT's linear map of each patch. "conv" halves the grid by 3x3 convolutions
-    until the patch size is reached (arXiv 2106.14881), which learns from far fewer images.
+    until the patch size is reached (arXiv 2106.14881), which learns from far fewer images. The last
+    pixels, which fill no patch, are not seen.
     """
 
     width: int
@@ -348,7 +349,8 @@ class PatchEmbedding(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width_px 3"]
     ) -> Float[Array, "batch rows columns width"]:
-        x = images.astype(self.dtype)
+        rows, columns = (side // self.patch_size * self.patch_size for side in images.shape[1:3])
+        x = images[:, :rows, :columns].astype(self.dtype)
         if self.stem == "patch":
             x = rearrange(
                 x, "b (r p) (c q) ch -> b r c (p q ch)", p=self.patch_size, q=self.patch_size

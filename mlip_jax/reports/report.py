@@ -159,8 +159,8 @@ def _merging(model: Inspectable, embedded: EmbeddedSet, folder: Path) -> Picture
     source, importance = inside["source"], inside.get("importance")
     if source is None or not is_merged(source):
         return None
-    side = building.grid(model.config)
-    figure = draw_merging(images, source, importance, (side, side))
+    side, seen = building.grid(model.config), building.seen(model.config)
+    figure = draw_merging(images[:, :seen, :seen], source, importance, (side, side))
     return Picture(
         style.save(figure, folder / "merging.png"),
         "Images beside the patches that became one token each",

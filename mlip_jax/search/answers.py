@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from mlip_jax.core.cores import cores
 from mlip_jax.core.errors import UserError
 from mlip_jax.inference import Model
+from mlip_jax.models import building
 from mlip_jax.search import pictures
 from mlip_jax.search.collection import Collection, reason
 from mlip_jax.search.files import printable
@@ -159,7 +160,8 @@ class Answers:
         saliency = self.model.saliency(pixels[None], [_text(values)])[0]
         if not saliency.any():
             return Answer(HTTPStatus.NO_CONTENT, "image/png", b"")
-        return Answer(HTTPStatus.OK, "image/png", pictures.heat(saliency))
+        seen = building.seen(self.model.config) / self.model.config.model.image.image_size
+        return Answer(HTTPStatus.OK, "image/png", pictures.heat(saliency, seen))
 
 
 def _text(values: Mapping[str, str]) -> str:

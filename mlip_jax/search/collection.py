@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.progress import track
 from mlip_jax.core.registry import DATASETS
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, read_file
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden, read_file
 from mlip_jax.data.sets.opening import named, open_source, split_spec
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.sets.splits import ALL
@@ -95,9 +95,9 @@ class _Folder:
 
     def _walk(self) -> Iterator[Item]:
         for above, folders, files in os.walk(self._folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if not is_hidden(name)]
             for name in files:
-                if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+                if is_hidden(name) or not name.lower().endswith(IMAGE_SUFFIXES):
                     continue
                 path = os.path.join(above, name)
                 try:

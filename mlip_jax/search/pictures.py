@@ -31,13 +31,21 @@ def square(content: bytes, preprocessing: Preprocessing) -> bytes:
     return _encoded(Image.fromarray(larger(content)), "JPEG")
 
 
-def heat(saliency: Float[np.ndarray, "rows columns"]) -> bytes:
-    """A saliency map to lay on `square`, as a PNG: the pinker, the more; transparent at 0."""
+def heat(saliency: Float[np.ndarray, "rows columns"], seen: float = 1.0) -> bytes:
+    """A saliency map to lay on `square`, as a PNG: the pinker, the more; transparent at 0.
+
+    Args:
+      saliency: values of at least 0.
+      seen: the share of a side, from the first pixel, that the map covers.
+    """
     share = saliency / max(float(saliency.max()), float(np.finfo(np.float32).tiny))
-    side = (SQUARE, SQUARE)
-    smooth = Image.fromarray(share.astype(np.float32)).resize(side, Image.Resampling.BILINEAR)
-    alpha = (255 * _DEPTH * np.asarray(smooth).clip(0, 1)).round().astype(np.uint8)
-    image = Image.new("RGB", side, _PINK)
+    side = round(seen * SQUARE)
+    smooth = Image.fromarray(share.astype(np.float32)).resize(
+        (side, side), Image.Resampling.BILINEAR
+    )
+    alpha = np.zeros((SQUARE, SQUARE), np.uint8)
+    alpha[:side, :side] = (255 * _DEPTH * np.asarray(smooth).clip(0, 1)).round()
+    image = Image.new("RGB", (SQUARE, SQUARE), _PINK)
     image.putalpha(Image.fromarray(alpha))
     return _encoded(image, "PNG")
 

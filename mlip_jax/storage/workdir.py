@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
+from mlip_jax.core.trained import ENVIRONMENT, FOLDER
 from mlip_jax.devices import processes
 
 TOKENIZER = "tokenizer.json"
@@ -68,7 +69,8 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
                 "--workdir, or the old values to go on"
             )
     write_atomically(path, schema.to_json(config))
-    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
+    recorded = {**environment(), FOLDER: str(Path.cwd())}
+    write_atomically(folder / ENVIRONMENT, json.dumps(recorded, indent=2))
     return str(os.getpid())
 
 

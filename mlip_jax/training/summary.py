@@ -23,6 +23,7 @@ from mlip_jax.models.building import (
     grid,
     image_encoder,
     merge_counts,
+    seen,
     training_patches,
 )
 from mlip_jax.models.two_tower import TwoTower
@@ -76,6 +77,21 @@ def forward_flops(network: TwoTower, variables: Any, config: ConfigDict) -> dict
     return {"image encoder": count(embed_images, image), "text encoder": count(embed_texts, text)}
 
 
+def token_words(config: ConfigDict) -> str:
+    """How many tokens an image has, and which of its pixels are in none."""
+    tokens, size = grid(config) ** 2, config.model.image.image_size
+    words = f"{tokens} in the last grid"
+    if image_encoder(config).patch_tokens:
+        words = f"{tokens} patches, {tokens - sum(merge_counts(config))} after merging"
+        if config.model.image.patch_dropout:
+            tokens = training_patches(config)
+            left = tokens - sum(merge_counts(config, training=True))
+            words += f"; in training {tokens}, {left} after merging"
+    if seen(config) < size:
+        words += f"; the last {size - seen(config)} of {size} pixels a side fill no patch"
+    return words
+
+
 def print_compiled(
     console: Console,
     network: TwoTower,
@@ -99,14 +115,7 @@ def print_compiled(
         table.add_row(part, f"{count:,}", f"{flops[part]:,.0f}" if part in flops else "")
     console.print(table)
 
-    tokens = grid(config) ** 2
-    words = f"{tokens} in the last grid"
-    if image_encoder(config).patch_tokens:
-        words = f"{tokens} patches, {tokens - sum(merge_counts(config))} after merging"
-        if config.model.image.patch_dropout:
-            tokens = training_patches(config)
-            left = tokens - sum(merge_counts(config, training=True))
-            words += f"; in training {tokens}, {left} after merging"
+    words = token_words(config)
     console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
     for line in attention:
         console.print(line)

@@ -6,14 +6,14 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import jax
@@ -48,6 +48,13 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Pillow hands some formats to other programs (EPS to Ghostscript): only these are decoded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+# Of a PNG's samples that have not 8 bits.
+_TO_EIGHT_BITS: dict[str, Callable[[int], int]] = {
+    "L;2": lambda sample: (sample & 0b11) * 0x55,
+    "L;4": lambda sample: (sample & 0xF) * 0x11,
+    "RGB;16B": lambda sample: sample >> 8,
+}
+
 # More drawn out than this, an image is cut to this aspect before it is resized.
 _MAX_ASPECT = 64
 
@@ -68,7 +75,8 @@ def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
         short side keeps this many pixels; 0: at full size.
 
     Returns:
-      An image of mode RGB, L, RGBA or LA; `flatten` makes the latter two RGB.
+      An image of mode RGB, L, RGBA or LA. One of mode RGB or L may name its transparent colour in
+      `info["transparency"]`. `flatten` makes all of them RGB.
 
     Raises:
       UnreadableImage: when that cannot be done.
@@ -90,7 +98,21 @@ def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
 
 def open_image(data: bytes) -> Image.Image:
     """An encoded image whose header alone is read. Raises what Pillow's plugins raise."""
-    return Image.open(io.BytesIO(data), formats=_known_formats())
+    image = Image.open(io.BytesIO(data), formats=_known_formats())
+    if image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
+        # The file says it in its own bits, the pixels that Pillow gives have 8.
+        to_eight_bits = _TO_EIGHT_BITS.get(_raw_mode(image), lambda sample: sample & 0xFF)
+        color = image.info["transparency"]
+        image.info["transparency"] = (
+            to_eight_bits(color) if image.mode == "L" else tuple(map(to_eight_bits, color))
+        )
+    return image
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """How the file of a PNG stores its pixels: "L;4", "RGB;16B", ..."""
+    *_, arguments = image.tile[0] if image.tile else ("",)
+    return str(arguments)
 
 
 @functools.cache
@@ -104,7 +126,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("RGB", "L", "RGBA", "LA"):
         return image
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, whatever Pillow keeps them in
-        return Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+        samples = np.asarray(image).clip(0, 0xFFFF)
+        grey = Image.fromarray((samples >> 8).astype(np.uint8))
+        if "transparency" in image.info:  # all 16 bits count: shades next to it are not transparent
+            opaque = samples != image.info["transparency"]
+            grey.putalpha(Image.fromarray(opaque.astype(np.uint8) * np.uint8(255)))
+        return grey
     if image.mode == "1":
         return image.convert("L")
     transparent = image.mode in ("PA", "La", "RGBa") or "transparency" in image.info
@@ -119,10 +146,20 @@ def flatten(image: Image.Image, transparency: str) -> Image.Image:
       transparency: "white" lays the image on white; "drop" takes the colours as they are stored, as
         torchvision and open_clip do.
     """
-    if transparency == "white" and image.mode in ("RGBA", "LA"):
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if transparency == "white":
+        image = with_alpha(image)
+        if image.mode in ("RGBA", "LA"):
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    """An image of a mode that `decode` gives; a transparent colour becomes a channel of alpha."""
+    if image.mode in ("RGB", "L") and "transparency" in image.info:
+        return image.convert("RGBA" if image.mode == "RGB" else "LA")
+    return image
 
 
 @dataclass(frozen=True)

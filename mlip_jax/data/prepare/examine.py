@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 from PIL import Image, UnidentifiedImageError
 
-from mlip_jax.data.images.preprocessing import UnreadableImage, eight_bits, open_image
+from mlip_jax.data.images.preprocessing import UnreadableImage, eight_bits, open_image, with_alpha
 from mlip_jax.data.sets.files import MOST_BYTES
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, past which training would refuse the image too
@@ -62,7 +62,8 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         image.load()
         if smaller:
             width, height = (max(1, round(edge * resize / short)) for edge in (width, height))
-            data = _encode(eight_bits(image).resize((width, height), Image.Resampling.BICUBIC))
+            pixels = with_alpha(eight_bits(image))
+            data = _encode(pixels.resize((width, height), Image.Resampling.BICUBIC))
     except UnreadableImage:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

@@ -25,7 +25,7 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
     split_of_file,
 )
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES, is_hidden
 from mlip_jax.data.sets.shards import Example
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
@@ -76,6 +76,7 @@ class WebDataset(Reader):
         self._columns = dict(columns)
         self._others: Counter[str] = Counter()
         self._twice = 0
+        self._cut, self._first_cut = 0, ""  # texts whose keys have dots, and the first one's place
         self._seen = self._scanned = 0
         self._sizes = [file.stat().st_size for file in self._files]
 
@@ -95,6 +96,12 @@ class WebDataset(Reader):
             number = self._others.total()
             are = "member is" if number == 1 else "members are"
             yield f"{number:,} {are} neither image nor text: {most}{more}"
+        if self._cut:
+            are = "text is" if self._cut == 1 else "texts are"
+            yield (
+                f"{self._cut:,} {are} left out, since names are cut at their first dot: the first "
+                f"is {self._first_cut}; keys must have no dots"
+            )
         if self._twice:
             keys = "key" if self._twice == 1 else "keys"
             yield f"{self._twice:,} {keys} came twice in a tar file; both records are kept"
@@ -154,12 +161,18 @@ class WebDataset(Reader):
             name = member.name
             if "./" in name or "//" in name:
                 name = "/".join(part for part in name.split("/") if part not in ("", "."))
+            if is_hidden(name):
+                self._others["hidden"] += 1
+                continue
             match = _NAME.fullmatch(name)
             key, ending = match.groups() if match else ("", "")
             ending = ending.lower()
             plain = ending.rpartition(".")[2]
             if match and (ending in _ANNOTATIONS or f".{plain}" in IMAGE_SUFFIXES):
                 yield key, ending, member
+            elif match and plain in _ANNOTATIONS:
+                self._cut += 1
+                self._first_cut = self._first_cut or f"{file}/{name}"
             else:
                 self._others[plain or "without a key"] += 1
 
@@ -251,7 +264,11 @@ def _grouped(
 
 def _not_whole(file: Path, sample: _Sample, where: str = "") -> Broken:
     reason = "has no image" if not sample.image else "has no caption, class or JSON"
-    return Broken(f"{file}/{sample.key}", reason + where)
+    cut = ""
+    if "." in sample.image:
+        name = f"{sample.key}.{sample.image}"
+        cut = f": the name {name} is cut at its first dot, to the key {sample.key}"
+    return Broken(f"{file}/{sample.key}", reason + where + cut)
 
 
 def find_files(where: str, *suffixes: str) -> list[Path]:
@@ -264,7 +281,8 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     for pattern in _braces(os.path.expanduser(where)):
         path = Path(pattern)
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+            below = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
+            files += [p for p in below if not is_hidden(str(p.relative_to(path)))]
         elif path.is_file():
             files.append(path)
         else:

@@ -8,7 +8,7 @@ from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.data.regions.base import Regions, open_regions
 from mlip_jax.data.regions.compositions import open_compositions
 from mlip_jax.data.regions.refer import open_refer
-from mlip_jax.data.sets.opening import split_spec
+from mlip_jax.data.sets.opening import missing_path, split_spec
 
 _VALID = ("compositions", "refcoco:", "regions:")
 
@@ -41,4 +41,10 @@ def open_region_set(
             f"regions:FILE{near}"
         )
     path = Path(where).expanduser()
-    return opener(path, split, cleaning=cleaning, max_skipped_share=max_skipped_share)
+    try:
+        return opener(path, split, cleaning=cleaning, max_skipped_share=max_skipped_share)
+    except UserError as error:
+        hint = missing_path(where, split)
+        if not hint:
+            raise
+        raise UserError(f"{error}{hint}") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, ImageFiles
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, ImageFiles, is_hidden
 from mlip_jax.data.sets.kinds import Opening, by_path
 
 
@@ -30,15 +30,20 @@ class _FolderTree:
 
     def folders(self, above: str) -> list[str]:
         """The folders in the root ("") or in one of its folders."""
-        return [entry.name for entry in (self.place / above).iterdir() if entry.is_dir()]
+        return [
+            entry.name
+            for entry in (self.place / above).iterdir()
+            if entry.is_dir() and not is_hidden(entry.name)
+        ]
 
     def images(self, folder: str) -> list[str]:
         """The image files anywhere below a folder, sorted; paths from the root."""
-        return [
+        files = [
             str(file.relative_to(self.place))
             for file in sorted((self.place / folder).rglob("*"))
             if file.suffix.lower() in IMAGE_SUFFIXES
         ]
+        return [file for file in files if not is_hidden(file)]
 
     def classes_file(self) -> tuple[str, bytes] | None:
         """The path and content of classes.json, if there is one."""

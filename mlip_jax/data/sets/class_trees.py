@@ -24,10 +24,10 @@ class Tree(Protocol):
     place: Path  # for errors
 
     def folders(self, above: str) -> list[str]:
-        """The folders in the root ("") or in one of its folders."""
+        """The folders in the root ("") or in one of its folders; hidden ones are left out."""
 
     def images(self, folder: str) -> list[str]:
-        """The image files anywhere below a folder, sorted; paths from the root."""
+        """The image files anywhere below a folder, sorted; paths from the root, none hidden."""
 
     def classes_file(self) -> tuple[str, bytes] | None:
         """The path and content of classes.json, if there is one."""

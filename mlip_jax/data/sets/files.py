@@ -24,6 +24,21 @@ MOST_BYTES = 256 * 2**20  # of an image file; a photo takes some 10 MB
 _PROBED = 16  # images that are looked for in each place where they may lie
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a file or a folder that it lies in is hidden, by its name.
+
+    Jupyter, macOS and others put copies and attributes there under the names of the images:
+    `.ipynb_checkpoints`, `._1.jpg`, `__MACOSX`.
+
+    Args:
+      path: relative to the folder that is asked for, which may be hidden itself; with "/".
+    """
+    parts = path.split("/")
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts
+    )
+
+
 class Images(Protocol):
     """Encoded images by index, cheap to pickle."""
 

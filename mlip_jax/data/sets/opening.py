@@ -77,11 +77,13 @@ def open_evaluation(spec: str, *, cache_dir: str = "", cleaning: str = "none") -
 def split_spec(spec: str) -> tuple[str, str]:
     """A spec without the split that is pinned, and that split, "" for none.
 
-    "coco#val" -> ("coco", "val"). A path that exists is taken as it is, whatever it holds.
+    "coco#val" -> ("coco", "val"). A path that exists is taken as it is, whatever it holds; so is a
+    "#" in the name of a folder.
     """
     base, mark, split = spec.rpartition("#")
     if (
         not mark
+        or "/" in split
         or mixtures.is_mixture(spec)
         or Path(spec.partition(":")[2] or spec).expanduser().exists()
     ):
@@ -103,10 +105,34 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
     elif kind not in DATASETS or not bool(colon) == bool(where) == bool(DATASETS[kind].where):
         raise _unknown(spec, kind, colon)
     opening = Opening(wanted, max_skipped_share, cleaning, cache_dir)
-    source = DATASETS[kind].open(where, opening)
+    try:
+        source = DATASETS[kind].open(where, opening)
+    except UserError as error:
+        hint = (
+            missing_path(where, name) if kind in DATASETS and DATASETS[kind].where == "PATH" else ""
+        )
+        if not hint:
+            raise
+        raise UserError(f"{error}{hint}") from None
     if not len(source):
         raise UserError(f"the {source.split} split of the dataset {spec!r} is empty")
     return source
+
+
+def missing_path(where: str, split: str) -> str:
+    """What an error should add about a path of a spec that does not exist; "" if it does.
+
+    Args:
+      where: the path.
+      split: what followed it after "#", or "".
+    """
+    path = Path(where).expanduser()
+    if path.exists() or "://" in where:
+        return ""
+    mark = (
+        f"; #{split} is taken for a split, as there is no {where}#{split} either" if split else ""
+    )
+    return mark if path.is_absolute() else f"{mark}; the path is relative to {Path.cwd()}"
 
 
 def _open_mixture(

@@ -14,7 +14,7 @@ from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import Scheme
 
 _LISTS = Path("ImageSets", "Main")
-_LIST = re.compile(r"(.+)_(trainval|train|val|test)\.txt$")
+_LIST = re.compile(r"([^.].*)_(trainval|train|val|test)\.txt$")
 _VALUES = {"1": 1, "0": 0, "-1": -1}
 _ORDER = ("train", "val", "trainval", "test")
 # Trained on trainval, tested on test: there is nothing else to validate on.

@@ -13,7 +13,7 @@ import numpy as np
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.class_folders import read_beside
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, is_hidden
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import canonical
 
@@ -21,7 +21,6 @@ _MOST_BYTES = 256 * 2**20  # of one member, unpacked; a photo takes some 10 MB
 _ENCRYPTED = 1  # bit of the flags
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name and of the extra field
-_APPLE = "__MACOSX/"  # where macOS packs attributes, under the names of the images
 
 
 class _Member(NamedTuple):
@@ -144,14 +143,18 @@ def _zip_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"no such zip file or folder: {path}")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".zip")
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() == ".zip" and not is_hidden(file.name)
+    )
     if not files:
         raise UserError(f"no zip file in {path}")
     return files
 
 
 def _members(index: int, file: Path) -> dict[str, _Member]:
-    """The files in a zip file by path."""
+    """The files in a zip file by path, without those that are hidden."""
     try:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
@@ -167,7 +170,7 @@ def _members(index: int, file: Path) -> dict[str, _Member]:
             raise UserError(f"{file}: the path {info.filename!r} leads out of the archive")
         if info.flag_bits & _ENCRYPTED:
             raise UserError(f"{file}: {path} is encrypted: pack it without a password")
-        if path.endswith("/") or path.startswith(_APPLE):
+        if path.endswith("/") or is_hidden(path):
             continue
         path = "/".join(part for part in path.split("/") if part not in ("", "."))
         members[path] = _Member(index, path, info)  # of two versions the later one is valid
