@@ -122,7 +122,7 @@ TINY = Sizes(
         "--config.model.embed_dim=16",
         "--config.model.image.image_size=32",
         "--config.model.image.patch_size=8",
-        "--config.model.image.depth=3",
+        "--config.model.image.depth=4",
     ),
     merging=("--config.model.image.frequency.depth=1",),
     batch=16,
@@ -454,7 +454,8 @@ def timed(children: Children, workdir: Path, batch: int, *flags: str) -> dict[st
     while True:
         ended = children.python(*arguments, f"--config.batch_size={batch}")
         if ended.code == 0:
-            return read_json(max(workdir.glob("benchmark-*.json")))
+            content: dict[str, Any] = read_json(max(workdir.glob("benchmark-*.json")))
+            return content
         batch = smaller_batch(ended.output, batch)
         if not batch:
             raise Failed(ended.why())
