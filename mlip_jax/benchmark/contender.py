@@ -52,8 +52,8 @@ class Contender:
         self.model_flops = step_flops(network, abstract.evaluated, config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         attention_choice.check(config, self._mesh)
-        chosen = attention_choice.choose(config, self._mesh)
-        network = building.with_attention(network, chosen.forms)
+        self.attention = attention_choice.choose(config, self._mesh).forms
+        network = building.with_attention(network, self.attention)
         start = time.perf_counter()
         self._step, self.memory = _compile(network, optimizer, config, self._mesh, abstract)
         self.compile_seconds = time.perf_counter() - start
@@ -120,6 +120,7 @@ class Contender:
             dtype=building.compute_dtype(self.config).name,
             parameters=self.parameters,
             input="data" if self._real_input else "random",
+            attention=self.attention,
             model_flops=self.model_flops,
             matrix_peak=peak,
             compile_seconds=self.compile_seconds,

@@ -36,6 +36,7 @@ class Result:
       dtype: what the model computes in.
       parameters: of the model.
       input: "random" (one batch, on the host) or "data".
+      attention: the form in each tower whose attention has several; None for another program.
       steps: how many were timed.
       step_seconds: the median.
       step_seconds_low: the lower quartile.
@@ -64,6 +65,7 @@ class Result:
     data_wait: float
     compile_seconds: float
     input: str = "random"
+    attention: dict[str, str] | None = None
     model_flops: float | None = None
     utilisation: float | None = None
     memory: int | None = None
