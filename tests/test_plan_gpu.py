@@ -79,7 +79,7 @@ def test_it_fits_what_jax_takes_of_the_memory(monkeypatch):
     assert not estimates._beyond_the_pool(small, machine)
     assert estimates._beyond_the_pool(large, machine) == (
         "It needs 60.00 GiB a device, and JAX takes 59.33 of the 79.11 GiB of this GPU (75%; "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        "XLA_PYTHON_CLIENT_MEM_FRACTION); --largest-batch finds what fits"
     )
     monkeypatch.setenv(gpus.FRACTION, "0.9")
     assert not estimates._beyond_the_pool(large, machine)

@@ -220,7 +220,8 @@ def _beyond_the_pool(memory: Memory, machine: Machine) -> str:
     share = card.pool / card.memory
     return (
         f"It needs {memory.total / GIB:.2f} GiB a device, and JAX takes {card.pool / GIB:.2f} of "
-        f"the {card.memory / GIB:.2f} GiB of this GPU ({share:.0%}; {gpus.FRACTION})"
+        f"the {card.memory / GIB:.2f} GiB of this GPU ({share:.0%}; {gpus.FRACTION}); "
+        "--largest-batch finds what fits"
     )
 
 
