@@ -231,9 +231,13 @@ def _cycles(name: str, computations: Computations, program: Program) -> int:
 
 
 def _starts_collective(instruction: Instruction, computations: Computations) -> bool:
+    return any(other.op in COLLECTIVES for other in inside(instruction, computations))
+
+
+def inside(instruction: Instruction, computations: Computations) -> list[Instruction]:
+    """What the computation holds that a fusion or a call runs; [] for other instructions."""
     called = _CALLED.search(instruction.line)
-    inside = computations.get(called[1], []) if called else []
-    return any(other.op in COLLECTIVES for other in inside)
+    return computations.get(called[1], []) if called else []
 
 
 def reached(name: str, computations: Computations, times: int, fused: bool) -> Iterator[Place]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mlip_jax.planning import hlo
 from mlip_jax.planning.gpus import Card
 
 _ATTENTION = "__cudnn$fmha"
-_CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
@@ -102,7 +101,7 @@ def _moves(op: str) -> bool:
 def _kernel(place: hlo.Place, types: Mapping[str, str], computations: hlo.Computations) -> Kernel:
     instruction = place.instruction
     target = _TARGET.search(instruction.line)
-    flops = dict(_products(instruction, types, computations))
+    flops = _products(instruction, types, computations)
     return Kernel(
         products=flops,
         traffic=_traffic(instruction, types, computations),
@@ -114,7 +113,7 @@ def _kernel(place: hlo.Place, types: Mapping[str, str], computations: hlo.Comput
 
 def _products(
     instruction: hlo.Instruction, types: Mapping[str, str], computations: hlo.Computations
-) -> Iterator[tuple[str, float]]:
+) -> Counter[str]:
     """FLOPs of an instruction and of what is fused into it, by type."""
     total: Counter[str] = Counter()
     if instruction.op == "dot" or "$gemm" in instruction.line or "$lt$matmul" in instruction.line:
@@ -131,13 +130,11 @@ def _products(
             instruction, types, labels[1]
         )
     if instruction.op == "fusion":
-        called = _CALLED.search(instruction.line)
-        inner = computations.get(called[1], []) if called else []
+        inner = hlo.inside(instruction, computations)
         inner_types = {one.name: one.type for one in inner}
         for one in inner:
-            for dtype, flops in _products(one, inner_types, computations):
-                total[dtype] += int(flops)
-    yield from total.items()
+            total += _products(one, inner_types, computations)
+    return total
 
 
 def _convolution(instruction: hlo.Instruction, types: Mapping[str, str], labels: str) -> int:
@@ -166,8 +163,8 @@ def _traffic(
     instruction: hlo.Instruction, types: Mapping[str, str], computations: hlo.Computations
 ) -> int:
     written = sum(array.bytes for array in hlo.arrays(instruction.type))
-    called = _CALLED.search(instruction.line) if instruction.op == "fusion" else None
-    sliced = _sliced(computations.get(called[1], [])) if called else {}
+    fused = instruction.op == "fusion"
+    sliced = _sliced(hlo.inside(instruction, computations)) if fused else {}
     total = written
     for place, operand in enumerate(instruction.operands):
         whole = sum(array.bytes for array in hlo.arrays(types.get(operand, "")))
