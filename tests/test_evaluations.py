@@ -12,6 +12,7 @@ from mlip_jax.core.errors import UserError
 from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Record
+from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations import evaluate, read_results, table, write_results, zero_shot
 from mlip_jax.evaluations.prompts import find_templates
 from mlip_jax.evaluations.sets import Sets, short_name
@@ -57,6 +58,9 @@ class FakeModel:
     def encode_text(self, texts):
         return self._direction(np.array([float(text.split()[-1]) for text in texts]))
 
+    def tokenize(self, texts):
+        return load_tokenizer("clip_8k").encode(texts, 12)
+
     def _direction(self, greys):
         angle = greys / 255 * np.pi / 2
         return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
@@ -72,6 +76,35 @@ def test_zero_shot_on_a_constructed_case():
     assert figures["top5"] == pytest.approx(4 / 5)
     assert figures["mean_per_class"] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert "top5" not in zero_shot.classify(images[:, :3], classes[:3, :3], np.zeros(5, int))
+
+
+def test_of_classes_with_equal_prompts_the_first_wins():
+    long = "a b c d e f g h"
+    names = ("missile", "dog", "Missile ", "cat", "missile", f"{long} 1", f"{long} 2")
+    groups = zero_shot.equal_classes(FakeModel(), names, ("{}", "one two {}."))
+    assert groups.tolist() == [0, 1, 0, 2, 0, 3, 4]
+    cut = zero_shot.equal_classes(FakeModel(), names, ("one two three {}",))
+    assert cut.tolist() == [0, 1, 0, 2, 0, 3, 3]  # what tells the last two apart is cut off
+    classes = np.eye(7, dtype=np.float32)[groups]
+    classes[4] += 3e-7  # as another batch may round it
+    labels = np.array([0, 1, 2, 4, 2])
+    images = np.eye(7, dtype=np.float32)[[0, 1, 0, 0, 1]]
+    images[4, 0] = 0.5
+    figures = zero_shot.classify(images, classes, labels, groups=groups)
+    scores = images @ classes[[0, 1, 0, 3, 0, 5, 6]].T
+    assert figures["top1"] == np.mean(scores.argmax(axis=1) == labels) == 2 / 5
+    assert figures["top5"] == 1.0
+    assert figures["mean_per_class"] == pytest.approx((1 + 1 + 0 + 0) / 4)
+    assert zero_shot.classify(images, classes[groups], labels)["top1"] == 1 / 5
+
+
+def test_equal_prompts_are_counted_so_and_noted():
+    rows = [(grey, (f"grey {grey}",), label) for grey, label in ((10, 0), (250, 1), (240, 2))]
+    source = FakeSource(rows, ("grey 9", "Bright 255", "bright 255"))
+    results = evaluate(FakeModel(), small_config(retrieval=()), validation=source)
+    assert results.figures["zero_shot/fake/top1"] == pytest.approx(2 / 3)
+    note = results.notes["zero_shot/fake"]
+    assert "for more than one class mean the first of them, as argmax has it: bright 255." in note
 
 
 @pytest.mark.parametrize("value", [0.0, 0.37])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from mlip_jax.data.images.preprocessing import Preprocessing
 
@@ -26,6 +26,9 @@ class Encoder(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
         """Embeds texts."""
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "texts context"]:
+        """Token ids of texts, all that the model sees of them."""
 
     def image_features(
         self, images: UInt8[np.ndarray, "images size size 3"]

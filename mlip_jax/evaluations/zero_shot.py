@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.data.text.equality import equal_ids
+from mlip_jax.evaluations.classifiers import named, place_in_class
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
@@ -32,17 +34,39 @@ def embed_classes(
     return classes / np.maximum(np.linalg.norm(classes, axis=1, keepdims=True), 1e-12)
 
 
+def equal_classes(
+    model: Encoder, class_names: Sequence[str], templates: Sequence[str]
+) -> Int[np.ndarray, " classes"]:
+    """A number a class, the same for classes whose prompts have equal token ids, all of them."""
+    groups = np.zeros(len(class_names), np.int64)
+    for template in templates:
+        if groups.max() == len(groups) - 1:  # no two are equal
+            break
+        tokens = model.tokenize([template.replace("{}", name) for name in class_names])
+        groups = equal_ids(np.stack([groups, equal_ids(tokens)], axis=1))
+    return groups
+
+
 def classify(
     image_embeddings: Float[np.ndarray, "images width"],
     class_embeddings: Float[np.ndarray, "classes width"],
     labels: Int[np.ndarray, " images"],
     chunk: int = 1024,
+    groups: Int[np.ndarray, " classes"] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy and the mean of the classes' own top-1, in [0, 1].
 
-    A class that ties with the right one counts against it. Classes without images are candidates
-    like any other and have no part in the mean over classes. top5 is left out for 5 classes or
-    fewer, where it says nothing.
+    A class that ties with the right one counts against it. Classes of one group are one text to
+    the model: among them the first stands first, as argmax has it. Classes without images are
+    candidates like any other and have no part in the mean over classes. top5 is left out for 5
+    classes or fewer, where it says nothing.
+
+    Args:
+      image_embeddings: a row an image.
+      class_embeddings: a row a class.
+      labels: the right classes.
+      chunk: images at a time, which bound the memory.
+      groups: as `equal_classes` gives them; None: no two classes are equal.
 
     Raises:
       UserError: for labels that are no class's index.
@@ -57,11 +81,17 @@ def classify(
             f"the label {labels[wrong[0]]} of image {wrong[0]} is out of range: there are "
             f"{len(classes)} classes"
         )
+    later = np.zeros(len(classes), np.int64)
+    if groups is not None:
+        first = np.unique(groups, return_index=True)[1]
+        classes = classes[first[groups]]  # equal texts of two batches may differ in their last bits
+        later = np.bincount(groups)[groups] - 1 - place_in_class(groups)
     ranks = np.empty(len(images), np.int64)
     for top in range(0, len(images), chunk):
         scores = images[top : top + chunk] @ classes.T
         right = np.take_along_axis(scores, labels[top : top + chunk, None], axis=1)
         ranks[top : top + chunk] = (scores >= right).sum(axis=1)
+    ranks -= later[labels]
     return accuracies(ranks, labels, len(classes))
 
 
@@ -120,19 +150,29 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     prompts = f"{len(templates)} prompts a class" if len(templates) > 1 else repr(templates[0])
     if embedded.multi_label:
         return _average_precision(embedded, classes, prompts)
-    return _accuracy(embedded, classes, prompts)
+    groups = equal_classes(sets.model, names, templates)
+    return _accuracy(embedded, classes, groups, names, prompts)
 
 
 def _accuracy(
-    embedded: EmbeddedSet, classes: Float[np.ndarray, "classes width"], prompts: str
+    embedded: EmbeddedSet,
+    classes: Float[np.ndarray, "classes width"],
+    groups: Int[np.ndarray, " classes"],
+    names: Sequence[str],
+    prompts: str,
 ) -> Outcome:
     labelled = embedded.labels >= 0
     labels = embedded.labels[labelled]
-    names = embedded.source.class_names
     empty = int(np.sum(np.bincount(labels, minlength=len(names)) == 0))
     assert embedded.embeddings is not None  # `evaluation` was asked for them
-    figures = classify(embedded.embeddings[labelled], classes, labels)
+    figures = classify(embedded.embeddings[labelled], classes, labels, groups=groups)
     note = f"{len(names):,} classes, {prompts}; ties count against the model."
+    twins = np.flatnonzero(place_in_class(groups) == 1)
+    if twins.size:
+        note += (
+            f" Prompts that occur for more than one class mean the first of them, as argmax has "
+            f"it: {named([names[twin] for twin in twins.tolist()])}."
+        )
     if empty:
         note += f" {empty:,} classes have no image here and are candidates only."
     if not labelled.all():
