@@ -24,6 +24,9 @@ CLEANED = {
     "whitespace": "A man's best_friend, & a Cat",
     "canonicalize": "a mans best friend a cat",
     "siglip": "a mans bestfriend amp a cat",
+    "ftfy_whitespace": "A man's best_friend, & a Cat",
+    "ftfy_lower": "a man's best_friend, & a cat",
+    "ftfy_canonicalize": "a mans best friend a cat",
 }
 # Of which nothing is left.
 EMPTIED = {
@@ -31,6 +34,9 @@ EMPTIED = {
     "whitespace": "&nbsp; &amp;nbsp;",
     "canonicalize": "_ &quot;!&quot; - ",
     "siglip": "?! _ -",
+    "ftfy_whitespace": "&nbsp; \ufeff",
+    "ftfy_lower": "\x7f &amp;nbsp;",
+    "ftfy_canonicalize": "_ \u201c!\u201d - ",
 }
 
 
@@ -176,6 +182,9 @@ REMOVED = {
     "whitespace": ";tp",  # "&gt;" is ">", "&amp;" is "&"
     "canonicalize": ",'!?;_&-tp",
     "siglip": ",'!?;_&-",
+    "ftfy_whitespace": ";tp",
+    "ftfy_lower": ";tp",
+    "ftfy_canonicalize": ",'!?;_&-tp",
 }
 CAPTIONS = ["A dog's big_ball, no?", "1 &gt; 0", "caf\u00e9-bar &amp; ice!"] * 3
 

@@ -3,18 +3,24 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Encoder
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.text import captions
 from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data/clip_bpe_golden.json").read_text("utf-8"))
+ODD = json.loads((Path(__file__).parent / "data/open_clip_odd_texts.json").read_text("utf-8"))[
+    "texts"
+]
 NEVER = {"first": 1.0, "tags": 0.0, "shuffle": 0.0, "word_dropout": 0.0}
 
 
@@ -28,6 +34,58 @@ def test_ids_equal_clips(tokenizer, entry):
     ids = tokenizer.encode([entry["text"]], 77)
     assert ids.dtype == np.int32
     np.testing.assert_array_equal(ids[0], entry["ids"])
+
+
+def unequal(tokenizer, key, rows):
+    """Texts whose ids are not open_clip's."""
+    ids = tokenizer.encode([row["text"] for row in rows], 80)
+    wrong = []
+    for row, found in zip(rows, ids.tolist(), strict=True):
+        expected = [tokenizer.sot, *row[key], tokenizer.eot]
+        if found != expected + [0] * (80 - len(expected)):
+            wrong.append(row["text"])
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("cleaning", "key"),
+    [
+        ("none", "plain"),
+        ("ftfy_whitespace", "ftfy"),
+        ("ftfy_lower", "ftfy"),
+        ("ftfy_canonicalize", "canonical"),
+    ],
+)
+def test_ids_of_odd_texts_equal_open_clips(cleaning, key):
+    encoder = Encoder.from_str(load_tokenizer("clip").encoder_json())
+    tokenizer = Tokenizer(encoder, cleaning, written=True)
+    assert unequal(tokenizer, key, ODD) == []
+    copies = Tokenizer.from_json(tokenizer.to_json()), pickle.loads(pickle.dumps(tokenizer))
+    assert [unequal(copy, key, ODD) for copy in copies] == [[], []]
+    # Without `written`, special tokens in texts are words, whatever is around them.
+    others = [row for row in ODD if "_of_text>" not in row["text"].lower()]
+    plain = load_tokenizer("clip", cleaning=cleaning)
+    assert unequal(plain, key, others) == [] and len(others) > 150
+    special = [row for row in ODD if row not in others and tokenizer.eot in row["plain"]]
+    assert len(unequal(plain, "plain", special)) == len(special) > 5
+
+
+def test_a_tokenizer_of_an_earlier_version_gives_the_same_ids():
+    saved = json.loads(load_tokenizer("clip").to_json())
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    assert [part["type"] for part in saved["normalizer"]["normalizers"]] == ["NFC", "Lowercase"]
+    saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = words
+    others = [row for row in ODD if not re.search("_of_text>|'ſ|\u0345", row["text"], re.I)]
+    assert unequal(Tokenizer.from_json(json.dumps(saved)), "plain", others) == []
+
+
+def test_ftfy_is_spared_where_it_changes_nothing():
+    rng = np.random.default_rng(0)
+    letters = np.array([chr(code) for code in range(32, 127) if chr(code) != "&"])
+    for _ in range(300):
+        text = "".join(rng.choice(letters, 40))
+        assert captions.repair(text) == ftfy.fix_text(text) == text
+    assert captions.repair("\u201ccaf\u00c3\u00a9\u201d\x00") == '"caf\u00e9"'
 
 
 def test_vocabulary(tokenizer):

@@ -29,7 +29,16 @@ PERSPECTIVES = {
     "other_caption": "other_caption_2",
 }
 IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
-CLEANINGS = ("none", "clip_lite", "whitespace", "canonicalize", "siglip")
+CLEANINGS = (
+    "none",
+    "clip_lite",
+    "whitespace",
+    "canonicalize",
+    "siglip",
+    "ftfy_whitespace",
+    "ftfy_lower",
+    "ftfy_canonicalize",
+)
 NORMALIZATIONS = ("clip", "imagenet", "siglip")
 ATTENTIONS = ("plain", "xla", "cudnn")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")

@@ -46,10 +46,11 @@ def clean(text: str, cleaning: str) -> str:
 
     Args:
       text: a caption, prompt or query.
-      cleaning: "none"; "clip_lite" (`clean_caption`); those of open_clip's tokenizers, "whitespace"
-        (HTML escapes undone, single spaces) and "canonicalize" (also lower case and without
-        punctuation, underscores as spaces); "siglip", Hugging Face's of SigLIP: lower case, without
-        punctuation, single spaces.
+      cleaning: "none"; "clip_lite" (`clean_caption`); "whitespace" (HTML escapes undone, single
+        spaces); "canonicalize" (also lower case and without punctuation, underscores as spaces);
+        "siglip", Hugging Face's of SigLIP: lower case, without punctuation, single spaces; those of
+        open_clip's tokenizers, which begin with `repair`: "ftfy_whitespace", "ftfy_lower" (also
+        lower case) and "ftfy_canonicalize".
     """
     if cleaning == "none":
         return text
@@ -57,10 +58,38 @@ def clean(text: str, cleaning: str) -> str:
         return clean_caption(text)
     if cleaning == "siglip":
         return _single_spaces(text.lower().translate(_PUNCTUATION))
+    if repairs(cleaning):
+        text = repair(text)
     text = _single_spaces(unescape(text))
-    if cleaning == "canonicalize":
+    if cleaning.endswith("lower"):
+        return text.lower()
+    if cleaning.endswith("canonicalize"):
         text = _single_spaces(text.replace("_", " ").translate(_PUNCTUATION).lower())
     return text
+
+
+def unescapes(cleaning: str) -> bool:
+    """Whether a cleaning undoes HTML escapes."""
+    return cleaning in ("whitespace", "canonicalize") or repairs(cleaning)
+
+
+def repairs(cleaning: str) -> bool:
+    """Whether a cleaning is one of open_clip's, which begin with `repair`."""
+    return cleaning.startswith("ftfy_")
+
+
+def repair(text: str) -> str:
+    """A text as the library ftfy mends it, by its defaults.
+
+    Decoding mistakes are undone; curly quotes, ligatures and full-width letters become plain;
+    control characters go; the rest is composed (NFC).
+    """
+    # Nothing of that is in most captions, and looking for it takes ftfy far longer.
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    import ftfy  # here: the other cleanings do not need it, and processes of workers start fast
+
+    return ftfy.fix_text(text)
 
 
 def unescape(text: str) -> str:

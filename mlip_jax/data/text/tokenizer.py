@@ -7,9 +7,10 @@ import gzip
 import importlib.resources
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer as _Encoder
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json
 from mlip_jax.data.text import hugging_face, wordpiece
-from mlip_jax.data.text.captions import check_cleaning, clean, unescape
+from mlip_jax.data.text.captions import check_cleaning, clean, repairs, unescape, unescapes
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
 # fork and warn about it.
@@ -32,7 +33,10 @@ TOKENIZERS = (*_CLIP_SIZES, "wordpiece")
 OWN_FILE = "mlip_tokenizer.json"  # of a folder that this package writes
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
-_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# CLIP's own pattern ignores case, which in texts of lower case takes the long s for an s, and makes
+# of the iota below (U+0345) neither a letter nor anything else: it is left out.
+_CLIP_WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+_CLIP_WRITTEN = rf"<[sſ]tart_of_text>|<end_of_text>|{_CLIP_WORDS}"
 
 
 class Affixes(NamedTuple):
@@ -47,10 +51,11 @@ class Affixes(NamedTuple):
 class Tokenizer:
     """Texts to token ids and back.
 
-    Ids are those of CLIP's tokenizer (Radford et al. 2021) as open_clip gives them, or of BERT's
-    (Devlin et al. 2019) as Hugging Face gives them, but that a special token written in a text,
-    such as "<|endoftext|>" or "[SEP]", is spelled like any other word. With `Affixes` they are
-    those of another library's tokenizer, as it gives them.
+    Ids are those of CLIP's tokenizer (Radford et al. 2021) as open_clip gives them, but for what
+    ftfy mends there (see `captions.clean`), or of BERT's (Devlin et al. 2019) as Hugging Face gives
+    them. A special token written in a text, such as "<|endoftext|>" or "[SEP]", is spelled like any
+    other word, unless `written` is asked for. With `Affixes` they are those of another library's
+    tokenizer, as it gives them.
 
     Attributes:
       vocab_size: how many ids there are.
@@ -58,20 +63,27 @@ class Tokenizer:
       eot: the id that ends it.
       pad: the id of what comes after.
       unescapes: whether it undoes HTML escapes.
+      written: whether "<start_of_text>" and "<end_of_text>" in a text are the tokens themselves, as
+        in open_clip.
       start: all ids before the words; what has no start has none.
       end: all ids after them.
       cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
     """
 
     def __init__(
-        self, encoder: _Encoder, cleaning: str = "none", affixes: Affixes | None = None
+        self,
+        encoder: _Encoder,
+        cleaning: str = "none",
+        affixes: Affixes | None = None,
+        written: bool = False,
     ) -> None:
         """Takes a `tokenizers.Tokenizer` whose vocabulary has CLIP's or BERT's special tokens.
 
         Args:
-          encoder: from texts to ids.
+          encoder: from texts to ids; its normaliser is taken away where it is CLIP's.
           cleaning: of texts, see `captions.clean`.
           affixes: of an encoder with other special tokens.
+          written: see the attribute; of CLIP's tokenizer alone.
 
         Raises:
           UserError: for an unknown cleaning.
@@ -80,22 +92,24 @@ class Tokenizer:
         self._encoder = encoder
         self.cleaning = cleaning
         self._affixes = affixes
+        self.written = written
+        self._is_clip = not affixes and encoder.token_to_id(_SOT) is not None
+        self.unescapes = self._is_clip or unescapes(cleaning)
         if affixes:
             self.start, self.end, self.pad, self.vocab_size = affixes
             self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
             self.eot = affixes.end[0]
-            self.unescapes = cleaning in ("whitespace", "canonicalize")
             return
         self.vocab_size = encoder.get_vocab_size()
-        is_clip = encoder.token_to_id(_SOT) is not None
-        self.unescapes = is_clip
-        start, end = (_SOT, _EOT) if is_clip else (wordpiece.START, wordpiece.END)
+        if self._is_clip:
+            encoder.normalizer = None  # `_as_clip` does its work, as open_clip does it
+        start, end = (_SOT, _EOT) if self._is_clip else (wordpiece.START, wordpiece.END)
         sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
         if sot is None or eot is None:
             raise ValueError(f"a tokenizer without {start} and {end}")
         self.sot, self.eot = sot, eot
         self.start, self.end = (sot,), (eot,)
-        self.pad = 0 if is_clip else encoder.token_to_id(wordpiece.PAD) or 0
+        self.pad = 0 if self._is_clip else encoder.token_to_id(wordpiece.PAD) or 0
 
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
         """Token ids, int32 [texts, context_length]: start, words, end, padding.
@@ -105,15 +119,31 @@ class Tokenizer:
         ids = np.full((len(texts), context_length), self.pad, np.int32)
         prepared = [self._prepared(text) for text in texts]
         encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
-        for row, encoding in zip(ids, encodings, strict=True):
-            words = encoding.ids[: context_length - len(self.start) - len(self.end)]
+        for row, text, encoding in zip(ids, prepared, encodings, strict=True):
+            words = self._with_written(text) if self.written and "_text>" in text else encoding.ids
+            words = words[: context_length - len(self.start) - len(self.end)]
             token_ids = (*self.start, *words, *self.end)
             row[: len(token_ids)] = token_ids
         return ids
 
     def _prepared(self, text: str) -> str:
         text = clean(text, self.cleaning)
-        return unescape(text) if self._affixes is None and self.unescapes else text
+        if not self._is_clip:
+            return text
+        if not repairs(self.cleaning):
+            text = unescape(unicodedata.normalize("NFC", text))
+        return " ".join(text.split()).lower()
+
+    def _with_written(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens may be written."""
+        special = {"<start_of_text>": self.sot, "<end_of_text>": self.eot}
+        ids: list[int] = []
+        for word, _ in _splitter(_CLIP_WRITTEN).pre_tokenize_str(text):
+            if word in special:
+                ids.append(special[word])
+            else:
+                ids += [token.id for token in self._encoder.model.tokenize(word)]
+        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end of text; lower case, single spaces."""
@@ -125,16 +155,27 @@ class Tokenizer:
         return text.replace(_END_OF_WORD, " ").strip()
 
     def encoder_json(self) -> str:
-        """The part that makes ids of words, as the `tokenizers` library's JSON."""
-        return self._encoder.to_str()
+        """The part that makes ids of words, as the `tokenizers` library's JSON.
+
+        CLIP's has a normaliser there, for programs that know nothing of `captions.clean`.
+        """
+        if not self._is_clip:
+            return self._encoder.to_str()
+        encoder = _Encoder.from_str(self._encoder.to_str())
+        encoder.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        return encoder.to_str()
 
     def to_json(self) -> str:
         """All of the tokenizer as text: the `tokenizers` library's JSON, wrapped if it cleans."""
-        encoder = self._encoder.to_str()
-        if self.cleaning == "none" and not self._affixes:
+        encoder = self.encoder_json()
+        if self.cleaning == "none" and not self._affixes and not self.written:
             return encoder
-        values = {"cleaning": self.cleaning, "encoder": encoder}
-        return json.dumps(values | ({"affixes": self._affixes} if self._affixes else {}))
+        values: dict[str, Any] = {"cleaning": self.cleaning, "encoder": encoder}
+        if self._affixes:
+            values["affixes"] = self._affixes
+        if self.written:
+            values["written"] = True
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
@@ -146,7 +187,8 @@ class Tokenizer:
         if affixes:
             start, end, pad, vocab_size = affixes
             affixes = Affixes(tuple(start), tuple(end), pad, vocab_size)
-        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"], affixes)
+        written = values.get("written", False)
+        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"], affixes, written)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer.from_json, (self.to_json(),)
@@ -248,15 +290,19 @@ def _clip(vocab_size: int) -> _Encoder:
             unk_token=_EOT,
         )
     )
-    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+    encoder.pre_tokenizer = _splitter(_CLIP_WORDS)
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def _splitter(words: str) -> pre_tokenizers.PreTokenizer:
+    """Finds the words of a text and writes each in the letters of its bytes."""
+    return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    encoder.decoder = decoders.ByteLevel()
-    return encoder
 
 
 def _byte_letters() -> list[str]:
