@@ -12,9 +12,10 @@ from mlip_jax.data.sets.opening import open_evaluation, open_source
 
 
 def write(folder, rows):
-    Image.new("RGB", (4, 4)).save(folder / "a.png")
-    lines = (json.dumps({"file": "a.png", **row}) for row in rows)
-    (folder / "rows.jsonl").write_text("\n".join(lines))
+    rows = [{"file": f"{number}.png", **row} for number, row in enumerate(rows)]
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(folder / row["file"])
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return f"jsonl:{folder / 'rows.jsonl'}"
 
 
@@ -105,3 +106,25 @@ def test_malformed_labels(tmp_path, row, message):
 def test_rows_without_labels_among_several(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         open_source(write(tmp_path, rows), "train")
+
+
+def test_rows_of_one_image_and_several_labels(tmp_path):
+    spec = write(
+        tmp_path,
+        [
+            {"file": "a.png", "labels": ["dog", "cat"]},
+            {"file": "b.png", "labels": []},
+            {"file": "a.png", "labels": ["ant", "dog"], "caption": "an ant on a dog"},
+        ],
+    )
+    source = open_source(spec, "train")
+    assert source.class_names == ("ant", "cat", "dog")
+    assert source.targets().tolist() == [[1, 1, 1], [-1, -1, -1]]
+    assert [source[index].captions for index in range(2)] == [("an ant on a dog",), ("",)]
+
+
+def test_rows_of_one_image_and_another_class_stay_apart(tmp_path):
+    rows = [{"file": "a.png", "label": label} for label in ("dog", "cat", "dog")]
+    source = open_source(write(tmp_path, rows), "train")
+    assert [source[index].label for index in range(len(source))] == [1, 0]
+    assert source.notes == ("3 rows are of 2 images: rows of one image are one record",)

@@ -86,9 +86,9 @@ def test_malformed_jsonl_row(tmp_path, row, message):
 def test_jsonl_encoding(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = b'{"file": "a.png", "caption": "x"}\r\n'
-    path.write_bytes(b"\xef\xbb\xbf" + row + row)
+    path.write_bytes(b"\xef\xbb\xbf" + row + row.replace(b"a.png", b"b.png"))
     source = open_source(f"jsonl:{path}", "train")
-    assert source.name_of(0) == source.name_of(1) == str(tmp_path / "a.png")
+    assert [source.name_of(row) for row in (0, 1)] == [str(tmp_path / f"{n}.png") for n in "ab"]
     path.write_bytes(row + b'{"file": "a.png", "caption": "\xff"}\n')
     with pytest.raises(UserError, match="pairs.jsonl:2: not UTF-8"):
         open_source(f"jsonl:{path}", "train")
@@ -96,7 +96,7 @@ def test_jsonl_encoding(tmp_path):
 
 def test_rows_without_captions_are_named(tmp_path):
     draw(tmp_path / "a.png")
-    rows = [{"file": "a.png", "caption": "x"}] * 9
+    rows = [{"file": f"{number}.png", "caption": "x"} for number in range(9)]
     rows += [{"file": "a.png", "captions": [" ", ""]}, {"file": "a.png", "caption": None}]
     spec = jsonl(tmp_path, rows)
     source = open_source(spec, "train", max_skipped_share=0.2)
@@ -107,6 +107,36 @@ def test_rows_without_captions_are_named(tmp_path):
         open_source(spec, "train")
     with pytest.raises(UserError, match="1 of 1 rows"):
         open_source(jsonl(tmp_path, [{"file": "a.png", "caption": ""}]), "train")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_of_one_image_are_one_record(tmp_path, kind):
+    rows = [
+        ("a.png", "a red square", "train"),
+        ("b.png", "a blue square", "train"),
+        ("./a.png", "something red", "train"),
+        ("a.png", "a red square", "train"),
+        ("a.png", "held out", "val"),
+    ]
+    for name in "ab":
+        draw(tmp_path / f"{name}.png")
+    if kind == "jsonl":
+        keys = "file", "caption", "split"
+        spec = jsonl(tmp_path, [dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        lines = [",".join(row) for row in (("file", "caption", "split"), *rows)]
+        (tmp_path / "pairs.csv").write_text("\n".join(lines))
+        spec = f"csv:{tmp_path / 'pairs.csv'}"
+    source = pickle.loads(pickle.dumps(open_source(spec, "train")))
+    assert [source[index].captions for index in range(len(source))] == [
+        ("a red square", "something red"),
+        ("a blue square",),
+    ]
+    assert source.name_of(0) == str(tmp_path / "a.png")
+    assert list(source.captions()) == ["a red square", "something red", "a blue square"]
+    assert source.notes == ("4 rows are of 2 images: rows of one image are one record",)
+    assert open_source(spec, "validation")[0].captions == ("held out",)
+    assert len(open_evaluation(f"{spec}#all")) == 2
 
 
 def test_cleaned_captions(tmp_path):

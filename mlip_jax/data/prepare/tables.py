@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from mlip_jax.data.prepare.readers import (
     image_at,
     parse_object,
 )
+from mlip_jax.data.sets.one_image import by_first, image_bits
 from mlip_jax.data.sets.splits import canonical
 from mlip_jax.data.sets.table_rows import Row, TableFile, check_text
 
@@ -157,18 +157,14 @@ class Table(Reader):
                 lengths.append(row.end - row.start)
                 lines.append(row.line)
                 splits.append(names.setdefault(split, len(names)))
-                # Of 12 million images, two share 64 bits with a chance of 4 in a million.
-                digest = hashlib.blake2b(f"{split}\0{image}".encode(), digest_size=8).digest()
-                keys.append(int.from_bytes(digest, "little"))
-        order, groups = _by_first(np.array(keys, np.uint64))
-        self._count = len(groups) + len(broken)
+                keys.append(image_bits(split, image))
+        order, ends = by_first(np.array(keys, np.uint64))
+        self._count = len(ends) + len(broken)
         yield from broken
         words = list(names)
-        for rows in itertools.starmap(lambda a, b: order[a:b], groups):
-            yield (
-                words[splits[int(rows[0])]],
-                tuple((starts[i], lengths[i], lines[i]) for i in rows.tolist()),
-            )
+        for first, end in itertools.pairwise([0, *ends.tolist()]):
+            rows = order[first:end].tolist()
+            yield words[splits[rows[0]]], tuple((starts[i], lengths[i], lines[i]) for i in rows)
 
     def _read(self, row: Row) -> tuple[str, str, str]:
         """The split and the image of a row, and what is wrong with it."""
@@ -206,17 +202,6 @@ class Table(Reader):
         except (ValueError, OSError) as error:
             return Broken(place, str(error))
         return InputRecord(record.example, latin, place=place)
-
-
-def _by_first(keys: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Rows in groups of one key, groups and rows in the order in which they come."""
-    if not len(keys):
-        return np.zeros(0, np.int64), []
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = first[inverse]
-    order = np.argsort(rank, kind="stable")
-    edges = np.flatnonzero(np.diff(rank[order], prepend=-1, append=-1))
-    return order, list(itertools.pairwise(edges.tolist()))
 
 
 def _may_name_split(line: bytes) -> bool:

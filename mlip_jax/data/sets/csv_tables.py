@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import shown, wrong_path, wrong_text
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles
 from mlip_jax.data.sets.kinds import Opening, by_path
+from mlip_jax.data.sets.one_image import merged_note
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, split_of
 from mlip_jax.data.sets.table_rows import TableFile
@@ -30,14 +32,14 @@ def open_csv(path: Path, opening: Opening) -> CaptionSource:
     """
     captions: dict[str, dict[str, list[str]]] = {}
     skipped: dict[str, Skipped] = {}
-    for place, file, text, split in _rows(path):
-        if not file:
+    for place, named, text, split in _rows(path):
+        if not named:
             raise UserError(f"{place}: the image column is empty")
-        if wrong := wrong_path(file):
+        if wrong := wrong_path(named):
             raise UserError(f"{place}: the path of the image {wrong}")
         if wrong := wrong_text(text):
             raise UserError(f"{place}: the caption {wrong}")
-        caption = usable([text], opening.cleaning)
+        file, caption = os.path.normpath(named), usable([text], opening.cleaning)
         of = split_of(place, split)
         images = captions.setdefault(of, {})
         if caption:
@@ -58,7 +60,7 @@ def open_csv(path: Path, opening: Opening) -> CaptionSource:
         choice,
         ImageFiles(path.parent, list(chosen)),
         [tuple(dict.fromkeys(texts)) for texts in chosen.values()],
-        left_out.notes(rows, opening.max_skipped_share),
+        (*left_out.notes(rows, opening.max_skipped_share), *merged_note(rows, len(chosen))),
     )
 
 

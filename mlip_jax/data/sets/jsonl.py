@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from mlip_jax.core.files import kind_of, parse_json, read_file
 from mlip_jax.core.texts import lines, shown, wrong_path, wrong_text
 from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
 from mlip_jax.data.sets.kinds import Opening, by_path
+from mlip_jax.data.sets.one_image import by_first, image_bits, merged_note
 from mlip_jax.data.sets.records import Record, Skipped
 from mlip_jax.data.sets.splits import STANDARD, Choice, split_of
 from mlip_jax.data.sets.table_rows import check_text
@@ -27,8 +29,8 @@ class JsonlSource:
     """A JSON object a line: {"file": ..., "caption": ... or "captions": [...]}.
 
     The image is named by "file", "image" or "path", relative to the folder of the JSONL file;
-    "split", "tags" ([str]) and "label" are optional, and a label does for a caption. Of each row
-    only where its line begins and its label are kept in memory.
+    "split", "tags" ([str]) and "label" are optional, and a label does for a caption. Rows of one
+    image are one record. Of each row only where its line begins and its label are kept in memory.
     """
 
     attribution = ""
@@ -37,46 +39,61 @@ class JsonlSource:
         self,
         path: Path,
         choice: Choice,
-        starts: Int[np.ndarray, "rows 2"],
+        spans: Int[np.ndarray, "rows 2"],
+        ends: Int[np.ndarray, " records"],
         *,
-        labels: Int[np.ndarray, " rows"] | None = None,
+        labels: Int[np.ndarray, " records"] | None = None,
         class_names: tuple[str, ...] = (),
         cleaning: str = "none",
         notes: tuple[str, ...] = (),
     ) -> None:
-        """Takes `starts`, byte offset and length of each row's line, and `labels`, -1 for none."""
+        """Takes the records' lines, one record after the other, and their labels.
+
+        Args:
+          path: of the file.
+          choice: the split.
+          spans: byte offset and length of each row's line.
+          ends: where each record's rows end.
+          labels: -1 for none; None: there are no classes.
+          class_names: by label.
+          cleaning: of captions and tags.
+          notes: what was left out and what was merged.
+        """
         self.name = path.stem
         self.split, self.parts = choice
         self.class_names = class_names
         self.notes = notes
         self._path = path
-        self._starts = starts
+        self._spans = spans
+        self._ends = ends
         self._labels = labels
         self._cleaning = cleaning
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> Record:
-        row = self._row(index)
-        path = self._path.parent / image_key(row)
+        with self._path.open("rb") as file:
+            rows = self._rows(file, index)
+        path = self._path.parent / image_key(rows[0])
         label = -1 if self._labels is None else int(self._labels[index])
-        return Record(read_file(path), *_texts(row, self._cleaning), label, shown(str(path)))
+        return Record(read_file(path), *_texts(rows, self._cleaning), label, shown(str(path)))
 
     def name_of(self, index: int) -> str:
         """The image's path."""
-        return shown(str(self._path.parent / image_key(self._row(index))))
+        with self._path.open("rb") as file:
+            return shown(str(self._path.parent / image_key(self._rows(file, index)[0])))
 
     def captions(self) -> Iterator[str]:
         """Every caption and tag of the split, by one pass over the file."""
         with self._path.open("rb") as file:
-            for span in self._starts:
-                for texts in _texts(_row(file, span), self._cleaning):
+            for index in range(len(self)):
+                for texts in _texts(self._rows(file, index), self._cleaning):
                     yield from filter(None, texts)
 
-    def _row(self, index: int) -> dict[str, Any]:
-        with self._path.open("rb") as file:
-            return _row(file, self._starts[index])
+    def _rows(self, file: BinaryIO, index: int) -> list[dict[str, Any]]:
+        first = int(self._ends[index - 1]) if index else 0
+        return [_row(file, span) for span in self._spans[first : self._ends[index]]]
 
 
 class MultiLabelJsonlSource(JsonlSource):
@@ -86,15 +103,15 @@ class MultiLabelJsonlSource(JsonlSource):
         self,
         *args: Any,
         present: Int[np.ndarray, " all_labels"],
-        counts: Int[np.ndarray, " rows"],
+        counts: Int[np.ndarray, " records"],
         **kwargs: Any,
     ) -> None:
-        """Takes the classes of all rows, one row after the other, and how many each row has."""
+        """Takes the classes of all records, one after the other, and how many each has."""
         super().__init__(*args, **kwargs)
         self._present = present
         self._counts = counts
 
-    def targets(self) -> Int8[np.ndarray, "rows classes"]:
+    def targets(self) -> Int8[np.ndarray, "records classes"]:
         """1 where an image shows a class, else -1."""
         targets = np.full((len(self), len(self.class_names)), -1, np.int8)
         targets[np.repeat(np.arange(len(self)), self._counts), self._present] = 1
@@ -104,7 +121,8 @@ class MultiLabelJsonlSource(JsonlSource):
 def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     """Opens a JSONL file, checking every row of it. Captions and tags are cleaned.
 
-    Classes are those of all its splits, sorted.
+    Rows of one image become one record, unless they name different classes. Classes are those of
+    all its splits, sorted.
 
     Raises:
       MissingSplit: when no row is of this split.
@@ -126,7 +144,9 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
             or usable(captions, opening.cleaning)
             or usable(_labels(row), opening.cleaning)
         ):
-            rows.starts.extend(span)
+            label = "" if classes.multi_label else str(row_labels[0])
+            rows.images.append(image_bits(image_key(row), label))
+            rows.spans.extend(span)
             rows.labels.extend(row_labels)
             rows.counts.append(len(row_labels))
         else:
@@ -136,27 +156,42 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     skipped = Skipped("rows", opening.cleaning)
     for rows in chosen:
         skipped.merge(rows.skipped)
-    starts = np.concatenate([np.array(rows.starts, np.int64) for rows in chosen]).reshape(-1, 2)
+    images, spans, numbers, counts = (
+        np.concatenate([np.array(getattr(rows, name)) for rows in chosen])
+        for name in ("images", "spans", "labels", "counts")
+    )
+    order, ends = by_first(images)
+    notes = (
+        *skipped.notes(len(images), opening.max_skipped_share),
+        *merged_note(len(images), len(ends)),
+    )
+    spans = spans.reshape(-1, 2)[order]
     names, places = classes.sorted()
-    numbers = np.concatenate([np.array(rows.labels, np.int32) for rows in chosen])
-    notes = skipped.notes(len(starts), opening.max_skipped_share)
     if classes.multi_label:
-        counts = np.concatenate([np.array(rows.counts, np.int32) for rows in chosen])
+        sizes = np.diff(ends, prepend=0)
+        record_of_row = np.empty(len(order), np.int64)
+        record_of_row[order] = np.repeat(np.arange(len(ends)), sizes)
+        # The classes of all rows of an image, each once.
+        pairs = np.unique(np.repeat(record_of_row, counts) * len(names) + places[numbers])
+        of, present = np.divmod(pairs, max(len(names), 1))
         return MultiLabelJsonlSource(
             path,
             choice,
-            starts,
+            spans,
+            ends,
             class_names=names,
             cleaning=opening.cleaning,
             notes=notes,
-            present=places[numbers],
-            counts=counts,
+            present=present,
+            counts=np.bincount(of, minlength=len(ends)),
         )
-    labels = np.append(places, -1)[numbers] if names else None  # the number -1 is the last
+    firsts = order[np.concatenate([[0], ends[:-1]])] if len(ends) else order
+    labels = np.append(places, -1)[numbers[firsts]] if names else None  # number -1 is the last
     return JsonlSource(
         path,
         choice,
-        starts,
+        spans,
+        ends,
         labels=labels,
         class_names=names,
         cleaning=opening.cleaning,
@@ -169,7 +204,8 @@ class _Rows:
     """The rows of one split."""
 
     skipped: Skipped
-    starts: array[int] = field(default_factory=lambda: array("q"))  # offset, length, offset, ...
+    images: array[int] = field(default_factory=lambda: array("Q"))  # their keys
+    spans: array[int] = field(default_factory=lambda: array("q"))  # offset, length, offset, ...
     labels: array[int] = field(default_factory=lambda: array("i"))  # of all rows
     counts: array[int] = field(default_factory=lambda: array("i"))  # labels a row
 
@@ -281,11 +317,14 @@ def _row(file: BinaryIO, span: np.ndarray) -> dict[str, Any]:
     return parse_json(file.read(length), f"{file.name} at byte {start}")
 
 
-def _texts(row: dict[str, Any], cleaning: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Captions, or the labels where there are none, and tags."""
-    captions = usable(_captions(row), cleaning)
-    captions = captions or usable(_labels(row), cleaning) or ("",)
-    return captions, usable(row.get("tags"), cleaning)
+def _texts(
+    rows: Sequence[dict[str, Any]], cleaning: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Captions, or the labels where there are none, and tags of an image's rows."""
+    captions = usable(chain.from_iterable(map(_captions, rows)), cleaning)
+    captions = captions or usable(chain.from_iterable(map(_labels, rows)), cleaning) or ("",)
+    tags = chain.from_iterable(row.get("tags") or () for row in rows)
+    return captions, usable(tags, cleaning)
 
 
 def _labels(row: dict[str, Any]) -> list[str]:

@@ -109,7 +109,7 @@ class Source(Protocol):
     parts: tuple[str, ...]  # the dataset's own splits that this is made of
     class_names: tuple[str, ...]
     attribution: str  # to be shown wherever the dataset is used; "": none known
-    notes: tuple[str, ...]  # what was left out on opening, a line each
+    notes: tuple[str, ...]  # what was left out or merged on opening, a line each
 
     def __len__(self) -> int: ...
 
