@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -363,3 +364,92 @@ def test_shards_of_files_that_have_changed_are_made_again(tmp_path):
     assert run(*common, f"--out={out}") == 0
     assert run(*common, f"--out={tmp_path / 'new'}") == 0
     assert contents(out) == contents(tmp_path / "new")
+
+
+def one_caption_a_row(folder):
+    """Rows of three images in three files, one of which is a copy, as rows go in data."""
+    pictures(folder, 3)
+    (folder / "copy.jpg").write_bytes((folder / "0.jpg").read_bytes())
+    files = ("0.jpg", "1.jpg", "copy.jpg", "2.jpg", "1.jpg", "0.jpg")
+    return [(file, f"caption {number}") for number, file in enumerate(files)]
+
+
+def input_of(kind, folder, rows):
+    if kind == "jsonl":
+        lines = [json.dumps({"image": file, "caption": text}) for file, text in rows]
+        (folder / "rows.jsonl").write_text("\n".join(lines))
+        return f"jsonl:{folder / 'rows.jsonl'}"
+    if kind == "csv":
+        lines = ["image,caption", *(",".join(row) for row in rows)]
+        (folder / "rows.csv").write_text("\n".join(lines))
+        return f"csv:{folder / 'rows.csv'}"
+    images = [(folder / file).read_bytes() for file, _ in rows]
+    if kind == "parquet":
+        table = pa.table({"image": images, "caption": [text for _, text in rows]})
+        for part in range(2):  # an image's rows in two files
+            pq.write_table(table[3 * part : 3 * part + 3], folder / f"{part}.parquet")
+        return f"parquet:{folder}"
+    members = [
+        member
+        for number, (image, (_, text)) in enumerate(zip(images, rows, strict=True))
+        for member in ((f"{number}.jpg", image), (f"{number}.txt", text.encode()))
+    ]
+    mode = {"mode": "w:gz"} if kind == "packed" else {}
+    with tarfile.open(
+        folder / f"rows.tar{'.gz' if mode else ''}", **(mode or {"mode": "w"})
+    ) as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return f"webdataset:{file.name}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "webdataset", "packed"])
+def test_records_of_equal_images_are_one(tmp_path, kind, capsys):
+    source = input_of(kind, tmp_path, one_caption_a_row(tmp_path))
+    out = prepare(tmp_path, source, "--shard-records=2", "--licence=CC0")
+    after = open_source(f"prepared:{out}", "train")
+    # A table has put the rows of one file together before.
+    first = (
+        ("caption 0", "caption 5", "caption 2")
+        if kind == "csv"
+        else ("caption 0", "caption 2", "caption 5")
+    )
+    assert [after[i].captions for i in range(len(after))] == [
+        first,
+        ("caption 1", "caption 4"),
+        ("caption 3",),
+    ]
+    note = "2 records are of 1 image" if kind == "csv" else "5 records are of 2 images"
+    assert f"{note}: records of equal images are one" in capsys.readouterr().out
+    again = contents(out)
+    assert run(f"--source={source}", f"--out={out}", "--shard-records=2", "--licence=CC0") == 0
+    assert contents(out) == again
+
+
+def test_equal_images_of_two_splits_or_two_classes_are_two_records(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    rows = [
+        {"image": "a.jpg", "caption": "one", "label": "x"},
+        {"image": "a.jpg", "caption": "two", "label": "y"},
+        {"image": "a.jpg", "caption": "three", "label": "x", "split": "val"},
+        {"image": "a.jpg", "label": "x"},  # an example of its class, no caption
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = prepare(tmp_path, f"jsonl:{tmp_path / 'rows.jsonl'}")
+    assert len(open_source(f"prepared:{out}", "train")) == 3
+    assert open_source(f"prepared:{out}", "validation")[0].captions == ("three",)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_separators_of_unicode_end_no_row(tmp_path, kind):
+    pictures(tmp_path, 1)
+    between = "\t" if kind == "tsv" else ","
+    (tmp_path / f"rows.{kind}").write_text(
+        f"image{between}caption\n0.jpg{between}a\u2028b\x0cc\x85d\n"
+    )
+    spec = f"csv:{tmp_path}/rows.{kind}"
+    expected = ("a b c d",)
+    assert open_source(spec, "train")[0].captions == expected
+    assert open_source(f"prepared:{prepare(tmp_path, spec)}", "train")[0].captions == expected

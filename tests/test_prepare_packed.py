@@ -11,26 +11,27 @@ from mlip_jax.data.prepare import containers
 LENIENT = "--max-skipped-share=0.99"
 
 
-def members(number):
-    return [each for i in range(number) for each in sample(f"{i}", b"thing %d" % i, i)]
+def members(number, file=0):
+    """Another image for each number and file: records of equal images would be one."""
+    return [each for i in range(number) for each in sample(f"{i}", b"thing %d" % i, 100 * file + i)]
 
 
 def test_the_same_records_as_unpacked(tmp_path):
-    plain = tar(tmp_path / "plain/a.tar", members(7))
-    packed = tmp_path / "packed/a.tar.gz"
-    packed.parent.mkdir()
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    (tmp_path / "packed/b.tgz").write_bytes(packed.read_bytes())
-    (tmp_path / "packed/c.tar").write_bytes(packed.read_bytes())  # told by its content
-    plain_records = records(prepare(tmp_path, f"webdataset:{plain.parent}"))
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    packed.mkdir()
+    names = {"a": "a.tar.gz", "b": "b.tgz", "c": "c.tar"}  # the last is told by its content
+    for number, (stem, name) in enumerate(names.items()):
+        path = tar(plain / f"{stem}.tar", members(7, number))
+        (packed / name).write_bytes(gzip.compress(path.read_bytes()))
+    plain_records = records(prepare(tmp_path, f"webdataset:{plain}"))
     out = tmp_path / "of packed"
-    source = f"--source=webdataset:{packed.parent}"
+    source = f"--source=webdataset:{packed}"
     assert run(source, f"--out={out}", "--shard-records=3", "--workers=2") == 0
     packed_records = records(out)
-    for name in ("a.tar.gz", "b.tgz", "c.tar"):
+    for stem, name in names.items():
         for i in range(7):
-            record = packed_records[f"{packed.parent}/{name}/{i}"]
-            expected = plain_records[f"{plain}/{i}"]
+            record = packed_records[f"{packed}/{name}/{i}"]
+            expected = plain_records[f"{plain}/{stem}.tar/{i}"]
             assert (record.image, record.captions) == (expected.image, expected.captions)
     assert len(packed_records) == 21
     again = tmp_path / "again"
@@ -52,10 +53,12 @@ def test_any_part_can_be_read_in_any_order(tmp_path, monkeypatch):
 
 
 def test_what_is_cut_short_or_damaged_keeps_what_comes_before(tmp_path):
-    data = gzip.compress(tar(tmp_path / "a.tar", members(9)).read_bytes(), 1)
+    data, other = (
+        gzip.compress(tar(tmp_path / "a.tar", members(9, file)).read_bytes(), 1) for file in (0, 1)
+    )
     source = tmp_path / "in"
     source.mkdir()
-    (source / "cut.tgz").write_bytes(data[: len(data) * 2 // 3])
+    (source / "cut.tgz").write_bytes(other[: len(other) * 2 // 3])
     (source / "sum.tgz").write_bytes(data[:-8] + bytes(4) + data[-4:])
     (source / "page.tgz").write_bytes(gzip.compress(b"<html>404 not found</html>"))
     (source / "none.tgz").write_bytes(b"\x1f\x8b" + bytes(600))

@@ -60,6 +60,7 @@ class _Columns(Reader):
             if chosen != self._chosen:
                 raise UserError(f"{file}: has other columns than {self._files[0]}")
             self.class_names = self.class_names or self._classes(schema)
+        self.repeats = bool(self._chosen.get("caption"))
 
     def _choose(self, file: Path, schema: pa.Schema) -> dict[str, tuple[str, ...]]:
         chosen = {role: column.choose(role, schema.names, self._columns) for role in column.ROLES}

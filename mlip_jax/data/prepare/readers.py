@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import functools
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import canonical
 
 MOST_TEXT = 16 * 2**20  # bytes of a text or a JSON object
+_GLANCE = 64  # bytes
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
@@ -46,6 +50,7 @@ class Reader(ABC):
     class_names: tuple[str, ...] = ()  # where records name classes by number; (): as they do
     multi_label = False  # whether every record has any number of labels
     attribution = ""
+    repeats = False  # whether an image may be that of several records, each with a caption
 
     @abstractmethod
     def files(self) -> Sequence[Path]:
@@ -63,9 +68,43 @@ class Reader(ABC):
     def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """The records that lie there; a Broken is handed through."""
 
+    def glances(self, refs: Sequence[Any]) -> Iterator[bytes]:
+        """A few bytes of each image, b"" for none; images that differ in them are not equal.
+
+        Unless an input can do with less, its images are read.
+        """
+        for record in self.read(refs):
+            yield b"" if isinstance(record, Broken) else glance_at(record.example.image)
+
     def notes(self) -> Iterable[str]:
         """What to report about the input when `refs` is exhausted."""
         return ()
+
+
+def glance_at(image: bytes) -> bytes:
+    """A few bytes that tell most images apart."""
+    return blake2b(image, digest_size=16).digest()
+
+
+def glance_at_part(read: Callable[[int, int], bytes], start: int, size: int) -> bytes:
+    """The size of an image, and a few bytes of its middle, where images differ.
+
+    Args:
+      read: gives so many bytes from an offset on.
+      start: offset of the image.
+      size: of the image, in bytes.
+    """
+    return b"%d " % size + read(_GLANCE, start + size // 2)
+
+
+def glance_at_file(path: Path) -> bytes:
+    """`glance_at_part` of a file; b"" when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            read = functools.partial(os.pread, file.fileno())
+            return glance_at_part(read, 0, os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError):
+        return b""
 
 
 # WHERE of KIND:WHERE, the roles of columns, and the split that all of it is, "" for what the input

@@ -20,6 +20,7 @@ from mlip_jax.data.prepare.readers import (
     Reader,
     checked_path,
     decode_text,
+    glance_at_file,
     image_at,
     parse_object,
 )
@@ -30,6 +31,8 @@ from mlip_jax.data.sets.table_rows import Row, TableFile, check_text
 
 class JsonLines(Reader):
     """A JSON object a line, with the path of an image; captions, classes, tags and a split."""
+
+    repeats = True
 
     def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
         """Takes a file. Raises UserError when it cannot be read."""
@@ -76,6 +79,20 @@ class JsonLines(Reader):
             for ref in refs:
                 yield ref if isinstance(ref, Broken) else self._record(file, *ref)
 
+    def glances(self, refs: Sequence[Any]) -> Iterator[bytes]:
+        """By the images' files alone."""
+        with self._path.open("rb") as file:
+            for ref in refs:
+                yield b"" if isinstance(ref, Broken) else self._glance(file, ref[0], ref[1])
+
+    def _glance(self, file: BinaryIO, offset: int, length: int) -> bytes:
+        file.seek(offset)
+        try:
+            values, _ = parse_object(file.read(length))
+            return glance_at_file(self._path.parent / _path_of(values, self._columns))
+        except ValueError:
+            return b""
+
     def _record(
         self, file: BinaryIO, offset: int, length: int, number: int
     ) -> InputRecord | Broken:
@@ -94,6 +111,8 @@ class JsonLines(Reader):
 
 class Table(Reader):
     """A CSV table, or one with tabs; rows of one image are one record with several captions."""
+
+    repeats = True
 
     def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
         """Takes a file with a header; .tsv and .tab have tabs.
@@ -183,17 +202,34 @@ class Table(Reader):
             for ref in refs:
                 yield ref if isinstance(ref, Broken) else self._record(file, ref)
 
+    def glances(self, refs: Sequence[Any]) -> Iterator[bytes]:
+        """By the images' files alone."""
+        with self._path.open("rb") as file:
+            for ref in refs:
+                yield b"" if isinstance(ref, Broken) else self._glance(file, *ref[0][:2])
+
+    def _glance(self, file: BinaryIO, start: int, length: int) -> bytes:
+        try:
+            row, _ = self._row_at(file, start, length)
+            values = dict(zip(self._header, row, strict=True))
+            return glance_at_file(self._path.parent / _path_of(values, self._columns))
+        except ValueError:
+            return b""
+
+    def _row_at(self, file: BinaryIO, start: int, length: int) -> tuple[list[str], bool]:
+        file.seek(start)
+        text, latin = decode_text(file.read(length))
+        return self._table.fields(text), latin
+
     def _record(self, file: BinaryIO, rows: Sequence[tuple[int, int, int]]) -> InputRecord | Broken:
         place = f"{self._path}:{rows[0][2]}"
         merged: dict[str, list[str]] = {}
         latin = 0
         try:
             for start, length, _ in rows:
-                file.seek(start)
-                text, other = decode_text(file.read(length))
+                row, other = self._row_at(file, start, length)
                 latin += other
-                fields = self._table.fields(text)
-                for name, value in zip(self._header, fields, strict=True):
+                for name, value in zip(self._header, row, strict=True):
                     merged.setdefault(name, []).append(value)
             image = _path_of({name: values[0] for name, values in merged.items()}, self._columns)
             place = f"{place} {shown(image)}"

@@ -19,6 +19,7 @@ from mlip_jax.core.files import write_atomically
 from mlip_jax.core.registry import DATASETS, READERS
 from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare import columns as column
+from mlip_jax.data.prepare.by_image import ByImage
 from mlip_jax.data.prepare.containers import SUFFIXES
 from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum
 from mlip_jax.data.prepare.opened_sets import OpenedSet
@@ -92,7 +93,8 @@ def prepare(
     if named_split is None:
         raise UserError(f"--split={split}: expected train, validation or test")
     class_names = card.read_named(classes) if classes else ()
-    reader = open_reader(source, chosen, named_split)
+    progress = Console(stderr=True, highlight=False, markup=False)
+    reader = ByImage(open_reader(source, chosen, named_split), progress)
     job, inputs = _job(reader, source, chosen, split, resize, shard_records)
     with output.reserved(folder, job), _writing(folder):
         done = output.done_before(folder, console)
@@ -102,7 +104,7 @@ def prepare(
             records=shard_records,
             workers=workers if workers > 0 else cores(),
             done=done,
-            console=Console(stderr=True, highlight=False, markup=False),
+            console=progress,
         )
         output.remove_others(folder, done.values(), made)
         keys, names = card.classes(

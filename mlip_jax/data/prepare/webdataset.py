@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -22,6 +23,7 @@ from mlip_jax.data.prepare.readers import (
     InputRecord,
     Reader,
     decode_text,
+    glance_at_part,
     keys_of,
     parse_object,
     split_of_file,
@@ -63,6 +65,8 @@ def _sample(number: int, key: str, members: dict[str, tuple[int, int]]) -> _Samp
 
 class WebDataset(Reader):
     """Tar files, whose headers are read one after the other."""
+
+    repeats = True
 
     def __init__(self, where: str, columns: Mapping[str, str], split: str) -> None:
         """Takes a tar file, a folder with some, or a pattern with *, ?, {a,b} or {000..123}.
@@ -192,6 +196,22 @@ class WebDataset(Reader):
             except OSError as error:  # of `opened`
                 for sample in samples:
                     yield Broken(f"{path}/{sample.key}", f"cannot read: {error.strerror}")
+
+    def glances(self, refs: Sequence[_Sample | Broken]) -> Iterator[bytes]:
+        """By the middle of the images; what is packed is read whole."""
+        for number, group in itertools.groupby(refs, lambda ref: getattr(ref, "tar", None)):
+            samples = list(group)
+            if number is None or is_packed(self._files[number]):
+                yield from super().glances(samples)
+                continue
+            with contextlib.ExitStack() as stack:
+                try:
+                    container = stack.enter_context(opened(self._files[number]))
+                except OSError:
+                    yield from itertools.repeat(b"", len(samples))
+                    continue
+                for sample in cast("list[_Sample]", samples):
+                    yield glance_at_part(container.read, *sample.members[sample.image])
 
     def _record(self, container: Container, name: str, sample: _Sample) -> InputRecord | Broken:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ class TableFile:
           ValueError: when there is a wrong quotation mark.
         """
         try:
-            return next(self._parsed(text.splitlines(keepends=True)), [])
+            return next(self._parsed(io.StringIO(text, newline="")), [])
         except csv.Error as error:
             if self._separator == "\t":
                 return text.rstrip("\r\n").split("\t")
