@@ -10,6 +10,7 @@ from test_evaluations import FakeSource
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations.concepts import editing, measures
 from mlip_jax.evaluations.concepts.definitions import figure_name, read_concept
 from mlip_jax.evaluations.sets import Sets
@@ -40,6 +41,9 @@ class Model:
 
     def encode_text(self, texts):
         return np.stack([self._embed(text, 0.0) for text in texts])
+
+    def tokenize(self, texts):
+        return load_tokenizer("clip_8k").encode(texts, 32)
 
     def encode_image_pixels(self, images):
         greys = images[:, 0, 0, 0]

@@ -51,6 +51,7 @@ def embedded(labels, class_names, seed=0, features=None, source=None):
         indices=np.arange(len(labels)),
         captions=((),) * len(labels),
         labels=labels,
+        equal=np.arange(len(labels)),
         unreadable=(),
     )
 

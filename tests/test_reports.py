@@ -11,6 +11,7 @@ from PIL import Image
 from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Record
+from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations import Results, write_results
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.reports import write_report
@@ -60,6 +61,9 @@ class Model:
 
     def encode_text(self, texts):
         return np.random.default_rng(1).normal(size=(len(texts), 8)).astype(np.float32)
+
+    def tokenize(self, texts):
+        return load_tokenizer("clip_8k").encode(texts, 16)
 
     def inspect(self, images):
         patches = np.arange(GRID * GRID, dtype=np.int32)

@@ -1,5 +1,6 @@
 """Retrieval: ranks and recalls that are exact whatever the blocks, and what they count."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.schema import default
+from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations import counting, retrieval
 from mlip_jax.evaluations.scores import grid_integers, on_grid, products
 from mlip_jax.evaluations.sets import EmbeddedSet
@@ -163,10 +165,40 @@ def test_chance_equals_random_orders():
     assert few["image_to_text_recall@10"] == few["image_to_text_actual_recall@10"] == 1
 
 
+def tokenize(texts):
+    """Case-blind and four words long."""
+    return load_tokenizer("clip_8k").encode(texts, 4 + 2)
+
+
 def test_equal_captions_are_one_text():
-    texts, pairs = retrieval.pair_captions([("a cat", "pet"), ("a dog", "pet", " ")])
+    texts, pairs = retrieval.pair_captions([("a cat", "pet"), ("a dog", "pet", " ")], tokenize)
     assert texts == ["a cat", "pet", "a dog"]
     assert pairs.tolist() == [[0, 0], [0, 1], [1, 2], [1, 1]]
+    # In capitals, and where what tells them apart is cut off.
+    captions = [("Dog face", "dog face"), ("dog  FACE", "to be or not to"), ("to be or not at",)]
+    texts, pairs = retrieval.pair_captions(captions, tokenize)
+    assert texts == ["Dog face", "to be or not to"]
+    assert pairs.tolist() == [[0, 0], [0, 0], [1, 0], [1, 1], [2, 1]]
+
+
+def test_copies_of_an_image_and_of_a_text_do_not_count_against_the_model():
+    """The figures of a set are those of the set with each image and each text once."""
+    sets = FakeSets((("a 0", "A 0"), ("a 1",), ("A 1", "a 2"), ("b 2",)))
+    copies = replace(sets.set, embeddings=np.eye(4, dtype=np.float32)[[0, 1, 2, 2]])
+    sets.set = replace(copies, equal=np.array([0, 1, 2, 2]))
+    outcome = retrieval.score(sets, "jsonl:birds.jsonl")
+    assert outcome.figures["text_to_image_recall@1"] == 1
+    assert outcome.figures["image_to_text_recall@1"] == 1
+    assert outcome.examples["text_to_image_recall@1"] == 4
+    assert outcome.examples["image_to_text_recall@1"] == 3
+    assert outcome.chance["text_to_image_recall@1"] == pytest.approx((1 + 2 + 1 + 1) / 3 / 4)
+    assert outcome.note.startswith("3 images, 4 distinct captions")
+    assert (
+        "One candidate each: images of equal bytes (1 repeat another), captions of equal token ids "
+        "(2 repeat another)." in outcome.note
+    )
+    sets.set = replace(copies, equal=np.arange(4))  # each copy stands in the other's way
+    assert retrieval.score(sets, "jsonl:birds.jsonl").figures["text_to_image_recall@1"] == 2 / 4
 
 
 def test_products_on_the_grid_are_exact_and_equal_rows_tie():
@@ -193,7 +225,7 @@ class FakeSets:
     def __init__(self, captions, name="birds"):
         self.captions = captions
         self.texts = []
-        self.model = SimpleNamespace(encode_text=self.encode)
+        self.model = SimpleNamespace(encode_text=self.encode, tokenize=tokenize)
         source = SimpleNamespace(notes=("1 row has no image",), split="validation")
         self.set = EmbeddedSet(
             source=source,
@@ -203,6 +235,7 @@ class FakeSets:
             indices=np.arange(len(captions)),
             captions=captions,
             labels=np.full(len(captions), -1),
+            equal=np.arange(len(captions)),
             unreadable=(),
         )
 

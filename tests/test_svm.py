@@ -56,6 +56,7 @@ def embedded(features, class_names, targets=None, labels=None):
         indices=np.arange(len(features)),
         captions=((),) * len(features),
         labels=np.full(len(features), -1) if labels is None else labels,
+        equal=np.arange(len(features)),
         unreadable=(),
     )
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.batches.training import evaluation_batches
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
+from mlip_jax.data.text.equality import equal_ids
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.sets import short_name
 
@@ -23,6 +24,9 @@ class PairScorer(Protocol):
     def preprocess(self) -> Preprocessing:
         """Brings an image to the size and the colours that the model takes."""
 
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "texts context"]:
+        """Token ids of texts, all that the model sees of them."""
+
     def score_pairs(self, images: Sequence[Any], texts: Sequence[str]) -> Float[np.ndarray, "n"]:
         """Scores, the higher the likelier a pair."""
 
@@ -30,8 +34,8 @@ class PairScorer(Protocol):
 def accuracy(model: PairScorer, source: Source, batch_size: int) -> tuple[float, int]:
     """The share of images whose first caption scores above that of the next image.
 
-    The next is the next readable one with another caption in the batch, the first after the last;
-    ties count against the model.
+    The next is the next readable one of the batch with other bytes and a caption of other token
+    ids, the first after the last; ties count against the model.
 
     Returns:
       The share and the number of images it rests on.
@@ -44,10 +48,14 @@ def accuracy(model: PairScorer, source: Source, batch_size: int) -> tuple[float,
     for batch in evaluation_batches(source, model.preprocess, batch_size):
         rows = [row for row in np.flatnonzero(batch.readable) if any(batch.captions[row])]
         texts = [batch.captions[row][0] for row in rows]
+        if not texts:
+            continue
+        kinds = [(batch.digests[row] for row in rows), equal_ids(model.tokenize(texts)).tolist()]
+        sides = list(zip(*kinds, strict=True))
         other_texts = {
-            place: other
+            place: texts[other]
             for place in range(len(texts))
-            if (other := _next_other(texts, place)) is not None
+            if (other := _next_other(sides, place)) is not None
         }
         if not other_texts:
             continue
@@ -78,6 +86,8 @@ def score(model: PairScorer, source: Source, batch_size: int) -> Outcome:
     )
 
 
-def _next_other(texts: Sequence[str], place: int) -> str | None:
-    after = (texts[(place + step) % len(texts)] for step in range(1, len(texts)))
-    return next((text for text in after if text != texts[place]), None)
+def _next_other(sides: Sequence[tuple[bytes, int]], place: int) -> int | None:
+    """The next place of another image and another text."""
+    image, text = sides[place]
+    after = ((place + step) % len(sides) for step in range(1, len(sides)))
+    return next((o for o in after if sides[o][0] != image and sides[o][1] != text), None)

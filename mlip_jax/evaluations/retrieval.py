@@ -8,7 +8,7 @@ as a query it has no answer and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,17 @@ from jaxtyping import Float, Int
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.progress import track
+from mlip_jax.data.text.equality import equal_ids
 from mlip_jax.evaluations.counting import Side, count_reaching
 from mlip_jax.evaluations.family import Family
-from mlip_jax.evaluations.interface import Outcome
+from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.scores import grid_integers, products
-from mlip_jax.evaluations.sets import Sets
+from mlip_jax.evaluations.sets import EmbeddedSet, Sets
 
 KS = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
 
-_TEXTS = 8192  # captions that are tokenised at a time
+_TEXTS = 8192  # captions that are tokenised or embedded at a time
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,36 @@ class Ranks:
     answers: Mapping[str, Answers]  # by direction
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """A dataset's images and captions that a model can tell apart, and which belong together."""
+
+    images: Int[np.ndarray, " images"]  # places in the dataset; of images of equal bytes the first
+    texts: list[str]  # of captions of equal token ids the first
+    pairs: Int[np.ndarray, "pairs 2"]  # rows of (image, text), places among the two
+
+
+def candidates(model: Encoder, embedded: EmbeddedSet) -> Candidates:
+    """What is ranked against what; without pairs for a dataset without captions."""
+    _, images, image_of = np.unique(embedded.equal, return_index=True, return_inverse=True)
+    order = np.argsort(images)  # as they come
+    texts, pairs = pair_captions(embedded.captions, model.tokenize)
+    pairs = np.stack([np.argsort(order)[image_of[pairs[:, 0]]], pairs[:, 1]], axis=1)
+    return Candidates(images[order], texts, _distinct(pairs))
+
+
 def pair_captions(
-    captions: Sequence[Sequence[str]],
+    captions: Sequence[Sequence[str]], tokenize: Callable[[Sequence[str]], np.ndarray]
 ) -> tuple[list[str], Int[np.ndarray, "pairs 2"]]:
     """The distinct captions of a dataset and which image carries which.
 
+    Captions are equal when their token ids are: in small letters and cut, as the model sees them.
     A caption that several images carry is one query, answered by any of them, and one candidate:
     nothing can tell equal texts apart. Empty captions are dropped.
 
     Args:
       captions: each image's captions.
+      tokenize: texts -> token ids [texts, context].
 
     Returns:
       The distinct texts in order of appearance, and rows of (image index, text index).
@@ -68,7 +89,16 @@ def pair_captions(
         for caption in image_captions
         if caption.strip()
     ]
-    return list(texts), np.array(pairs, np.int64).reshape(-1, 2)
+    places = np.array(pairs, np.int64).reshape(-1, 2)
+    if not texts:
+        return [], places
+    every = list(texts)
+    starts = range(0, len(every), _TEXTS)
+    tokens = np.concatenate([np.asarray(tokenize(every[s : s + _TEXTS])) for s in starts])
+    groups = equal_ids(tokens)
+    firsts = np.unique(groups, return_index=True)[1]
+    places[:, 1] = groups[places[:, 1]]
+    return [every[first] for first in firsts], places
 
 
 def ranks(
@@ -218,11 +248,12 @@ def score(sets: Sets, spec: str) -> Outcome | None:
       RunError: for NaN or infinity among the embeddings.
     """
     embedded = sets.evaluation(spec)
-    texts, pairs = pair_captions(() if embedded is None else embedded.captions)
-    if embedded is None or not texts:
+    found = None if embedded is None else candidates(sets.model, embedded)
+    if embedded is None or found is None or not found.texts:
         if spec == "validation":
             return None
         raise UserError(f"config.evaluation.retrieval: the dataset {spec!r} has no captions")
+    images, texts, pairs = found.images, found.texts, found.pairs
     starts = track(
         range(0, len(texts), _TEXTS),
         f"Embedding captions of {embedded.name}",
@@ -232,17 +263,28 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         [np.asarray(sets.model.encode_text(texts[start : start + _TEXTS])) for start in starts]
     )
     assert embedded.embeddings is not None  # `evaluation` was asked for them
-    values = recall(embedded.embeddings, text_embeddings, pairs, progress=sets.progress)
+    values = recall(embedded.embeddings[images], text_embeddings, pairs, progress=sets.progress)
     queries = {"text_to_image": len(texts), "image_to_text": len(np.unique(pairs[:, 0]))}
     return Outcome(
         embedded.name,
         values,
-        chance(pairs, len(embedded), len(texts)),
+        chance(pairs, len(images), len(texts)),
         {key: queries[direction] for direction in DIRECTIONS for key in values if direction in key},
         {key: _protocol(key) for key in values},
-        f"{len(embedded):,} images, {len(texts):,} distinct captions, all ranked against all; ties "
-        f"count against the model. The split is {embedded.source.split!r}.{embedded.omissions()}",
+        f"{len(images):,} images, {len(texts):,} distinct captions, all ranked against all; ties "
+        f"count against the model. The split is {embedded.source.split!r}."
+        f"{_merged(embedded, found)}{embedded.omissions()}",
     )
+
+
+def _merged(embedded: EmbeddedSet, found: Candidates) -> str:
+    """A sentence on what is one candidate, after a space; "" where all stand alone."""
+    images = len(embedded) - len(found.images)
+    captions = {text for texts in embedded.captions for text in texts if text.strip()}
+    texts = len(captions) - len(found.texts)
+    parts = [f"images of equal bytes ({images:,} repeat another)"] if images else []
+    parts += [f"captions of equal token ids ({texts:,} repeat another)"] if texts else []
+    return f" One candidate each: {', '.join(parts)}." if parts else ""
 
 
 def _protocol(key: str) -> str:

@@ -41,6 +41,7 @@ class EmbeddedSet:
     indices: Int[np.ndarray, " images"]  # place in the source
     captions: tuple[tuple[str, ...], ...]  # those that count for retrieval
     labels: Int[np.ndarray, " images"]  # -1: none
+    equal: Int[np.ndarray, " images"]  # a number, the same for images of equal bytes
     unreadable: tuple[str, ...]  # names
 
     def __len__(self) -> int:
@@ -71,6 +72,7 @@ class EmbeddedSet:
             indices=self.indices[rows],
             captions=tuple(self.captions[row] for row in rows),
             labels=self.labels[rows],
+            equal=self.equal[rows],
         )
 
     def omissions(self) -> str:
@@ -283,7 +285,8 @@ def embed_source(
     count = track(range(-(-size // batch_size)), f"Embedding {name}", shown=progress)
     embed = model.image_features if features else model.encode_image_pixels
     captions: list[tuple[str, ...]] = []
-    parts, indices, labels, unreadable = [], [], [], []
+    parts, indices, labels, equal, unreadable = [], [], [], [], []
+    numbers: dict[bytes, int] = {}
     for _, batch in zip(count, batches, strict=False):
         rows = np.flatnonzero(batch.readable & (batch.indices < size))
         # The whole batch, so that every call has one shape and the model compiles once.
@@ -291,6 +294,7 @@ def embed_source(
         indices.extend(batch.indices[rows].tolist())
         captions.extend(batch.captions[row] for row in rows)
         labels.extend(batch.labels[rows].tolist())
+        equal.extend(numbers.setdefault(batch.digests[row], len(numbers)) for row in rows)
         unreadable.extend(batch.unreadable)
     if not indices:
         raise UserError(f"none of the {size:,} images of the dataset {name!r} can be read")
@@ -318,6 +322,7 @@ def embed_source(
         indices=np.array(indices),
         captions=tuple(captions),
         labels=np.array(labels),
+        equal=np.array(equal),
         unreadable=tuple(unreadable),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mlip_jax.evaluations.interface import Encoder
-from mlip_jax.evaluations.retrieval import pair_captions, ranks
+from mlip_jax.evaluations.retrieval import candidates, ranks
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import EmbeddedSet
 from mlip_jax.reports.style import thumbnail
@@ -51,17 +51,19 @@ def make_sheet(model: Encoder, embedded: EmbeddedSet) -> RetrievalSheet | None:
 
     None for a dataset without captions.
     """
-    texts, pairs = pair_captions(embedded.captions)
+    found = candidates(model, embedded)
+    texts, pairs = found.texts, found.pairs
     if not texts:
         return None
     text_embeddings = np.asarray(model.encode_text(texts))
     assert embedded.embeddings is not None  # the caller has asked for them
-    query_ranks = ranks(embedded.embeddings, text_embeddings, pairs, depth=1)
-    image_grid = on_grid(embedded.embeddings, "image embeddings")
+    image_embeddings = embedded.embeddings[found.images]
+    query_ranks = ranks(image_embeddings, text_embeddings, pairs, depth=1)
+    image_grid = on_grid(image_embeddings, "image embeddings")
     text_grid = on_grid(text_embeddings, "text embeddings")
 
     def picture(image: int) -> str:
-        return thumbnail(embedded.source[int(embedded.indices[image])].image)
+        return thumbnail(embedded.source[int(embedded.indices[found.images[image]])].image)
 
     text_queries = []
     for text in evenly_by_rank(query_ranks.text_to_image, TEXT_QUERIES):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import grain
@@ -309,7 +310,15 @@ class EvaluationBatch(NamedTuple):
     readable: np.ndarray  # bool [batch]; rows to count
     captions: list[tuple[str, ...]]  # () where not readable
     labels: np.ndarray  # int32 [batch]; -1 where there is none
+    digests: list[bytes]  # equal for images of equal bytes; b"" where not readable
     unreadable: list[str]  # names of the images that could not be read
+
+
+class _Loaded(NamedTuple):
+    image: np.ndarray
+    captions: tuple[str, ...]
+    label: int
+    digest: bytes
 
 
 def evaluation_batches(
@@ -317,10 +326,11 @@ def evaluation_batches(
 ) -> Iterator[EvaluationBatch]:
     """All of a source once, in order, decoded by threads one batch ahead."""
 
-    def load(index: int) -> tuple[np.ndarray, Record] | str:
+    def load(index: int) -> _Loaded | str:
         try:
             record = source[index]
-            return preprocessing(record.image), record
+            digest = blake2b(record.image, digest_size=16).digest()
+            return _Loaded(preprocessing(record.image), record.captions, record.label, digest)
         except OSError as error:
             return f"{source.name_of(index)} ({error})"
 
@@ -337,7 +347,7 @@ def evaluation_batches(
 
 
 def _evaluation_batch(
-    start: int, loading: Iterator[tuple[np.ndarray, Record] | str], size: int, batch_size: int
+    start: int, loading: Iterator[_Loaded | str], size: int, batch_size: int
 ) -> EvaluationBatch:
     batch = EvaluationBatch(
         images=np.zeros((batch_size, size, size, 3), np.uint8),
@@ -345,6 +355,7 @@ def _evaluation_batch(
         readable=np.zeros(batch_size, bool),
         captions=[()] * batch_size,
         labels=np.full(batch_size, -1, np.int32),
+        digests=[b""] * batch_size,
         unreadable=[],
     )
     for row, loaded in enumerate(loading):
@@ -352,8 +363,9 @@ def _evaluation_batch(
         if isinstance(loaded, str):
             batch.unreadable.append(loaded)
             continue
-        batch.images[row], record = loaded
+        batch.images[row] = loaded.image
         batch.readable[row] = True
-        batch.captions[row] = record.captions
-        batch.labels[row] = record.label
+        batch.captions[row] = loaded.captions
+        batch.labels[row] = loaded.label
+        batch.digests[row] = loaded.digest
     return batch

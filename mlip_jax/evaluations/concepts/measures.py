@@ -183,7 +183,7 @@ def finding(
     )
     neither = searchable & (sides < 0)
     rows = np.flatnonzero(neither if neither.sum() > 1 else searchable)
-    texts, pairs = retrieval.pair_captions([captions[row] for row in rows.tolist()])
+    texts, pairs = retrieval.pair_captions([captions[row] for row in rows.tolist()], model.tokenize)
     embedded = np.asarray(model.encode_text(texts))
     key = "text_to_image_recall@1"
 
