@@ -90,6 +90,7 @@ def test_shapes(source):
     assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
         "image": (np.uint8, (8, 16, 16, 3)),
         "token_ids": (np.int32, (8, 12)),
+        "record": (np.int32, (8,)),
         "skipped": (np.int32, (8,)),
     }
 
@@ -250,8 +251,8 @@ def test_unreadable_images_are_replaced_and_counted(source, bad_source):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable(tmp_path, workers):
-    row = json.dumps({"file": "gone.png", "caption": "x"})
-    (tmp_path / "gone.jsonl").write_text(f"{row}\n" * 12)
+    rows = [{"file": f"{index}/gone.png", "caption": "x"} for index in range(12)]
+    (tmp_path / "gone.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = open_source(f"jsonl:{tmp_path / 'gone.jsonl'}", "train")
     with pytest.raises(UserError, match="none of 12 images in a row of 'gone' .*gone.png"):
         batches(settings(**{"data.workers": workers}), source, 1)

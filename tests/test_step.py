@@ -74,7 +74,8 @@ def batch():
     for row, words in zip(token_ids, rng.integers(1, 6, BATCH), strict=True):
         row[1 : 1 + words] = rng.integers(1, 60, words)
         row[1 + words] = END
-    return {"image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8), "token_ids": token_ids}
+    image = rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)
+    return {"image": image, "token_ids": token_ids, "record": np.arange(BATCH, dtype=np.int32)}
 
 
 @functools.cache

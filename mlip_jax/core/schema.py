@@ -203,6 +203,9 @@ def default() -> ConfigDict:
             for view in PERSPECTIVES
         }
     )
+    # Of rows of a batch whose texts have equal token ids: "count" them in the log, or "mask": they
+    # are no negatives of each other. Rows of the same record never are.
+    config.equal_texts = "count"
     config.token_chunk = 32  # texts a block of the token-level scores; bounds their memory
 
     # Losses over all pairs in blocks around the devices: "auto", where their scores are large;

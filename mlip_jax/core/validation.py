@@ -98,6 +98,7 @@ def validate(config: ConfigDict) -> None:
     choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
     choose("data.decode", config.data.decode, ("fast", "exact"))
     choose("ring", config.ring, ("auto", "always", "never"))
+    choose("equal_texts", config.equal_texts, ("count", "mask"))
     choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)
     if not config.evaluation.probe.shots or min(config.evaluation.probe.shots) < 1:
         raise UserError(

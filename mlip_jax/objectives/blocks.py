@@ -15,7 +15,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mlip_jax.objectives.contrastive import Scalar
-from mlip_jax.objectives.ring import Side, around, mean_loss, pairs, value_and_gradient
+from mlip_jax.objectives.equality import Keys, without_equal
+from mlip_jax.objectives.ring import (
+    Side,
+    around,
+    mean_loss,
+    others_that_equal,
+    pairs,
+    value_and_gradient,
+)
 
 # images, texts, mask of the texts -> similarity image to text, similarity text to image
 Similarity = Callable[
@@ -42,6 +50,7 @@ def softmax(
     *,
     chunk: int | None = None,
     mesh: Mesh | None,
+    keys: Keys | None = None,
 ) -> Scalar:
     """`contrastive.softmax_of_scores` of all pairs' scaled similarities.
 
@@ -54,11 +63,12 @@ def softmax(
       chunk: the most texts of a tile; None: as many as `ring.TILE` scores allow. A tile has the
         largest number of texts up to it that divides a device's.
       mesh: the devices that the rows lie on; None: one.
+      keys: of the rows; equal ones are no negatives of each other; None: all are.
     """
 
     def scored(images: Side, texts: Side, scale: Array) -> tuple[Array, Array, Array]:
-        to_texts, to_images = similarity(images.learned, texts.learned, texts.fixed["mask"])
-        to_texts, to_images = scale * to_texts, scale * to_images
+        both = similarity(images.learned, texts.learned, texts.fixed["mask"])
+        to_texts, to_images = _distinct(images, texts, *(scale * scores for scores in both))
         return to_texts, to_images, jnp.where(pairs(images, texts), to_texts + to_images, 0.0)
 
     def statistics(images: Side, texts: Side, scale: Array, kept: Any) -> Any:
@@ -88,7 +98,8 @@ def softmax(
         tops = of_images.top + of_texts.top - pair_scores
         return jnp.sum(tops + jnp.log(of_images.total) + jnp.log(of_texts.total)) / 2, gradient
 
-    return mean_loss(local, images, texts, mask, jnp.asarray(scale, jnp.float32), chunk, mesh)
+    scale = jnp.asarray(scale, jnp.float32)
+    return mean_loss(local, images, texts, mask, scale, chunk, mesh, keys)
 
 
 def sigmoid(
@@ -101,11 +112,12 @@ def sigmoid(
     *,
     chunk: int | None = None,
     mesh: Mesh | None,
+    keys: Keys | None = None,
 ) -> Scalar:
     """`contrastive.sigmoid_of_scores` of all pairs; the mean over both directions.
 
     Args:
-      similarity, images, texts, mask, chunk, mesh: see `softmax`.
+      similarity, images, texts, mask, chunk, mesh, keys: see `softmax`.
       scale, bias: the scores are scale * similarity + bias.
     """
 
@@ -113,14 +125,23 @@ def sigmoid(
         scale, bias = shared
         both = similarity(images.learned, texts.learned, texts.fixed["mask"])
         sign = jnp.where(pairs(images, texts), -1.0, 1.0)
-        one, other = (jax.nn.softplus(sign * (scale * scores + bias)) for scores in both)
+        both = _distinct(images, texts, *(scale * scores + bias for scores in both))
+        one, other = (jax.nn.softplus(sign * scores) for scores in both)
         return jnp.sum(one + other) / 2
 
     def local(images: Side, texts: Side, shared: Any, devices: int) -> tuple[Array, Any]:
         return value_and_gradient(part, images, texts, shared, devices)
 
     shared = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-    return mean_loss(local, images, texts, mask, shared, chunk, mesh)
+    return mean_loss(local, images, texts, mask, shared, chunk, mesh, keys)
+
+
+def _distinct(images: Side, texts: Side, one: Array, other: Array) -> tuple[Array, Array]:
+    """The scores of both directions, without those of other rows that are equal."""
+    equals = others_that_equal(images, texts)
+    if equals is None:
+        return one, other
+    return without_equal(one, equals), without_equal(other, equals)
 
 
 def _nothing(rows: Array) -> LogSum:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mlip_jax.objectives import blocks, contrastive, ring, sharded, tokenwise
 from mlip_jax.objectives.contrastive import Scalar, jsd_of_scores, sigmoid_of_scores
+from mlip_jax.objectives.equality import Keys, equal_to_all, without_equal
 from mlip_jax.objectives.tokenwise import ImageTokens, Mask, TextTokens, Weights
 
 # The most bytes of scores that the plain form may hold on a device; on 8 devices a batch of 5,792.
@@ -35,6 +37,7 @@ class Scoring(NamedTuple):
     chunk: int = 32  # texts a block of the token-level scores
     blocks: str = "auto"  # see `in_blocks`
     mesh: Mesh | None = None  # the devices that the rows lie on; None: one
+    keys: Keys | None = None  # of the rows; equal ones are no negatives; None: all are
 
 
 class Tokens(NamedTuple):
@@ -79,7 +82,8 @@ def over_all_pairs(
     """A loss on the scores of all pairs.
 
     Args:
-      of_scores: the loss.
+      of_scores: the loss. Where a row's text is as right as the image's own, its score is
+        `equality.LOWEST`.
       in_ring: the same in blocks around the devices, as `blocks.softmax`, or `blocks.sigmoid` where
         a bias is learned; None: all scores exist at once, whatever the batch.
       learns_bias: see `Loss`.
@@ -90,14 +94,26 @@ def over_all_pairs(
 
     def scored(similarity: Array, scoring: Scoring) -> Array:
         scores = scoring.scale * similarity
-        return scores + scoring.bias if learns_bias else scores
+        scores = scores + scoring.bias if learns_bias else scores
+        if scoring.keys is None:
+            return scores
+        others = ~jnp.eye(len(scores), dtype=bool)
+        return without_equal(scores, equal_to_all(scoring.keys, scoring.keys) & others)
 
     def around(batch: int, matrices: int, scoring: Scoring) -> bool:
         return bool(in_ring) and in_blocks(scoring.blocks, batch, matrices, scoring.mesh)
 
     def of_embeddings(image: Array, text: Array, scoring: Scoring) -> Scalar:
         if in_ring and around(len(image), 1, scoring):
-            return in_ring(sharded.paired, image, text, None, *shared(scoring), mesh=scoring.mesh)
+            return in_ring(
+                sharded.paired,
+                image,
+                text,
+                None,
+                *shared(scoring),
+                mesh=scoring.mesh,
+                keys=scoring.keys,
+            )
         scores = scored(contrastive.similarity(image, text), scoring)
         return of_scores(scores, scores)
 
@@ -111,6 +127,7 @@ def over_all_pairs(
                 *shared(scoring),
                 chunk=scoring.chunk,
                 mesh=scoring.mesh,
+                keys=scoring.keys,
             )
         both = tokenwise.tokenwise_similarity(*tokens, chunk=scoring.chunk)
         return of_scores(*(scored(similarity, scoring) for similarity in both))
@@ -122,17 +139,29 @@ def over_shifts(of_pairs: Callable[[Array], Scalar]) -> Loss:
     """A loss on each image's scores with its own text and with the next few of the batch.
 
     Args:
-      of_pairs: scores [1 + shifts, batch], the first row of the pairs themselves -> the loss.
+      of_pairs: scores [1 + shifts, batch], the first row of the pairs themselves -> the loss. The
+        scores of equal rows are `equality.LOWEST`.
     """
 
     def of_embeddings(image: Array, text: Array, scoring: Scoring) -> Scalar:
         return sharded.over_shifts(
-            of_pairs, image, text, scoring.scale, scoring.shifts, mesh=scoring.mesh
+            of_pairs,
+            image,
+            text,
+            scoring.scale,
+            scoring.shifts,
+            mesh=scoring.mesh,
+            keys=scoring.keys,
         )
 
     def of_tokens(tokens: Tokens, scoring: Scoring) -> Scalar:
         return sharded.tokens_over_shifts(
-            of_pairs, *tokens, scoring.scale, scoring.shifts, mesh=scoring.mesh
+            of_pairs,
+            *tokens,
+            scoring.scale,
+            scoring.shifts,
+            mesh=scoring.mesh,
+            keys=scoring.keys,
         )
 
     return Loss(of_embeddings, of_tokens, of_pairs)

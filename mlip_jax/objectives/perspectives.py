@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core.registry import LOSSES
 from mlip_jax.core.schema import PERSPECTIVES
 from mlip_jax.objectives import sharded
+from mlip_jax.objectives.equality import Keys
 from mlip_jax.objectives.losses import Scoring, Tokens
 from mlip_jax.objectives.prior import prior_matching
 
@@ -50,6 +51,7 @@ def term_loss(
     blocks: str = "auto",
     mesh: Mesh | None = None,
     critic: PairCritic | None = None,
+    keys: Keys | None = None,
 ) -> Float[Array, ""]:
     """The loss of one perspective, without its weight.
 
@@ -59,20 +61,22 @@ def term_loss(
         "text_mask" and, for "spatial_tokens", "sizes" [batch, merged].
       scale: multiplies cosines.
       bias: added to scores by losses that learn one.
-      chunk, blocks, mesh: see `Scoring`.
+      chunk, blocks, mesh, keys: see `Scoring`.
       critic: scores pairs of global features in place of the scaled cosine, for losses that score
         few pairs.
     """
     one, other = embeddings[term.view], embeddings[PERSPECTIVES[term.view]]
     loss = LOSSES[term.loss]
-    scoring = Scoring(scale, bias, term.shifts, chunk, blocks, mesh)
+    scoring = Scoring(scale, bias, term.shifts, chunk, blocks, mesh, keys)
     if one.ndim == 3:
         weights = _token_weights(term.view, one, embeddings)
         return loss.of_tokens(Tokens(one, other, weights, embeddings["text_mask"]), scoring)
     if critic:
         if loss.of_pairs is None:
             raise ValueError(f"the loss {term.loss!r} scores all pairs; a critic scores some")
-        return loss.of_pairs(critic(term.view, one, sharded.shifted(other, term.shifts, mesh)))
+        scores = critic(term.view, one, sharded.shifted(other, term.shifts, mesh))
+        equals = sharded.equal_at_shifts(keys, term.shifts, mesh)
+        return loss.of_pairs(sharded.distinct(scores, equals))
     return loss.of_embeddings(one, other, scoring)
 
 
@@ -98,6 +102,7 @@ def total_loss(
     blocks: str = "auto",
     mesh: Mesh | None = None,
     critic: PairCritic | None = None,
+    keys: Keys | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted sum, and each part's loss without its weight, by view and "prior".
 
@@ -108,7 +113,7 @@ def total_loss(
       scales, biases: by view; a view without a bias has none.
       samples_seen: pairs seen before this batch, for terms whose weight warms up.
       prior_weight: of prior matching; the perspectives' sum is weighted by what is left of 1.
-      chunk, blocks, mesh, critic: see `term_loss`.
+      chunk, blocks, mesh, critic, keys: see `term_loss`.
     """
     losses = {}
     total = jnp.zeros((), jnp.float32)
@@ -123,6 +128,7 @@ def total_loss(
             blocks=blocks,
             mesh=mesh,
             critic=critic,
+            keys=keys,
         )
         losses[view] = loss
         weight = jnp.float32(term.weight)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool
 
 from mlip_jax.devices.parallel import BATCH
 from mlip_jax.objectives.contrastive import Scalar
+from mlip_jax.objectives.equality import Keys, equal_to_all
 
 AXES = BATCH[0]  # the mesh axes that a batch's rows lie on
 # The most scores of a tile, 2 MiB. A larger block of a device's images and visiting texts is scored
@@ -54,6 +55,14 @@ def pairs(images: Side, texts: Side) -> Bool[Array, "images texts"]:
     return same
 
 
+def others_that_equal(images: Side, texts: Side) -> Bool[Array, "images texts"] | None:
+    """True where an image meets the text of another row that equals its own; None: not told."""
+    keys = images.fixed["keys"]
+    if keys is None:
+        return None
+    return equal_to_all(keys, texts.fixed["keys"]) & ~pairs(images, texts)
+
+
 def mean_loss(
     local: Callable[[Side, Side, Any, int], tuple[Array, Any]],
     images: Any,
@@ -62,30 +71,33 @@ def mean_loss(
     shared: Any,
     chunk: int | None,
     mesh: Mesh | None,
+    keys: Keys | None,
 ) -> Scalar:
     """The mean over the batch of what `local` finds on every device, with the gradient it finds.
 
     Args:
       local: (images, texts, shared, devices) -> the sum of this device's losses, and its gradients
         of the images, of the texts and of what all pairs share. Texts are in tiles, [tiles, texts,
-        ...]; both sides' "row" in `fixed` is the pair's number, the texts' "mask" is `mask`.
+        ...]; both sides' "row" in `fixed` is the pair's number and "keys" its keys, the texts'
+        "mask" is `mask`.
       images, texts: trees of arrays [batch, ...], all of them with a gradient.
       mask: tree of arrays [batch, ...] of the texts, without a gradient.
       shared: tree of scalars with a gradient.
       chunk: see `blocks.softmax`.
       mesh: the devices that the rows lie on; None: one.
+      keys: of the rows; see `Scoring`.
     """
     devices = shards(mesh)
     batch = jax.tree.leaves(images)[0].shape[0]
 
-    def on_a_device(images: Any, texts: Any, shared: Any, mask: Any, row: Array) -> Any:
+    def on_a_device(images: Any, texts: Any, shared: Any, fixed: Any, row: Array) -> Any:
         here = len(row)
         tiles = _tiles(here, chunk or max(TILE // here, 1))
         sides = (
-            Side(_float32(images), {"row": row}),
+            Side(_float32(images), {"row": row, "keys": fixed["keys"]}),
             jax.tree.map(
                 lambda leaf: leaf.reshape(tiles, here // tiles, *leaf.shape[1:]),
-                Side(texts, {"row": row, "mask": mask}),
+                Side(texts, {"row": row} | fixed),
             ),
         )
         shared = jax.tree.map(lambda leaf: leaf[0], shared)
@@ -94,11 +106,11 @@ def mean_loss(
         losses, of_shared = jax.tree.map(lambda leaf: leaf[None], (losses, of_shared))
         return losses, (of_images, of_texts, of_shared)
 
-    def forward(learned: Any, mask: Any) -> tuple[Array, Any]:
+    def forward(learned: Any, fixed: Any) -> tuple[Array, Any]:
         images, texts, shared = learned
         # A copy a device: what every device adds to the gradient is summed once, at the end.
         copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (devices,)), shared)
-        arguments = images, texts, copies, mask, jnp.arange(batch)
+        arguments = images, texts, copies, fixed, jnp.arange(batch)
         everywhere = on_a_device
         if devices > 1:
             everywhere = jax.shard_map(on_a_device, mesh=mesh, in_specs=BATCH, out_specs=BATCH)
@@ -112,15 +124,15 @@ def mean_loss(
         return jnp.sum(losses) / batch, gradient
 
     @jax.custom_vjp
-    def loss(learned: Any, mask: Any) -> Array:
-        return forward(learned, mask)[0]
+    def loss(learned: Any, fixed: Any) -> Array:
+        return forward(learned, fixed)[0]
 
     def backward(gradient: Any, cotangent: Array) -> tuple[Any, None]:
         scaled = jax.tree.map(lambda leaf: (cotangent * leaf).astype(leaf.dtype), gradient)
         return scaled, None
 
     loss.defvjp(forward, backward)
-    return loss((images, texts, shared), mask)
+    return loss((images, texts, shared), {"mask": mask, "keys": keys})
 
 
 def _tiles(rows: int, most: int) -> int:

@@ -16,15 +16,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mlip_jax.devices.parallel import BATCH
 from mlip_jax.objectives import blocks, contrastive, tokenwise
 from mlip_jax.objectives.contrastive import Scalar, check_shifts, jsd_of_scores, shifted_scores
+from mlip_jax.objectives.equality import Keys, equal, without_equal
 from mlip_jax.objectives.ring import AXES, shards
 from mlip_jax.objectives.tokenwise import ImageTokens, Mask, TextTokens, Weights
 
 _EVERYWHERE = PartitionSpec()
+_SHIFTED = PartitionSpec(None, AXES)  # [1 + shifts, batch]
 
 
 def softmax_contrastive(
@@ -89,27 +91,31 @@ def over_shifts(
     shifts: int,
     *,
     mesh: Mesh | None,
+    keys: Keys | None = None,
 ) -> Scalar:
     """A loss on the scaled scores of images with their own and the next `shifts` texts, as `jsd`.
 
     Args:
       of_pairs: scores [1 + shifts, rows] -> their mean loss.
+      image, text, scale, shifts, mesh: see `jsd`.
+      keys: of the rows; equal ones are no negatives of each other; None: all are.
 
     Raises:
       ValueError: unless 1 <= shifts < batch.
     """
     check_shifts(shifts, image.shape[0])
 
-    def local(image: Array, text: Array, scale: Array | float) -> Array:
+    def local(image: Array, text: Array, scale: Array | float, equals: Array | None) -> Array:
         scores = shifted_scores(image, _followed(text, shifts, mesh), scale, shifts)
-        loss = of_pairs(scores)
+        loss = of_pairs(distinct(scores, equals))
         return loss if shards(mesh) == 1 else jax.lax.pmean(loss, AXES)
 
+    equals = equal_at_shifts(keys, shifts, mesh)
     if shards(mesh) == 1:
-        return local(image, text, scale)
-    specs = BATCH, BATCH, _EVERYWHERE
+        return local(image, text, scale, equals)
+    specs = BATCH, BATCH, _EVERYWHERE, _SHIFTED
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
-    return everywhere(image, text, jnp.asarray(scale))
+    return everywhere(image, text, jnp.asarray(scale), equals)
 
 
 def tokens_over_shifts(
@@ -122,6 +128,7 @@ def tokens_over_shifts(
     shifts: int,
     *,
     mesh: Mesh | None,
+    keys: Keys | None = None,
 ) -> Scalar:
     """`over_shifts` on token-level similarity: the mean over its two directions.
 
@@ -129,27 +136,59 @@ def tokens_over_shifts(
       ValueError: unless 1 <= shifts < batch.
     """
     check_shifts(shifts, image_tokens.shape[0])
+    equals = equal_at_shifts(keys, shifts, mesh)
     if shards(mesh) == 1:
         following = (contrastive.followed(rows, shifts) for rows in (text_tokens, text_mask))
         text_tokens, text_mask = following
         scores = tokenwise.shifted_scores(
             image_tokens, text_tokens, image_weights, text_mask, shifts
         )
-        return tokenwise.directed(of_pairs, scale * scores)
+        return tokenwise.directed(of_pairs, distinct(scale * scores, equals))
 
-    def local(image: Array, text: Array, weights: Array, mask: Array, scale: Array) -> Array:
+    def local(
+        image: Array, text: Array, weights: Array, mask: Array, scale: Array, equals: Array | None
+    ) -> Array:
         # The mask travels as one more column, so that one exchange brings both.
         packed = jnp.concatenate([text, mask[..., None].astype(text.dtype)], axis=-1)
         packed = _followed(packed, shifts, mesh)
         scores = tokenwise.shifted_scores(
             image, packed[..., :-1], weights, packed[..., -1] > 0, shifts
         )
-        loss: Array = jax.lax.pmean(tokenwise.directed(of_pairs, scale * scores), AXES)
+        scores = distinct(scale * scores, equals)
+        loss: Array = jax.lax.pmean(tokenwise.directed(of_pairs, scores), AXES)
         return loss
 
-    specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE
+    specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE, _SHIFTED
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
-    return everywhere(image_tokens, text_tokens, image_weights, text_mask, jnp.asarray(scale))
+    return everywhere(
+        image_tokens, text_tokens, image_weights, text_mask, jnp.asarray(scale), equals
+    )
+
+
+def equal_at_shifts(
+    keys: Keys | None, shifts: int, mesh: Mesh | None
+) -> Bool[Array, "shifts1 batch"] | None:
+    """Whether a row equals the one 0 to `shifts` rows further on, not counting itself."""
+    if keys is None:
+        return None
+
+    def local(keys: Keys) -> Array:
+        count = keys.record.shape[0]
+        following = jax.tree.map(lambda key: _followed(key, shifts, mesh), keys)
+        equals = [jnp.zeros_like(keys.record, bool)]
+        for shift in range(1, shifts + 1):
+            others = jax.tree.map(lambda key, at=shift: key[at : at + count], following)
+            equals.append(equal(keys, others))
+        return jnp.stack(equals)
+
+    if shards(mesh) == 1:
+        return local(keys)
+    return jax.shard_map(local, mesh=mesh, in_specs=(BATCH,), out_specs=_SHIFTED)(keys)
+
+
+def distinct(scores: Array, equals: Bool[Array, "shifts1 batch"] | None) -> Array:
+    """Scores [..., 1 + shifts, batch] without those of equal rows, where these are told."""
+    return scores if equals is None else without_equal(scores, equals)
 
 
 def shifted(
@@ -165,8 +204,7 @@ def shifted(
     check_shifts(shifts, rows.shape[0])
     if shards(mesh) == 1:
         return local(rows)
-    out_specs = PartitionSpec(None, AXES)
-    return jax.shard_map(local, mesh=mesh, in_specs=BATCH, out_specs=out_specs)(rows)
+    return jax.shard_map(local, mesh=mesh, in_specs=BATCH, out_specs=_SHIFTED)(rows)
 
 
 def _followed(rows: Array, count: int, mesh: Mesh | None) -> Array:

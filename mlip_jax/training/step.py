@@ -18,7 +18,7 @@ from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
-from mlip_jax.objectives import perspectives
+from mlip_jax.objectives import equality, perspectives
 from mlip_jax.training import accumulation
 from mlip_jax.training.optimizer import clip_scales, learning_rate
 from mlip_jax.training.state import TrainState
@@ -37,7 +37,8 @@ def make_train_step(
     """The step: forward, every perspective's loss, gradient, update, average.
 
     The step takes the state and {"image": uint8 [batch, size, size, 3], "token_ids": int32
-    [batch, context]}, with "image_2" and "token_ids_2" where a perspective compares two views of a
+    [batch, context], "record": int32 [batch], the number of the record that a row shows}, with
+    "image_2" and "token_ids_2" where a perspective compares two views of a
     modality, all for the global batch, and returns the next state and scalars. A step whose loss or
     gradient is not finite changes nothing but the step's number, so that the last good state
     survives until the host hears of it.
@@ -100,7 +101,7 @@ class Objective:
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
             embeddings, batch_stats = self.embed(params, rows, state)
-            loss, metrics = self.loss(params, embeddings, state)
+            loss, metrics = self.loss(params, embeddings, state, rows)
             return loss, (metrics, batch_stats)
 
         (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -114,7 +115,7 @@ class Objective:
         """The same with the batch's parts embedded one after the other; without batch norms."""
         (loss, metrics), gradient = accumulation.value_and_gradient(
             lambda params, part: self.embed(params, part, state)[0],
-            lambda params, embeddings: self.loss(params, embeddings, state),
+            lambda params, embeddings: self.loss(params, embeddings, state, rows),
             state.params,
             rows,
             self.config.accumulation,
@@ -148,9 +149,15 @@ class Objective:
         return embeddings, changed.get("batch_stats", {})
 
     def loss(
-        self, params: Any, embeddings: dict[str, Array], state: TrainState
+        self,
+        params: Any,
+        embeddings: dict[str, Array],
+        state: TrainState,
+        rows: dict[str, Array],
     ) -> tuple[Array, Metrics]:
         """The loss of the whole batch, and what is told of it."""
+        record = rows["record"].astype(jnp.uint32)
+        text = equality.text_keys(rows["token_ids"])
 
         def critic(view: str, one: Array, other: Array) -> Array:
             scores: Array = self.model.apply(
@@ -170,8 +177,10 @@ class Objective:
             blocks=self.config.ring,
             mesh=self.mesh,
             critic=critic if self.model.critic == "concat" else None,
+            keys=equality.Keys(record, text if self.config.equal_texts == "mask" else None),
         )
         metrics = {f"loss/{view}": value for view, value in losses.items()}
+        metrics["false_negatives"] = equality.false_negatives(record, text)
         return loss, metrics | {f"scale/{view}": scale for view, scale in scales.items()}
 
 
@@ -243,12 +252,13 @@ def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compi
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the images and token ids that a step takes."""
+    """Shapes, dtypes and shardings of the batch that a step takes."""
     batch, model = config.batch_size, config.model
     size, rows = model.image.image_size, parallel.batch_sharding(mesh)
     image = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8, sharding=rows)
     token_ids = jax.ShapeDtypeStruct((batch, model.text.context_length), np.int32, sharding=rows)
-    shapes = {"image": image, "token_ids": token_ids}
+    record = jax.ShapeDtypeStruct((batch,), np.int32, sharding=rows)
+    shapes = {"image": image, "token_ids": token_ids, "record": record}
     if config.perspectives.augmented_image.weight > 0:
         shapes["image_2"] = image
     if config.perspectives.other_caption.weight > 0:

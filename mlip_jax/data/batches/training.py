@@ -69,6 +69,7 @@ def train_batches(
     Yields:
       "image": uint8 [b, image_size, image_size, 3];
       "token_ids": int32 [b, context_length];
+      "record": int32 [b], the index of the record that stands in each row;
       "skipped": int32 [b], the index of the record whose image could not be read and for which the
       next readable record stands; -1 where all is well;
       "image_2", where config.perspectives.augmented_image has a weight: as "image", another view of
@@ -149,7 +150,8 @@ class _Example:
         self._cache: dict[int, tuple[Record, _Decoded]] = {}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        record, image, skipped = self._readable(int(index))
+        index = int(index)
+        record, image, place = self._readable(index)
         # The same draws in the same order, whether second views follow or not.
         pixels, flipped = self._view(image, rng)
         words = record.captions, record.tags, self._caption, rng
@@ -157,7 +159,8 @@ class _Example:
         texts = captions.compose_two(*words) if self._two_captions else (captions.compose(*words),)
         if flipped:
             texts = tuple(captions.swap_sides(text) for text in texts)
-        example = {"image": pixels, "skipped": skipped}
+        skipped = -1 if place == index else index
+        example = {"image": pixels, "record": place, "skipped": skipped}
         example |= zip(("caption", "caption_2"), texts, strict=False)
         if self._two_images:
             example["image_2"], _ = self._view(image, rng)
@@ -169,17 +172,17 @@ class _Example:
         )
 
     def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
-        """The record, or the next one of its dataset whose image can be read."""
+        """The record, or the next one of its dataset whose image can be read, and its index."""
         first_error = None
         candidates = neighbours(self._source, index)
         for step in range(min(_MAX_REPLACEMENTS, len(candidates))):
             try:
-                place = (index - candidates.start + step) % len(candidates)
-                record, image = self._decoded(candidates[place])
+                place = candidates[(index - candidates.start + step) % len(candidates)]
+                record, image = self._decoded(place)
             except OSError as error:
                 first_error = first_error or error
                 continue
-            return record, image, index if step else -1
+            return record, image, place
         raise UserError(
             f"none of {step + 1} images in a row of {self._source.name!r} can be read; the first: "
             f"{self._source.name_of(index)} ({first_error})"
@@ -240,7 +243,8 @@ class _Batches:
                     shape = (len(self._rows), *value.shape)
                     images[key], batch[key] = self._lender.empty(shape)
                 images[key][row] = value  # at once, while it is in the processor's caches
-        batch["skipped"] = np.array(values_by_key["skipped"], np.int32)
+        for key in ("record", "skipped"):
+            batch[key] = np.array(values_by_key[key], np.int32)
         for view in ("", "_2"):
             if f"caption{view}" in values_by_key:  # tokenised together
                 ids = self._tokenizer.encode(values_by_key[f"caption{view}"], self._context_length)
