@@ -128,7 +128,8 @@ def own_model(**changes):
     config.model.text.tokenizer = "clip_8k"
     for key, value in changes.items():
         schema.set_key(config, key.replace("__", "."), value)
-    tokenizer = load_tokenizer(config.model.text.tokenizer)
+    text = config.model.text
+    tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
     network = building.build(
         config, vocab_size=tokenizer.vocab_size, start_id=tokenizer.sot, end_id=tokenizer.eot
     )
@@ -158,6 +159,64 @@ def test_a_clip_trained_here_goes_out(tmp_path, pre_norm, form, capsys):
     np.testing.assert_allclose(
         after.encode_image_pixels(pixels), model.encode_image_pixels(pixels), atol=1e-5
     )
+
+
+ODD = ("it\u2019s \ufb01ne", "\uff26\uff35\uff2c\uff2c", "caf\u00c3\u00a9", "x <end_of_text> y")
+
+
+@pytest.mark.parametrize(
+    "cleaning, form, said, unsaid",
+    [
+        ("none", "open_clip", ["mends texts by ftfy", "<|startoftext|> and <|endoftext|>"], []),
+        ("ftfy_whitespace", "open_clip", ["<|startoftext|> and <|endoftext|>"], ["ftfy"]),
+        ("none", "hf_clip", ["HTML escapes", "letter by letter", "<|endoftext|>"], ["ftfy"]),
+        ("ftfy_lower", "hf_clip", ["HTML escapes", "are not mended by ftfy there"], []),
+    ],
+)
+def test_what_texts_lose_is_said_at_export_and_at_load(
+    tmp_path, capsys, cleaning, form, said, unsaid
+):
+    model = own_model(model__image__pre_norm=True, model__text__cleaning=cleaning)
+    after = exported(by_own_folder(model, tmp_path / "own"), tmp_path / form, form)
+    printed = capsys.readouterr().out
+    card = (tmp_path / form / "README.md").read_text()
+    assert f"cleaning {cleaning!r}" in card
+    for text in (printed, card, " ".join(after.about["lost"])):
+        assert all(part in text for part in said), text
+    assert not any(part in " ".join(after.about["lost"]) for part in unsaid)
+    odd = model.encode_text(ODD[:3])
+    differs = np.abs(after.encode_text(ODD[:3]) - odd).max(axis=1) > 1e-3
+    assert differs.all() == ((form == "open_clip") != (cleaning != "none"))
+    assert "lost" not in exported(tmp_path / "own", tmp_path / "mlip", "mlip").about
+
+
+def test_cleanings_of_clips_own_tokenizer_go_out_to_open_clip(tmp_path):
+    for cleaning, clean in (
+        ("none", None),
+        ("ftfy_whitespace", None),
+        ("ftfy_lower", None),
+        ("canonicalize", "canonicalize"),
+        ("ftfy_canonicalize", "canonicalize"),
+    ):
+        model = own_model(model__text__tokenizer="clip", model__text__cleaning=cleaning)
+        folder = tmp_path / cleaning
+        after = exported(by_own_folder(model, tmp_path / f"own_{cleaning}"), folder, "open_clip")
+        text_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"][
+            "text_cfg"
+        ]
+        assert text_cfg.get("tokenizer_kwargs") == ({"clean": clean} if clean else None)
+        theirs = "ftfy_canonicalize" if clean else "ftfy_whitespace"
+        assert after.tokenizer.cleaning == after.config.model.text.cleaning == theirs
+        if cleaning.startswith("ftfy_"):
+            np.testing.assert_allclose(
+                after.encode_text(ODD[:3]), model.encode_text(ODD[:3]), atol=1e-6
+            )
+        # As open_clip has it, the text ends there.
+        ids = after.tokenize([ODD[3]])[0]
+        assert (ids == after.tokenizer.eot).sum() == (1 if clean else 2)
+        assert (model.tokenize([ODD[3]])[0] == model.tokenizer.eot).sum() == 1
+        again = exported(folder, tmp_path / f"again_{cleaning}", "mlip")
+        np.testing.assert_array_equal(again.tokenize(ODD), after.tokenize(ODD))
 
 
 @pytest.mark.parametrize(

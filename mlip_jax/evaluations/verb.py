@@ -85,6 +85,8 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
         home.mkdir(parents=True, exist_ok=True)
     if not rates:
         model = load(workdir, config=config)
+        for sentence in model.about.get("lost", ()):
+            console.print(f"note: lost when this model was exported: {sentence}")
         results, path = _score(model, config, trained, home, console)
         console.print(table(results))
         console.print(f"results: {path} (also .md, .html)")

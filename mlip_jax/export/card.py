@@ -109,7 +109,8 @@ def _model(model: Model) -> list[str]:
         f"- images: {prepared.image_size} pixels, resized by {prepared.resize!r} "
         f"({prepared.interpolation}), mean {_numbers(prepared.mean)}, deviation "
         f"{_numbers(prepared.std)}",
-        f"- texts: up to {text.context_length} tokens of {model.tokenizer.vocab_size}",
+        f"- texts: up to {text.context_length} tokens of {model.tokenizer.vocab_size}, cleaning "
+        f"{model.tokenizer.cleaning!r}",
         f"- Frequency Stage: {image.frequency.depth} blocks; token merging rate "
         f"{image.merging.rate:g}",
         f"- logit scale {model.logit_scale:.4g}, logit bias {model.logit_bias:.4g}",

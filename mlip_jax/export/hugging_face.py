@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlip_jax.data.text.captions import repairs
+from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.export import plain_clip
 from mlip_jax.inference import Model
 from mlip_jax.interop import clip_layouts
-from mlip_jax.interop.foreign import MissingPreprocessing
+from mlip_jax.interop.foreign import MissingPreprocessing, with_lost
 
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -29,6 +31,7 @@ def write(folder: Path, model: Model) -> list[str]:
     """
     image, text = model.config.model.image, model.config.model.text
     end = model.tokenizer.eot
+    is_clips = text.tokenizer in ("clip", "clip_8k")  # which write in lower case anyway
     reasons = plain_clip.reasons(model) | {
         "its ViT has no norm before the blocks, which CLIPModel's always has (train with "
         "--config.model.image.pre_norm=True; open_clip does without)": not image.pre_norm,
@@ -45,20 +48,39 @@ def write(folder: Path, model: Model) -> list[str]:
         "its logits have a bias, as the sigmoid loss learns it": model.logit_bias != 0,
         f"images are resized by {model.preprocess.resize!r}": model.preprocess.resize == "longest",
         f"config.model.text.cleaning={text.cleaning!r} is not a part of its tokenizer": (
-            text.cleaning not in ("none", "whitespace")
+            text.cleaning not in ("none", "whitespace", "ftfy_whitespace")
+            and not (text.cleaning == "ftfy_lower" and is_clips)
         ),
     }
     plain_clip.refuse("Hugging Face's CLIPModel", reasons)
     layout = clip_layouts.hugging_face_clip()
     plain_clip.save_weights(folder / "model.safetensors", layout, model)
-    plain_clip.write_json(folder / "config.json", _config(model))
+    lost = plain_clip.notes(model, "floor") + _text_notes(model.tokenizer, is_clips)
+    plain_clip.write_json(folder / "config.json", with_lost(_config(model), lost))
     plain_clip.write_tokenizer(folder, model.tokenizer, text.context_length)
     if not isinstance(model.preprocess, MissingPreprocessing):
         plain_clip.write_json(folder / "preprocessor_config.json", _preprocessor(model))
-    notes = plain_clip.notes(model, "floor")
-    if model.tokenizer.unescapes:
-        notes.append("HTML escapes in texts, such as &amp;, which this model undoes, stay there")
-    return notes
+    return lost
+
+
+def _text_notes(tokenizer: Tokenizer, is_clips: bool) -> list[str]:
+    """What becomes other token ids there than here, in words."""
+    sentences = []
+    if tokenizer.unescapes:
+        sentences.append(
+            "HTML escapes in texts, such as &amp;, which this model undoes, stay there"
+        )
+    if repairs(tokenizer.cleaning):
+        sentences.append(
+            "texts are not mended by ftfy there (curly quotes, ligatures, full-width letters, "
+            "decoding mistakes), as they are here"
+        )
+    if is_clips:
+        sentences.append(
+            "transformers lower-cases letter by letter (a sigma that ends a word becomes another "
+            "letter) and keeps control characters that are white space here"
+        )
+    return sentences + plain_clip.written_notes(tokenizer)
 
 
 def _config(model: Model) -> dict[str, Any]:

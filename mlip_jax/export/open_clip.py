@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlip_jax.data.text.captions import repairs
 from mlip_jax.export import plain_clip
 from mlip_jax.inference import Model
 from mlip_jax.interop import clip_layouts
-from mlip_jax.interop.foreign import MissingPreprocessing, MissingTokenizer
-from mlip_jax.interop.open_clip import CONFIG, WEIGHTS
+from mlip_jax.interop.foreign import MissingPreprocessing, MissingTokenizer, with_lost
+from mlip_jax.interop.open_clip import CLEANINGS, CONFIG, WEIGHTS
 from mlip_jax.models.layers import EPSILON
 
 _CLIP_TOKENS = 49_408
@@ -56,10 +57,34 @@ def write(folder: Path, model: Model) -> list[str]:
             "resize_mode": prepared.resize,
             "fill_color": 0,
         }
-    plain_clip.write_json(folder / CONFIG, values)
+    lost = plain_clip.notes(model, "round") + _text_notes(model)
+    plain_clip.write_json(folder / CONFIG, with_lost(values, lost))
     if not _has_clips_tokens(model):
         plain_clip.write_tokenizer(folder, model.tokenizer, text.context_length)
-    return plain_clip.notes(model, "round")
+    return lost
+
+
+def _text_notes(model: Model) -> list[str]:
+    """What becomes other token ids there than here, in words."""
+    tokenizer = model.tokenizer
+    if isinstance(tokenizer, MissingTokenizer):
+        return []
+    sentences = []
+    if not repairs(tokenizer.cleaning):
+        also = "" if tokenizer.unescapes else " and undoes HTML escapes"
+        sentences.append(
+            f"open_clip mends texts by ftfy (curly quotes, ligatures, full-width letters, decoding "
+            f"mistakes){also}, this model does not: such texts have other features there "
+            "(--config.model.text.cleaning=ftfy_whitespace trains with the same)"
+        )
+    if not _has_clips_tokens(model):
+        return sentences + plain_clip.written_notes(tokenizer)
+    if not tokenizer.written:
+        sentences.append(
+            "open_clip takes <start_of_text> and <end_of_text> in a text for the special tokens, "
+            "this model spells them like any other word"
+        )
+    return sentences
 
 
 def _has_clips_tokens(model: Model) -> bool:
@@ -89,9 +114,12 @@ def _model(model: Model, quick: bool) -> dict[str, Any]:
         text_cfg["eos_id"] = model.tokenizer.eot
     if not text.causal:
         text_cfg["no_causal_mask"] = True
-    if not _has_clips_tokens(model) and not isinstance(model.tokenizer, MissingTokenizer):
+    cleaning = _cleaning(text.cleaning)
+    if _has_clips_tokens(model):
+        if cleaning == "canonicalize":
+            text_cfg["tokenizer_kwargs"] = {"clean": cleaning}  # else it writes in lower case alone
+    elif not isinstance(model.tokenizer, MissingTokenizer):
         text_cfg["hf_tokenizer_name"] = model.config.name  # of local-dir: the folder itself
-        cleaning = text.cleaning if text.cleaning != "none" else "whitespace"
         text_cfg["tokenizer_kwargs"] = {"clean": cleaning}
     values = {
         "embed_dim": model.config.model.embed_dim,
@@ -102,6 +130,12 @@ def _model(model: Model, quick: bool) -> dict[str, Any]:
     if "bias_spatial_global" in model.variables["params"]:
         values["init_logit_bias"] = model.logit_bias
     return values
+
+
+def _cleaning(name: str) -> str:
+    """open_clip's name of the cleaning that is nearest to ours, but for ftfy."""
+    theirs = {ours: name for name, ours in CLEANINGS.items()}
+    return theirs.get(name) or ("canonicalize" if name == "canonicalize" else "whitespace")
 
 
 def _tower(tower: Any) -> dict[str, Any]:

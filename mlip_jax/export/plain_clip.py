@@ -14,6 +14,7 @@ from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Encoder
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.data.text.captions import repairs
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.inference import Model
 from mlip_jax.interop import layouts
@@ -58,6 +59,7 @@ def reasons(model: Model) -> dict[str, bool]:
         "it scores pairs and has no joint space": model.pairwise,
         f"config.model.text.cleaning={text.cleaning!r} is not a part of its tokenizer": (
             text.cleaning not in ("none", "whitespace", "canonicalize")
+            and not repairs(text.cleaning)
         ),
     }
 
@@ -80,6 +82,25 @@ def notes(model: Model, crop: str) -> list[str]:
     if unused:
         sentences.append(f"left out, as no embedding needs them: {', '.join(unused)}")
     return sentences
+
+
+def written_notes(tokenizer: Tokenizer) -> list[str]:
+    """Whether a text may hold special tokens in the files that `write_tokenizer` writes, in words.
+
+    Tokenizers from folders of other libraries take such words for special tokens here too.
+    """
+    if isinstance(tokenizer, MissingTokenizer):
+        return []
+    encoder = Encoder.from_str(tokenizer.encoder_json())
+    tokens = [_token(encoder, identity) for identity in (*tokenizer.start, *tokenizer.end)]
+    known = {token.content for token in encoder.get_added_tokens_decoder().values()}
+    words = [token for token in dict.fromkeys(tokens) if token not in known]
+    if not words:
+        return []
+    return [
+        f"the library takes {' and '.join(words)} in a text for the special tokens, this model "
+        "spells them like any other word"
+    ]
 
 
 def save_weights(file: Path, layout: Layout, model: Model) -> None:

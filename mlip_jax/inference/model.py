@@ -38,7 +38,8 @@ class Model:
       logit_scale: what training multiplied cosines by.
       pairwise: whether it scores pairs only, having no joint space (`config.model.critic`).
       step: of the checkpoint that it was loaded from; None when it was not.
-      about: what its folder says of it beside that, such as its data's "attribution".
+      about: what its folder says of it beside that, such as its data's "attribution", or, in words,
+        what was "lost" when it was exported for another library.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Foreign:
       weights: the file, or the folder, that holds them.
       tokenizer: what its folder says of texts.
       preprocessing: what its folder says of images.
+      lost: what an export of this package's left behind, in words.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Foreign:
     weights: Path
     tokenizer: Tokenizer
     preprocessing: Preprocessing
+    lost: tuple[str, ...] = ()
 
     def params(self) -> dict[str, Any]:
         """The parameters, a tree of float32 arrays.
@@ -60,7 +62,7 @@ class MissingTokenizer(Tokenizer):
         """Takes the ids by the model's config, and why there is no more than that."""
         self.vocab_size, self.sot, self.eot, self.pad = vocab_size, sot, eot, eot
         self.start, self.end = (sot,), (eot,)
-        self.cleaning, self.unescapes = "none", False
+        self.cleaning, self.unescapes, self.written = "none", False, False
         self.reason = reason
 
     def encode(self, texts: Any, context_length: int) -> np.ndarray:
@@ -89,6 +91,21 @@ class MissingPreprocessing(Preprocessing):
     def to_dict(self) -> dict[str, Any]:
         """Raises UserError: why it cannot be written."""
         raise UserError(self.reason)
+
+
+_EXPORT = "mlip_jax"
+
+
+def with_lost(values: Mapping[str, Any], lost: Sequence[str]) -> dict[str, Any]:
+    """Another library's config, with what an export to it left behind, which `lost` reads."""
+    return dict(values) | ({_EXPORT: {"lost": list(lost)}} if lost else {})
+
+
+def lost(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an export left behind, by the config that it wrote; () for a config of others."""
+    export = values.get(_EXPORT)
+    sentences = export.get("lost") if isinstance(export, dict) else None
+    return tuple(map(str, sentences)) if isinstance(sentences, list) else ()
 
 
 _MISSING = "missing"

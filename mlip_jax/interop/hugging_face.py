@@ -17,6 +17,7 @@ from mlip_jax.interop.foreign import (
     base_config,
     check_computed,
     colours,
+    lost,
     number,
     positive_int,
     section_of,
@@ -114,7 +115,7 @@ def describe(folder: Path) -> Foreign:
     )
     config.model.text.cleaning = tokenizer.cleaning
     preprocessing = _preprocessing(folder, config.model.image.image_size, kind)
-    return Foreign(folder, config, layout, folder, tokenizer, preprocessing)
+    return Foreign(folder, config, layout, folder, tokenizer, preprocessing, lost(values))
 
 
 def _section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

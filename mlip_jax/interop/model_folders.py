@@ -101,7 +101,10 @@ def read(folder: Path, step: int | None = None) -> Artefact:
     foreign = describe(folder)
     validate(foreign.config)
     variables = {"params": foreign.params()}
-    return Artefact(foreign.config, variables, foreign.tokenizer, foreign.preprocessing, None, {})
+    about = {"lost": list(foreign.lost)} if foreign.lost else {}
+    return Artefact(
+        foreign.config, variables, foreign.tokenizer, foreign.preprocessing, None, about
+    )
 
 
 def _of_workdir(folder: Path, step: int | None) -> Artefact:

@@ -18,6 +18,7 @@ from mlip_jax.interop.foreign import (
     base_config,
     check_computed,
     colours,
+    lost,
     number,
     positive_int,
     section_of,
@@ -27,6 +28,12 @@ from mlip_jax.interop.hugging_face import set_siglip
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
+# open_clip's name of how its tokenizers clean texts -> ours.
+CLEANINGS = {
+    "whitespace": "ftfy_whitespace",
+    "lower": "ftfy_lower",
+    "canonicalize": "ftfy_canonicalize",
+}
 
 # By key: what is computed here, and what a key that is left out means (open_clip 3).
 _PLAIN_BLOCK: Computed = {
@@ -136,7 +143,8 @@ def describe(folder: Path) -> Foreign:
     config.model.text.cleaning = tokenizer.cleaning
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder)
     size = config.model.image.image_size
-    return Foreign(folder, config, layout, weights, tokenizer, _preprocessing(file, values, size))
+    preprocessing = _preprocessing(file, values, size)
+    return Foreign(folder, config, layout, weights, tokenizer, preprocessing, lost(values))
 
 
 def _refuse_unknown(file: Path, section: str, values: Mapping[str, Any], known: set[str]) -> None:
@@ -235,8 +243,11 @@ def _tokenizer(folder: Path, config: Any, text: dict[str, Any]) -> Tokenizer:
         config.model.text.tokenizer = "clip" if vocab_size == 49408 else f"folder:{folder}"
 
         def read() -> Tokenizer:
-            clip_tokenizer = load_tokenizer("clip")
-            if clip_tokenizer.vocab_size == vocab_size and not text.get("tokenizer_kwargs"):
+            # CLIP's tokens are of lower case anyway; "whitespace" would keep upper case there.
+            cleaning = _cleaning(folder, text, "lower", ("lower", "canonicalize"))
+            cleaning = CLEANINGS["whitespace"] if cleaning == CLEANINGS["lower"] else cleaning
+            clip_tokenizer = load_tokenizer("clip", cleaning=cleaning, written=True)
+            if clip_tokenizer.vocab_size == vocab_size:
                 return clip_tokenizer
             raise UserError(
                 f"{folder}: {CONFIG} names no tokenizer, and CLIP's, which goes with it then, has "
@@ -245,19 +256,24 @@ def _tokenizer(folder: Path, config: Any, text: dict[str, Any]) -> Tokenizer:
 
         return tokenizer_or_reason(read, vocab_size, vocab_size - 2, end)
     config.model.text.tokenizer = f"folder:{folder}"
-    arguments = text.get("tokenizer_kwargs") or {}
-    cleaning = arguments.get("clean", "whitespace")
 
     def read_folder() -> Tokenizer:
-        known = ("whitespace", "canonicalize")
-        if cleaning not in known or arguments.keys() - {"clean"}:
-            raise UserError(
-                f"{folder}: {CONFIG}: text_cfg.tokenizer_kwargs is {arguments!r}; only clean, one "
-                f"of {', '.join(known)}, is known here"
-            )
+        cleaning = _cleaning(folder, text, "whitespace", tuple(CLEANINGS))
         return folder_tokenizer(folder, cleaning, vocab_size)
 
     return tokenizer_or_reason(read_folder, vocab_size, -1, end)
+
+
+def _cleaning(folder: Path, text: dict[str, Any], absent: str, known: tuple[str, ...]) -> str:
+    """Our name of the cleaning that text_cfg.tokenizer_kwargs names."""
+    arguments = text.get("tokenizer_kwargs") or {}
+    cleaning = arguments.get("clean", absent)
+    if cleaning not in known or arguments.keys() - {"clean"}:
+        raise UserError(
+            f"{folder}: {CONFIG}: text_cfg.tokenizer_kwargs is {arguments!r}; only clean, one "
+            f"of {', '.join(known)}, is known here"
+        )
+    return CLEANINGS[cleaning]
 
 
 def _preprocessing(file: Path, values: Mapping[str, Any], image_size: int) -> Preprocessing:

@@ -200,6 +200,7 @@ def load_tokenizer(
     cleaning: str = "none",
     vocab_size: int = 8192,
     captions: Callable[[], Iterable[str]] | None = None,
+    written: bool = False,
 ) -> Tokenizer:
     """The tokenizer that `config.model.text.tokenizer` names.
 
@@ -212,6 +213,7 @@ def load_tokenizer(
         model's table.
       captions: gives the texts to train on, such as the method `captions` of the training set; it
         is called twice.
+      written: whether CLIP's special tokens may be written in texts, see `Tokenizer`.
 
     Raises:
       UserError: for an unknown name or cleaning, a vocabulary that cannot be read, or no captions
@@ -219,7 +221,7 @@ def load_tokenizer(
     """
     check_cleaning(cleaning)
     if name in _CLIP_SIZES:
-        return Tokenizer(_clip(_CLIP_SIZES[name]), cleaning)
+        return Tokenizer(_clip(_CLIP_SIZES[name]), cleaning, written=written)
     kind, _, path = name.partition(":")
     if kind == "wordpiece" and path:
         return Tokenizer(wordpiece.read(Path(path).expanduser()), cleaning)
