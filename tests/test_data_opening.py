@@ -176,15 +176,60 @@ def test_table(tmp_path, suffix, comma):
     [
         ("a,b\n1,2\n", r"pairs.csv:1: needs a column file"),
         ("", r"pairs.csv:1: .*found nothing"),
-        ("file,caption\na.png,x\na.png\n", r"pairs.csv:3: not 2 columns"),
-        ("file,caption\na.png,x,y\n", r"pairs.csv:2: not 2 columns"),
+        ("file,caption\na.png,x\na.png\n", r"pairs.csv:3: has 1 column, not 2"),
+        ("file,caption\na.png,x,y\n", r"pairs.csv:2: has 3 columns, not 2"),
         ("file,caption\n,x\n", r"pairs.csv:2: the image column is empty"),
+        (b"file,caption\na.png,x\nb.png,sch\xf6n\n", r"pairs.csv:3: not UTF-8"),
+        ('file,"caption\na.png,x\n', r"pairs.csv:1: a quotation mark opens a field that is not"),
+        ('file,caption\na.png,"5" wide"\n', r"pairs.csv:2: ',' expected after"),
+        (f"file,caption\na.png,{'x' * 2**24}\n", r"pairs.csv:2: the line has 16,777,223 bytes, at"),
     ],
 )
 def test_malformed_table(tmp_path, content, message):
-    (tmp_path / "pairs.csv").write_text(content)
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / "pairs.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_source(f"csv:{tmp_path / 'pairs.csv'}", "train")
+
+
+def table_of_eight(tmp_path, suffix, form="{}.png", **odd):
+    """Rows 0 to 7, line 2 on; `odd` are captions of some."""
+    comma = "\t" if suffix == ".tsv" else ","
+    captions = [odd.get(f"row_{row}", f"caption {row}") for row in range(8)]
+    rows = [f"{form.format(row)}{comma}{caption}" for row, caption in enumerate(captions)]
+    path = tmp_path / f"pairs{suffix}"
+    path.write_text("\n".join([f"file{comma}caption", *rows]))
+    return path
+
+
+@pytest.mark.parametrize("form", ["{}.png", "{}"])
+@pytest.mark.parametrize("closing", ["caption 4", 'it is 5 ft 6"', '"so" they say'])
+def test_a_quotation_mark_takes_no_other_row_with_it(tmp_path, form, closing):
+    odd = {"row_2": '"Best day ever', "row_4": closing}
+    with pytest.raises(UserError, match=r"pairs.csv:4: a quotation mark opens a field that is not"):
+        open_source(f"csv:{table_of_eight(tmp_path, '.csv', form, **odd)}", "train")
+    # Tabs need no quotation marks.
+    table = open_source(f"csv:{table_of_eight(tmp_path, '.tsv', form, **odd)}", "train")
+    assert list(table.captions()) == [odd.get(f"row_{i}", f"caption {i}") for i in range(8)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_texts_in_quotation_marks_may_have_several_lines(tmp_path, suffix):
+    caption = '"one,\ntwo ""three"",\r\nof, say, five"'
+    path = table_of_eight(tmp_path, suffix, row_2=caption, row_3='""', row_5='a 5" pipe')
+    source = open_source(f"csv:{path}", "train", max_skipped_share=0.2)
+    texts = list(source.captions())
+    assert texts[2] == 'one, two "three", of, say, five'
+    assert texts[3:] == ["caption 4", 'a 5" pipe', "caption 6", "caption 7"]
+    assert "pairs" + suffix + ":7" in source.notes[0]
+
+
+def test_tables_may_begin_with_a_mark_and_end_lines_by_any_break(tmp_path):
+    for name, line_break in (("a", "\r"), ("b", "\r\n"), ("c", "\n")):
+        path = tmp_path / f"{name}.csv"
+        text = line_break.join(["file,caption", "1.png,one", "", '2.png,"t,wo"'])
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert list(open_source(f"csv:{path}", "train").captions()) == ["one", "t,wo"]
 
 
 def test_class_folders(tmp_path):

@@ -313,7 +313,7 @@ def test_rows_of_a_table_that_are_wrong(tmp_path):
     }
     reason_of = {name.removeprefix(f"{table}:"): why for name, why in reasons(out).items()}
     assert reason_of == {
-        "3": "has 1 columns, not 3",
+        "3": "has 1 column, not 3",
         "4": reason_of["4"],
         "6": "the path of the image is empty",
         "7": "unknown split 'trian'",
@@ -321,7 +321,37 @@ def test_rows_of_a_table_that_are_wrong(tmp_path):
         "9 https://a.b/c.jpg": "it is an address, and nothing is downloaded: fetch images with "
         "img2dataset",
     }
-    assert "columns" in reason_of["4"]
+    assert reason_of["4"].startswith("a quotation mark opens a field that is not closed before")
+
+
+@pytest.mark.parametrize("closing", ["fine 4", 'it is 5 ft 6"', '"so" they say'])
+def test_a_quotation_mark_takes_no_other_row_with_it(tmp_path, closing):
+    pictures(tmp_path, 8)
+    captions = [f"fine {row}" for row in range(8)]
+    captions[2], captions[4] = '"Best day ever', closing
+    for suffix, comma, lost in ((".csv", ",", 1 + (closing[0] == '"')), (".tsv", "\t", 0)):
+        table = tmp_path / f"t{suffix}"
+        rows = [f"{row}.jpg{comma}{caption}" for row, caption in enumerate(captions)]
+        table.write_text("\n".join([f"image{comma}caption", *rows]))
+        out = tmp_path / f"out{suffix}"
+        assert run(f"--source=csv:{table}", f"--out={out}", LENIENT) == 0
+        kept = {name: r.captions[0] for name, r in records(out).items()}
+        expected = {f"{row}.jpg": text for row, text in enumerate(captions)}
+        assert kept.items() <= expected.items() and len(kept) == 8 - lost
+        assert [name for name in reasons(out) if name == f"{table}:4"] == [f"{table}:4"] * (
+            lost > 0
+        )
+
+
+def test_a_line_that_is_too_long_is_one_record_that_is_left_out(tmp_path):
+    pictures(tmp_path, 2)
+    texts = {"1.jpg": "x" * 40 * 2**20, "0.jpg": "fine"}
+    lines = [json.dumps({"image": name, "caption": text}) for name, text in texts.items()]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    out = prepare(tmp_path, f"jsonl:{tmp_path / 't.jsonl'}", LENIENT)
+    assert {name: r.captions for name, r in records(out).items()} == {"0.jpg": ("fine",)}
+    (reason,) = reasons(out).values()
+    assert reason == "the line has 41,943,074 bytes, at most 16,777,216 are read"
 
 
 def test_lines_of_json_that_are_wrong(tmp_path):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import kind_of
+from mlip_jax.core.texts import lines
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
@@ -25,9 +24,7 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
 )
 from mlip_jax.data.sets.splits import canonical
-
-_MOST_LINE = 16 * 2**20  # bytes
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+from mlip_jax.data.sets.table_rows import Row, TableFile, check_text
 
 
 class JsonLines(Reader):
@@ -52,15 +49,18 @@ class JsonLines(Reader):
     def refs(self) -> Iterator[tuple[str, Any]]:
         """Offset, length and number of each line."""
         with self._path.open("rb") as file:
-            for number, (offset, line) in enumerate(_lines(file), start=1):
-                if not line.strip():
+            for number, line in enumerate(lines(file), start=1):
+                content = line.content
+                if content is not None and not content.strip():
                     continue
-                self._seen, self._scanned = self._seen + 1, offset + len(line)
+                self._seen, self._scanned = self._seen + 1, line.offset + line.length
                 split, reason = self._split or "train", ""
-                if not self._split and (b"split" in line or "split" in self._columns):
-                    split, reason = self._split_of(line)
-                name = f"{self._path}:{number}"
-                yield split, Broken(name, reason) if reason else (offset, len(line), number)
+                if content is None:
+                    reason = line.refusal
+                elif not self._split and ("split" in self._columns or _may_name_split(content)):
+                    split, reason = self._split_of(content)
+                ref = (line.offset, line.length, number)
+                yield split, Broken(f"{self._path}:{number}", reason) if reason else ref
 
     def _split_of(self, line: bytes) -> tuple[str, str]:
         try:
@@ -81,8 +81,6 @@ class JsonLines(Reader):
         place = f"{self._path}:{number}"
         try:
             file.seek(offset)
-            if length > _MOST_LINE:
-                raise ValueError(f"the line has {length:,} bytes, at most {_MOST_LINE:,} are read")
             values, latin = parse_object(file.read(length))
             image = _path_of(values, self._columns)
             place = f"{place} {image}"
@@ -91,16 +89,6 @@ class JsonLines(Reader):
         except (ValueError, OSError) as error:
             return Broken(place, str(error))
         return record._replace(place=place)
-
-
-class _Row(NamedTuple):
-    """A row of a table, and what is wrong with it."""
-
-    start: int  # offset of its first line
-    end: int
-    line: int  # number of its first line
-    fields: list[str]
-    reason: str
 
 
 class Table(Reader):
@@ -112,16 +100,16 @@ class Table(Reader):
         Raises:
           UserError: when it cannot be read, or its header lacks an image or what is said about it.
         """
-        self._path = check_text(Path(where).expanduser())
-        self._tab = self._path.suffix.lower() in (".tsv", ".tab")
+        self._path = Path(where).expanduser()
+        self._table = TableFile(self._path, _decoded)
         self._columns = dict(columns)
         self._split = split
         self._count: int | None = None
-        self._header: list[str] = []
         with self._path.open("rb") as file:
-            header = next(self._rows(file, 0, 1), _Row(0, 0, 1, [], ""))
-        self._header = self._check(header.fields)
-        self._first, self._first_line = header.end, header.line + 1
+            self._first = self._table.header(file)
+        if self._first.reason:
+            raise UserError(f"{self._path}:1: {self._first.reason}")
+        self._header = self._check(self._first.fields)
 
     def _check(self, header: list[str]) -> list[str]:
         names = [name.strip() for name in header]
@@ -158,7 +146,8 @@ class Table(Reader):
         names: dict[str, int] = {}
         broken: list[tuple[str, Broken]] = []
         with self._path.open("rb") as file:
-            for row in self._rows(file, self._first, self._first_line):
+            (image_column,) = column.choose("image", self._header, self._columns)
+            for row in self._table.rows(file, self._first, self._header.index(image_column)):
                 split, image, reason = self._read(row)
                 if reason:
                     broken.append((split, Broken(f"{self._path}:{row.line}", reason)))
@@ -180,7 +169,7 @@ class Table(Reader):
                 tuple((starts[i], lengths[i], lines[i]) for i in rows.tolist()),
             )
 
-    def _read(self, row: _Row) -> tuple[str, str, str]:
+    def _read(self, row: Row) -> tuple[str, str, str]:
         """The split and the image of a row, and what is wrong with it."""
         if row.reason:
             return self._split or "train", "", row.reason
@@ -190,33 +179,6 @@ class Table(Reader):
             return split, _path_of(values, self._columns), reason
         except ValueError as error:
             return split, "", str(error)
-
-    def _rows(self, file: BinaryIO, start: int, line: int) -> Iterator[_Row]:
-        """The rows from an offset on, which is the beginning of a line."""
-        file.seek(start)
-        while True:
-            line_lengths: list[int] = []  # bytes of the row's lines
-            try:
-                fields, reason = next(self._parsed(_texts(file, line_lengths)), None), ""
-            except csv.Error as error:
-                fields, reason = [], str(error)
-            if fields is None:
-                return
-            if not reason and fields and self._header and len(fields) != len(self._header):
-                reason = f"has {len(fields)} columns, not {len(self._header)}"
-            if reason and len(line_lengths) > 1:
-                # A quotation mark that is never closed takes no rows with it but its own.
-                del line_lengths[1:]
-                file.seek(start + line_lengths[0])
-            end = start + sum(line_lengths)
-            if fields or reason:
-                yield _Row(start, end, line, fields, reason)
-            start, line = end, line + len(line_lengths)
-
-    def _parsed(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        # A text may be longer than the 131,072 characters that the module takes by itself.
-        csv.field_size_limit(_MOST_LINE)
-        return csv.reader(lines, delimiter="\t" if self._tab else ",")
 
     def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the rows by their offsets, and their images."""
@@ -233,14 +195,14 @@ class Table(Reader):
                 file.seek(start)
                 text, other = decode_text(file.read(length))
                 latin += other
-                row = next(self._parsed(io.StringIO(text, newline="")))
-                for name, value in zip(self._header, row, strict=True):
+                fields = self._table.fields(text)
+                for name, value in zip(self._header, fields, strict=True):
                     merged.setdefault(name, []).append(value)
             image = _path_of({name: values[0] for name, values in merged.items()}, self._columns)
             place = f"{place} {image}"
             content = image_at(self._path.parent, image)
             record = column.example(merged, self._columns, image, content, latin)
-        except (ValueError, OSError, csv.Error) as error:
+        except (ValueError, OSError) as error:
             return Broken(place, str(error))
         return InputRecord(record.example, latin, place=place)
 
@@ -256,33 +218,12 @@ def _by_first(keys: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
     return order, list(itertools.pairwise(edges.tolist()))
 
 
-def check_text(path: Path) -> Path:
-    """The path of a text file that can be read line by line.
-
-    Raises:
-      UserError: when it cannot.
-    """
-    try:
-        with path.open("rb") as file:
-            if file.read(2) in _UTF16:
-                raise UserError(f"{path} is in UTF-16: save it as UTF-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return path
+def _may_name_split(line: bytes) -> bool:
+    return b"split" in line.lower() or b"\\u" in line  # JSON can spell any letter by its number
 
 
-def _texts(file: BinaryIO, lengths: list[int]) -> Iterator[str]:
-    """The lines of a file; their lengths in bytes are appended to `lengths`."""
-    for line in iter(lambda: file.readline(_MOST_LINE), b""):
-        lengths.append(len(line))
-        yield decode_text(line)[0]
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    for line in iter(lambda: file.readline(_MOST_LINE + 1), b""):
-        yield offset, line
-        offset += len(line)
+def _decoded(line: bytes) -> str:
+    return decode_text(line)[0]
 
 
 def _split(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.texts import shown, wrong_path, wrong_text
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, split_of
+from mlip_jax.data.sets.table_rows import TableFile
 from mlip_jax.data.text.captions import usable
 
 IMAGE_KEYS = ("file", "image", "path")
@@ -29,17 +30,20 @@ def open_csv(path: Path, opening: Opening) -> CaptionSource:
     """
     captions: dict[str, dict[str, list[str]]] = {}
     skipped: dict[str, Skipped] = {}
-    for number, row in _table(path):
-        place = f"{path}:{number}"
-        file, caption = row["file"].strip(), usable([row["caption"]], opening.cleaning)
+    for place, file, text, split in _rows(path):
         if not file:
             raise UserError(f"{place}: the image column is empty")
-        of = split_of(place, row.get("split"))
+        if wrong := wrong_path(file):
+            raise UserError(f"{place}: the path of the image {wrong}")
+        if wrong := wrong_text(text):
+            raise UserError(f"{place}: the caption {wrong}")
+        caption = usable([text], opening.cleaning)
+        of = split_of(place, split)
         images = captions.setdefault(of, {})
         if caption:
             images.setdefault(file, []).extend(caption)
         else:
-            skipped.setdefault(of, Skipped("rows", opening.cleaning)).add(place, [row["caption"]])
+            skipped.setdefault(of, Skipped("rows", opening.cleaning)).add(place, [text])
     choice = STANDARD.choose(path, opening.wanted, captions)
     chosen: dict[str, list[str]] = {}
     left_out = Skipped("rows", opening.cleaning)
@@ -58,29 +62,29 @@ def open_csv(path: Path, opening: Opening) -> CaptionSource:
     )
 
 
-def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows with their line numbers, the image column as "file", the text column as "caption"."""
-    delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            columns = [column.strip().lower() for column in reader.fieldnames or ()]
-            image = next((key for key in IMAGE_KEYS if key in columns), None)
-            text = next((key for key in _CAPTION_KEYS if key in columns), None)
-            if image is None or text is None:
-                raise UserError(
-                    f"{path}:1: needs a column file (or image, path) and a column caption, "
-                    f"found {', '.join(columns) or 'nothing'}"
-                )
-            reader.fieldnames = columns
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}:{reader.line_num}: not {len(columns)} columns")
-                yield reader.line_num, {**row, "file": row[image], "caption": row[text]}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: {error}") from None
+def _rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """The place, the image, the text and the split of each row."""
+    table = TableFile(path, bytes.decode)
+    with path.open("rb") as file:
+        header = table.header(file)
+        columns = [column.strip().lower() for column in header.fields]
+        image = next((key for key in IMAGE_KEYS if key in columns), None)
+        text = next((key for key in _CAPTION_KEYS if key in columns), None)
+        if header.reason:
+            raise UserError(f"{path}:{header.line}: {header.reason}")
+        if image is None or text is None:
+            raise UserError(
+                f"{path}:1: needs a column file (or image, path) and a column caption, found "
+                f"{shown(', '.join(columns))[:200] or 'nothing'}"
+            )
+        image_at, text_at = columns.index(image), columns.index(text)
+        split_at = columns.index("split") if "split" in columns else None
+        for row in table.rows(file, header, image_at):
+            place = f"{path}:{row.line}"
+            if row.reason:
+                raise UserError(f"{place}: {row.reason}")
+            split = "" if split_at is None else row.fields[split_at]
+            yield place, row.fields[image_at].strip(), row.fields[text_at], split
 
 
 KIND = by_path(open_csv)
