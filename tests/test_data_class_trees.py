@@ -71,7 +71,7 @@ def test_order_of_classes(make):
         ({"n01": "dog", "n02": 3}, "the class 'n02' must be a text, found 3"),
         (["n01", "n02", ""], "the class 2 must be a text, found ''"),
         (["n01", "n02", "n01"], "the class 'n01' is listed twice"),
-        ('{"n01": "a", "n02": "b", "n01": "c"}', "the class 'n01' is listed twice"),
+        ('{"n01": "a", "n02": "b", "n01": "c"}', "the key 'n01' occurs twice"),
         ([], "expected a list of classes or an object"),
         ("3", "expected a list of classes or an object"),
         ("[1", "not JSON: Expecting ',' delimiter, line 1"),

@@ -149,6 +149,8 @@ WRONG = {
     "half of a pair, encoded": (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
     "deep": (b"[" * 200_000, "nested too deeply to be read"),
     "digits": (b'{"a": ' + b"1" * 5000 + b"}", "holds a whole number of too many digits"),
+    "levels": (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "nested too deeply to be read"),
+    "twice": (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
     "number": (b"3", "expected a JSON object, found a number"),
     "list": (b"[]", "expected a JSON object, found a list"),
     "null": (b"null", "expected a JSON object, found null"),
@@ -281,7 +283,9 @@ def with_results(folder):
     return folder
 
 
-@pytest.mark.parametrize("content", ["cut short", "not UTF-8", "deep", "digits", "number"])
+@pytest.mark.parametrize(
+    "content", ["cut short", "not UTF-8", "deep", "levels", "digits", "number", "twice"]
+)
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_names_a_file_that_is_wrong(tmp_path, reader, content):
     name, read = READERS[reader]
@@ -292,7 +296,7 @@ def test_every_reader_names_a_file_that_is_wrong(tmp_path, reader, content):
         read(tmp_path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
-    reason = re.match(r"not JSON|not UTF-8|nested|holds|expected", WRONG[content][1])[0]
+    reason = re.match(r"not JSON|not UTF-8|nested|holds|expected|the key", WRONG[content][1])[0]
     assert reason in message
 
 
@@ -311,7 +315,7 @@ def test_readers_that_go_on_pass_over_what_is_wrong(tmp_path, content):
     cut_back(log, 5)
     assert log.read_bytes() == good
     if WRONG[content][1] != "not UTF-8":  # which it takes for other encodings
-        with pytest.raises(ValueError, match="not JSON|digits|nested|found"):
+        with pytest.raises(ValueError, match="not JSON|digits|nested|found|twice"):
             parse_object(wrong)
     (tmp_path / ".prepare").mkdir()
     (tmp_path / ".prepare/train-00000.json").write_bytes(wrong)

@@ -1,19 +1,26 @@
-"""Files that users keep, written whole or not at all; and JSON, read with one kind of error."""
+"""Files that users keep, written whole or not at all; and what is read of them, within bounds."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
 import shutil
+import stat
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.texts import brief
 
+MOST_BYTES = 256 * 2**20  # of an image, and of a JSON file of settings or figures
+_MOST_DEPTH = 100  # of lists and objects in each other; what programs write has some ten
 _DRAFT = re.compile(r"\..+\.[0-9]+")  # .NAME.PROCESS, as `_draft` makes it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _KINDS = {
@@ -27,6 +34,7 @@ _KINDS = {
     type(None): "null",
 }
 _REQUIRED = object()
+_TOO_DEEP = "nested too deeply to be read"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -125,6 +133,33 @@ def _told(target: Path) -> Iterator[None]:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
 
 
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A file's content.
+
+    Raises:
+      OSError: when it cannot be read, is no regular file (reading a pipe may never end) or is
+        larger than `most` bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:  # of a NUL character or half of a surrogate pair
+        raise OSError(errno.EINVAL, str(error)) from None
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
+        if status.st_size > most:
+            reason = f"it has {status.st_size:,} bytes, at most {most:,} are read"
+            raise OSError(errno.EFBIG, reason)
+        # By its size: to read at most `most` bytes would ask for memory for all of them.
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
 class NotJson(ValueError):
     """Why a text is no JSON of the kind that is expected."""
 
@@ -136,6 +171,7 @@ def read_json(
     missing: Any = _REQUIRED,
     advice: str = "",
     object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    most: int = MOST_BYTES,
 ) -> Any:
     """The content of a JSON file.
 
@@ -145,13 +181,14 @@ def read_json(
       missing: what to give where there is no file; without it that is an error.
       advice: what the user can do about a file that is damaged.
       object_hook: makes something else of each object, as for `json.loads`.
+      most: bytes that are read.
 
     Raises:
       UserError: "PATH: what is wrong", with line and column where there are any; "cannot read
         PATH: ..." for a file that is missing or cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path, most)
     except OSError as error:
         if missing is not _REQUIRED and isinstance(error, FileNotFoundError | NotADirectoryError):
             return missing
@@ -185,7 +222,6 @@ def decode_json(
     *,
     one_line: bool = False,
     object_hook: Callable[[dict[str, Any]], Any] | None = None,
-    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
     """The value of a JSON text. NaN and Infinity are numbers, as Python writes them.
 
@@ -194,26 +230,29 @@ def decode_json(
       kind: what it must hold, such as `dict`; `object` for anything.
       one_line: whether errors need no line.
       object_hook: as for `json.loads`.
-      object_pairs_hook: as for `json.loads`; may raise NotJson.
 
     Raises:
-      NotJson: what is wrong, with its place in the text where there is one.
+      NotJson: what is wrong, with its place in the text where there is one; also for an object with
+        a key twice, and for more than 100 lists and objects in each other.
     """
     try:
         if isinstance(text, bytes):
             text = _decoded(text)
-        value = json.loads(text, object_hook=object_hook, object_pairs_hook=object_pairs_hook)
+        value = _decoder(object_hook).decode(text)
     except UnicodeDecodeError:
         raise NotJson("not UTF-8") from None
     except json.JSONDecodeError as error:
         place = "" if one_line else f"line {error.lineno}, "
         raise NotJson(f"not JSON: {error.msg}, {place}column {error.colno}") from None
     except RecursionError:
-        raise NotJson("nested too deeply to be read") from None
+        raise NotJson(_TOO_DEEP) from None
     except NotJson:
         raise
     except ValueError:  # Python converts no more than some thousands of digits
         raise NotJson("holds a whole number of too many digits") from None
+    # What goes through values may use up the stack where the reader does not.
+    if text.count("[") + text.count("{") > _MOST_DEPTH and _is_too_deep(value):
+        raise NotJson(_TOO_DEEP)
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(_KINDS[each].split()[-1] for each in kinds)
@@ -221,11 +260,48 @@ def decode_json(
     return value
 
 
+@functools.lru_cache(maxsize=8)
+def _decoder(object_hook: Callable[[dict[str, Any]], Any] | None) -> json.JSONDecoder:
+    def make(pairs: list[tuple[str, Any]]) -> Any:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, times in counts.items() if times > 1)
+            raise NotJson(f"the key {brief(twice)} occurs twice")
+        return object_hook(values) if object_hook else values
+
+    return json.JSONDecoder(object_pairs_hook=make)
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MOST_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list, tuple))
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _decoded(content: bytes) -> str:
     start = content[:2]
     if start.isascii() and 0 not in start:  # as nearly all lines of large files begin
         return content.decode()
     return content.decode(json.detect_encoding(content))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold: not NaN, not infinite, no truth value."""
+    # Compared, not converted: that fails for whole numbers of hundreds of digits.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
 
 
 def kind_of(value: Any) -> str:

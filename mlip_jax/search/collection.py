@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.files import read_file
 from mlip_jax.core.progress import track
 from mlip_jax.core.registry import DATASETS
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden, read_file
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden
 from mlip_jax.data.sets.opening import named, open_source, split_spec
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.sets.splits import ALL

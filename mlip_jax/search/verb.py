@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.data.sets.files import read_file
+from mlip_jax.core.files import read_file
 from mlip_jax.devices import cluster
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import model_folders

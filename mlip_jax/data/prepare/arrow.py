@@ -18,6 +18,7 @@ from mlip_jax.data.prepare.readers import (
     Broken,
     InputRecord,
     Reader,
+    checked_path,
     decode_text,
     image_at,
     split_of_file,
@@ -303,9 +304,9 @@ def _image(folder: Path, value: Any) -> bytes:
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")
     if value is None and isinstance(path, str):
-        return image_at(folder, path)
+        return image_at(folder, checked_path(path))
     if isinstance(value, str):
-        return image_at(folder, value)
+        return image_at(folder, checked_path(value))
     if not isinstance(value, bytes):
         raise ValueError("it has no image")
     return value

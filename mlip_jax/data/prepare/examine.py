@@ -7,8 +7,8 @@ from typing import NamedTuple, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from mlip_jax.core.files import MOST_BYTES
 from mlip_jax.data.images.preprocessing import UnreadableImage, eight_bits, open_image, with_alpha
-from mlip_jax.data.sets.files import MOST_BYTES
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, past which training would refuse the image too
 JPEG_QUALITY = 92

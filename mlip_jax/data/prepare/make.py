@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mlip_jax.core.files import decode_json, whole_file, write_atomically
+from mlip_jax.core.texts import whole
 from mlip_jax.data.batches.workers import end_with_parent
 from mlip_jax.data.images.preprocessing import UnreadableImage
 from mlip_jax.data.prepare.examine import Examined, examine
@@ -225,7 +226,7 @@ class Maker:
 
 def encoded(text: str) -> bytes:
     """A text in UTF-8; half of a surrogate pair, as in a file's name of other bytes, is a "?"."""
-    return text.encode("utf-8", "replace")
+    return whole(text).encode("utf-8")
 
 
 @contextlib.contextmanager

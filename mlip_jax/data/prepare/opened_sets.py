@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.texts import brief, whole, wrong_path, wrong_text
 from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader, image_at, split_of_file
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
@@ -92,8 +93,8 @@ class CocoCaptions(Reader):
             except OSError as error:
                 yield Broken(name, str(error))
                 continue
-            texts = (t.encode("utf-8", "replace").decode() for t in texts if t.strip())
-            yield InputRecord(Example(name, image, tuple(dict.fromkeys(texts))))
+            captions = dict.fromkeys(whole(text) for text in texts if text.strip())
+            yield InputRecord(Example(name, image, tuple(captions)))
 
 
 class OpenedSet(Reader):
@@ -190,15 +191,19 @@ class OpenedSet(Reader):
 def _wrong_image(image: Any, places: Mapping[Any, int]) -> str:
     if not (isinstance(image, CocoImage) and is_id(image.id) and is_text(image.file_name)):
         return 'needs "id" and "file_name", a text'
-    return f"has the id {image.id!r} of another image" if image.id in places else ""
+    if wrong := wrong_path(image.file_name):
+        return f'"file_name" {wrong}'
+    return f"has the id {brief(image.id)} of another image" if image.id in places else ""
 
 
 def _wrong_annotation(annotation: Any, places: Mapping[Any, int]) -> str:
     if not (isinstance(annotation, CocoAnnotation) and isinstance(annotation.caption, str)):
         return 'needs "image_id" and "caption", a text'
+    if wrong := wrong_text(annotation.caption):
+        return f"the caption {wrong}"
     image = annotation.image_id
     known = is_id(image) and image in places
-    return "" if known else f'is of the image {image!r}, which is not among "images"'
+    return "" if known else f'is of the image {brief(image)}, which is not among "images"'
 
 
 def _beside(file: Path, names: list[str]) -> Any:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.core.files import NotJson, decode_json, kind_of
-from mlip_jax.data.sets.files import read_file
+from mlip_jax.core.files import decode_json, kind_of, read_file
+from mlip_jax.core.texts import shown, whole, wrong_path, wrong_text
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import canonical
 
@@ -102,16 +102,7 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], bool]:
       ValueError: when it is none, or has a key twice.
     """
     text, latin = decode_text(data)
-    return decode_json(text, one_line=True, object_pairs_hook=_once), latin
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotJson(f"the key {twice!r} occurs twice")
-    return values
+    return decode_json(text, one_line=True), latin
 
 
 def texts_of(value: Any, role: str) -> tuple[str, ...]:
@@ -125,8 +116,9 @@ def texts_of(value: Any, role: str) -> tuple[str, ...]:
     for each in values:
         if not isinstance(each, str):
             raise ValueError(f"the {role} must be a text, found {kind_of(each)}")
-    # Half of a surrogate pair, which JSON can spell, is no character.
-    return tuple(each.encode("utf-8", "replace").decode() for each in values if each.strip())
+        if wrong := wrong_text(each):
+            raise ValueError(f"the {role} {wrong}")
+    return tuple(whole(each) for each in values if each.strip())
 
 
 def keys_of(value: Any) -> tuple[str, ...]:
@@ -145,6 +137,20 @@ def keys_of(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key.strip() for key in keys))
 
 
+def checked_path(path: str) -> str:
+    """The path of an image, without spaces around it.
+
+    Raises:
+      ValueError: when it cannot be one.
+    """
+    path = path.strip()
+    if not path:
+        raise ValueError("the path of the image is empty")
+    if wrong := wrong_path(path):
+        raise ValueError(f"the path of the image {wrong}")
+    return path
+
+
 def image_at(folder: Path, file: str) -> bytes:
     """The image file that a table names.
 
@@ -157,6 +163,4 @@ def image_at(folder: Path, file: str) -> bytes:
         return read_file(folder / file)
     except OSError as error:
         reason = error.strerror.lower() if error.strerror else str(error)
-        raise OSError(f"cannot read the image {file}: {reason}") from None
-    except ValueError as error:  # a zero byte in the path
-        raise OSError(f"cannot read the image {file!r}: {error}") from None
+        raise OSError(f"cannot read the image {shown(file)}: {reason}") from None

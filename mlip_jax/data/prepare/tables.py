@@ -13,12 +13,13 @@ import numpy as np
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import kind_of
-from mlip_jax.core.texts import lines
+from mlip_jax.core.texts import brief, lines, shown
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
     InputRecord,
     Reader,
+    checked_path,
     decode_text,
     image_at,
     parse_object,
@@ -83,7 +84,7 @@ class JsonLines(Reader):
             file.seek(offset)
             values, latin = parse_object(file.read(length))
             image = _path_of(values, self._columns)
-            place = f"{place} {image}"
+            place = f"{place} {shown(image)}"
             content = image_at(self._path.parent, image)
             record = column.example(values, self._columns, image, content, int(latin))
         except (ValueError, OSError) as error:
@@ -199,7 +200,7 @@ class Table(Reader):
                 for name, value in zip(self._header, fields, strict=True):
                     merged.setdefault(name, []).append(value)
             image = _path_of({name: values[0] for name, values in merged.items()}, self._columns)
-            place = f"{place} {image}"
+            place = f"{place} {shown(image)}"
             content = image_at(self._path.parent, image)
             record = column.example(merged, self._columns, image, content, latin)
         except (ValueError, OSError) as error:
@@ -233,7 +234,7 @@ def _split(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, 
     if value is None or value == "":
         return "train", ""
     split = canonical(value) if isinstance(value, str) else None
-    return (split, "") if split else ("train", f"unknown split {value!r:.60}")
+    return (split, "") if split else ("train", f"unknown split {brief(value)}")
 
 
 def _path_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
@@ -243,6 +244,4 @@ def _path_of(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     path = values[chosen[0]]
     if not isinstance(path, str):
         raise ValueError(f"the path of the image must be a text, found {kind_of(path)}")
-    if not path.strip():
-        raise ValueError("the path of the image is empty")
-    return path.strip()
+    return checked_path(path)

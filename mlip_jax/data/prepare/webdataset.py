@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import MOST_BYTES
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare import tar
 from mlip_jax.data.prepare.containers import SUFFIXES, Container, is_packed, opened
@@ -25,7 +26,7 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
     split_of_file,
 )
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, MOST_BYTES, is_hidden
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden
 from mlip_jax.data.sets.shards import Example
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import parse_json
+from mlip_jax.core.files import is_number, read_file
+from mlip_jax.core.texts import brief, shown
 from mlip_jax.data.images.preprocessing import UnreadableImage
+from mlip_jax.data.sets.jsonl import check_texts, image_key, json_rows
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, Wanted, split_of
 from mlip_jax.data.text.captions import usable
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-_IMAGE_KEYS = ("file", "image", "path")
 # Boxes are rounded outwards as often as not.
 _TOLERANCE = 1.0  # pixels
 
@@ -77,8 +78,8 @@ class FileRegions:
         for query in queries:
             by_image.setdefault(query.file, []).append(query)
         for file, (first, *_) in by_image.items():
-            if not file.is_file():
-                raise UserError(f"{first.place}: there is no image {file}")
+            if not os.path.isfile(file):
+                raise UserError(f"{first.place}: there is no image {shown(str(file))}")
         self.about = about
         self.notes = notes
         self._queries = [query for image_queries in by_image.values() for query in image_queries]
@@ -88,12 +89,12 @@ class FileRegions:
 
     def __getitem__(self, index: int) -> Region:
         query = self._queries[index]
-        image = query.file.read_bytes()
-        return Region(image, query.expression, _shares(query, _size(image)), str(query.file))
+        image = read_file(query.file)
+        return Region(image, query.expression, _shares(query, _size(image)), self.name_of(index))
 
     def name_of(self, index: int) -> str:
         """The image's path."""
-        return str(self._queries[index].file)
+        return shown(str(self._queries[index].file))
 
 
 def open_regions(
@@ -116,13 +117,12 @@ def open_regions(
       UserError: for a missing file, or "PATH:LINE: what is wrong" for a malformed row.
     """
     splits: dict[str, list[Query]] = {}
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            row = _row(place, line)
-            file = path.parent / next(row[key] for key in _IMAGE_KEYS if key in row)
-            query = Query(file, row["caption"], check_box(place, row.get("box")), place)
-            splits.setdefault(split_of(place, row.get("split")), []).append(query)
+    for _, place, _, row in json_rows(path):
+        if not isinstance(row.get("caption"), str):
+            raise UserError(f'{place}: needs "caption", a text')
+        file = path.parent / image_key(row)
+        query = Query(file, row["caption"], check_box(place, row.get("box")), place)
+        splits.setdefault(split_of(place, row.get("split")), []).append(query)
     choice = STANDARD.choose(path, Wanted("evaluation", split), splits)
     rows = [query for part in choice.parts for query in splits[part]]
     return clean_regions(f"Regions of {path.name}.", rows, cleaning, max_skipped_share)
@@ -138,6 +138,8 @@ def clean_regions(
     """
     kept, skipped = [], Skipped("queries", cleaning)
     for query in queries:
+        check_texts(query.place, "the caption", [query.expression])
+        skipped.mend(query.place, [query.expression])
         cleaned = usable([query.expression], cleaning)
         if cleaned:
             kept.append(query._replace(expression=cleaned[0]))
@@ -152,12 +154,10 @@ def check_box(place: str, box: Any) -> tuple[float, float, float, float]:
     Raises:
       UserError: "PLACE: what is wrong" when it is no such thing or has no area.
     """
-    if not (
-        isinstance(box, (list, tuple))
-        and len(box) == 4
-        and all(isinstance(edge, (int, float)) and math.isfinite(edge) for edge in box)
-    ):
-        raise UserError(f"{place}: a box must be [left, top, width, height] in pixels, not {box!r}")
+    if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_number, box))):
+        raise UserError(
+            f"{place}: a box must be [left, top, width, height] in pixels, not {brief(box)}"
+        )
     if not min(box[2:]) > 0:
         raise UserError(f"{place}: the box {list(box)} has no area")
     left, top, width, height = map(float, box)
@@ -173,8 +173,8 @@ def _shares(query: Query, size: tuple[int, int]) -> Box:
         edge > end + _TOLERANCE for edge, end in zip(edges, ends, strict=True)
     ):
         raise UserError(
-            f"{query.place}: the box {list(query.box)} reaches out of {query.file}, which is "
-            f"{size[0]} x {size[1]} pixels"
+            f"{query.place}: the box {list(query.box)} reaches out of "
+            f"{shown(str(query.file))}, which is {size[0]} x {size[1]} pixels"
         )
     left, top, right, bottom = (
         min(max(edge / end, 0.0), 1.0) for edge, end in zip(edges, ends, strict=True)
@@ -190,22 +190,3 @@ def _size(data: bytes) -> tuple[int, int]:
     # As in `images.decode`: Pillow's plugins raise whatever they stumble over.
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
-
-
-def _lines(path: Path) -> Iterable[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-
-
-def _row(place: str, line: str) -> dict[str, Any]:
-    row = parse_json(line, place)
-    file = next((row[key] for key in _IMAGE_KEYS if key in row), None)
-    if not isinstance(file, str) or not file:
-        raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')
-    if not isinstance(row.get("caption"), str):
-        raise UserError(f'{place}: needs "caption", a text')
-    return row

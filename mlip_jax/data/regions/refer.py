@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import brief
 from mlip_jax.data.regions.base import FileRegions, Query, check_box, clean_regions
-from mlip_jax.data.sets.coco_json import is_id, is_text, read_entries
+from mlip_jax.data.sets.coco_json import check_path, is_id, is_text, read_entries
 from mlip_jax.data.sets.splits import Scheme, Wanted
 
 # The standard splits of RefCOCO and RefCOCO+ are UNC's, of RefCOCOg UMD's.
@@ -136,6 +137,7 @@ def _queries(refs_file: Path, refs: Mapping[int, dict[str, Any]], file: Path) ->
     for index, image in enumerate(images):
         if not (isinstance(image, _Image) and is_id(image.id) and is_text(image.file_name)):
             raise UserError(f'{file}: images[{index}] needs "id" and "file_name", a text')
+        check_path(f'{file}: images[{index}]: "file_name"', image.file_name)
         names[image.id] = Path(image.file_name)
     places = {}
     for index, annotation in enumerate(annotations):
@@ -146,14 +148,15 @@ def _queries(refs_file: Path, refs: Mapping[int, dict[str, Any]], file: Path) ->
         found = places.get(ref["ann_id"])
         if found is None:
             raise UserError(
-                f"{refs_file}: refs[{number}] is of the annotation {ref['ann_id']!r}, which is not "
-                f'among the "annotations" of {file}'
+                f"{refs_file}: refs[{number}] is of the annotation {brief(ref['ann_id'])}, which "
+                f'is not among the "annotations" of {file}'
             )
         annotation, place = annotations[found], f"{file}: annotations[{found}]"
         name = names.get(annotation.image_id) if is_id(annotation.image_id) else None
         if name is None:
             raise UserError(
-                f'{place} is of the image {annotation.image_id!r}, which is not among the "images"'
+                f"{place} is of the image {brief(annotation.image_id)}, which is not among the "
+                '"images"'
             )
         box = check_box(place, annotation.bbox)
         for sentence in ref["sentences"]:

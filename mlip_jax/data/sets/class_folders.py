@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import read_file
+from mlip_jax.core.texts import shown
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, ImageFiles, is_hidden
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, ImageFiles, files_below, is_hidden
 from mlip_jax.data.sets.kinds import Opening, by_path
 
 
@@ -30,20 +33,17 @@ class _FolderTree:
 
     def folders(self, above: str) -> list[str]:
         """The folders in the root ("") or in one of its folders."""
-        return [
-            entry.name
-            for entry in (self.place / above).iterdir()
-            if entry.is_dir() and not is_hidden(entry.name)
-        ]
+        folder = self.place / above
+        try:
+            with os.scandir(folder) as entries:
+                return [e.name for e in entries if e.is_dir() and not is_hidden(e.name)]
+        except OSError as error:
+            raise UserError(f"cannot read {shown(str(folder))}: {error.strerror}") from None
 
     def images(self, folder: str) -> list[str]:
         """The image files anywhere below a folder, sorted; paths from the root."""
-        files = [
-            str(file.relative_to(self.place))
-            for file in sorted((self.place / folder).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        return [file for file in files if not is_hidden(file)]
+        files = (f"{folder}/{file}" for file in files_below(self.place / folder))
+        return [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
 
     def classes_file(self) -> tuple[str, bytes] | None:
         """The path and content of classes.json, if there is one."""
@@ -62,7 +62,7 @@ def read_beside(folder: Path) -> tuple[str, bytes] | None:
     """
     file = folder / CLASSES_FILE
     try:
-        return (str(file), file.read_bytes()) if file.exists() else None
+        return (str(file), read_file(file)) if file.exists() else None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ import numpy as np
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import NotJson, decode_json
+from mlip_jax.core.texts import brief, wrong_text
 from mlip_jax.data.sets.files import ClassSource, Images
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.splits import STANDARD, canonical
@@ -118,7 +120,7 @@ def named_classes(file: str, content: bytes, folders: Iterable[str]) -> dict[str
     for folder in folders:
         if folder not in names:
             raise UserError(
-                f"{file}: the class folder {folder!r} is not in it{suggestion(folder, names)}"
+                f"{file}: the class folder {brief(folder)} is not in it{suggestion(folder, names)}"
             )
     return names
 
@@ -130,7 +132,7 @@ def read_classes(file: str, content: bytes) -> Mapping[str, str] | Sequence[str]
       UserError: for anything else, or a class that is listed twice.
     """
     try:
-        values = decode_json(content, object, object_pairs_hook=lambda pairs: _once(file, pairs))
+        values = decode_json(content, object)
     except NotJson as error:
         raise UserError(f"{file}: {error}") from None
     if not isinstance(values, (list, dict)) or not values:
@@ -140,16 +142,11 @@ def read_classes(file: str, content: bytes) -> Mapping[str, str] | Sequence[str]
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for key, name in pairs:
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{file}: the class {key!r} must be a text, found {name!r:.40}")
-    if isinstance(values, list):
-        _once(file, [(name, name) for name in values])
-    return values
-
-
-def _once(file: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{file}: the class {twice!r} is listed twice")
+            raise UserError(f"{file}: the class {brief(key)} must be a text, found {brief(name)}")
+        if wrong := wrong_text(name):
+            raise UserError(f"{file}: the class {brief(key)} {wrong}")
+    if isinstance(values, list) and len(set(values)) < len(values):
+        counts = Counter(values)
+        twice = next(name for name in values if counts[name] > 1)
+        raise UserError(f"{file}: the class {brief(twice)} is listed twice")
     return values

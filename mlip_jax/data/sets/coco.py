@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.texts import shown, wrong_text
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     is_id,
@@ -49,11 +50,13 @@ def open_coco(folder: Path, opening: Opening) -> CaptionSource:
         file, images = _find(folder, _SPLITS[split])
         folders.append(images)
         for name, captions in zip(*_grouped(file), strict=True):
+            place = f"{file}: {shown(name)}"
+            skipped.mend(place, captions)
             if cleaned := usable(captions, opening.cleaning):
                 files.append(f"{images}/{name}")
                 texts.append(cleaned)
             else:
-                skipped.add(f"{file}: {name}", captions)
+                skipped.add(place, captions)
     notes = skipped.notes(len(files), opening.max_skipped_share)
     # Figures on COCO are of this split or of Karpathy's: the name tells which.
     name = f"coco-{'+'.join(folders)}"
@@ -86,6 +89,8 @@ def _grouped(file: Path) -> tuple[list[str], list[list[str]]]:
             and isinstance(annotation.caption, str)
         ):
             raise UserError(f'{file}: annotations[{index}] needs "image_id" and "caption", a text')
+        if wrong := wrong_text(annotation.caption):
+            raise UserError(f"{file}: annotations[{index}]: the caption {wrong}")
         place = place_of(file, index, "image", annotation.image_id, places, "images")
         captions[place].append(annotation.caption)
     return [image.file_name for image in images], captions

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import brief, wrong_path
+
+_MOST_BYTES = 16 * 2**30  # of one file; the largest that are published have some 6 GB
 
 
 class CocoImage(NamedTuple):
@@ -56,7 +59,16 @@ def read_entries(file: Path, slim: Callable[[dict[str, Any]], Any], *keys: str) 
     Raises:
       UserError: when the file cannot be read, is not JSON, or lacks a list.
     """
-    return entries(file, read_json(file, object, object_hook=slim), *keys)
+    return entries(file, read_large(file, slim), *keys)
+
+
+def read_large(file: Path, slim: Callable[[dict[str, Any]], Any]) -> Any:
+    """The content of a JSON file of annotations, each object in it as `slim` makes it.
+
+    Raises:
+      UserError: when the file cannot be read, or is not JSON.
+    """
+    return read_json(file, object, object_hook=slim, most=_MOST_BYTES)
 
 
 def entries(file: Path, content: Any, *keys: str) -> list[list[Any]]:
@@ -84,8 +96,11 @@ def numbered(file: Path, images: Sequence[Any]) -> dict[int | str, int]:
     for index, image in enumerate(images):
         if not (isinstance(image, CocoImage) and is_id(image.id) and is_text(image.file_name)):
             raise UserError(f'{file}: images[{index}] needs "id" and "file_name", a text')
+        check_path(f'{file}: images[{index}]: "file_name"', image.file_name)
         if places.setdefault(image.id, index) != index:
-            raise UserError(f"{file}: images[{index}] has the id {image.id!r} of another image")
+            raise UserError(
+                f"{file}: images[{index}] has the id {brief(image.id)} of another image"
+            )
     return places
 
 
@@ -100,9 +115,16 @@ def place_of(
     place = places.get(key)
     if place is None:
         raise UserError(
-            f'{file}: annotations[{index}] is of the {kind} {key!r}, which is not among "{among}"'
+            f"{file}: annotations[{index}] is of the {kind} {brief(key)}, which is not among "
+            f'"{among}"'
         )
     return place
+
+
+def check_path(what: str, path: str) -> None:
+    """Raises UserError, "WHAT holds ...", for a text that cannot be a path."""
+    if wrong := wrong_path(path):
+        raise UserError(f"{what} {wrong}")
 
 
 def is_id(value: Any) -> bool:

@@ -11,16 +11,18 @@ import numpy as np
 from jaxtyping import Int8
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import brief, wrong_text
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoCategory,
     CocoImage,
+    check_path,
     entries,
     is_id,
     is_text,
     numbered,
     place_of,
+    read_large,
     slim,
 )
 from mlip_jax.data.sets.files import ImageFiles, MultiLabelSource, find_images
@@ -112,7 +114,7 @@ def _splits(file: Path, images: Sequence[CocoImage]) -> list[str]:
 
 
 def _read(file: Path) -> _Objects:
-    content = read_json(file, object, object_hook=slim)
+    content = read_large(file, slim)
     if isinstance(content, dict) and "annotations" in content:
         return _from_annotations(file, content)
     return _from_lists(file, *entries(file, content, "images"))
@@ -128,7 +130,11 @@ def _from_annotations(file: Path, content: dict[str, Any]) -> _Objects:
         ):
             raise UserError(f'{file}: categories[{index}] needs "id" and "name", a text')
         if columns.setdefault(category.id, index) != index:
-            raise UserError(f"{file}: categories[{index}] has the id {category.id!r} of another")
+            raise UserError(
+                f"{file}: categories[{index}] has the id {brief(category.id)} of another"
+            )
+        if wrong := wrong_text(category.name):
+            raise UserError(f'{file}: categories[{index}]: "name" {wrong}')
     targets = np.full((len(images), len(categories)), -1, np.int8)
     for index, annotation in enumerate(annotations):
         if not (
@@ -147,11 +153,15 @@ def _from_lists(file: Path, images: list[Any]) -> _Objects:
     for index, image in enumerate(images):
         if not isinstance(image, CocoImage) or not is_text(image.file_name):
             raise UserError(f'{file}: images[{index}] needs "file_name", a text')
+        check_path(f'{file}: images[{index}]: "file_name"', image.file_name)
         if not isinstance(image.objects, list) or not all(map(is_text, image.objects)):
             raise UserError(
                 f'{file}: images[{index}] needs "objects", a list of class names, where the file '
                 'has no "annotations"'
             )
+        for name in image.objects:
+            if wrong := wrong_text(name):
+                raise UserError(f'{file}: images[{index}]: a name in "objects" {wrong}')
     names = sorted({name for image in images for name in image.objects})
     columns = {name: column for column, name in enumerate(names)}
     targets = np.full((len(images), len(names)), -1, np.int8)

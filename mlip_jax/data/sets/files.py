@@ -5,8 +5,8 @@ Whether an image exists is found out when it is read: there may be millions.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int, Int8
 
+from mlip_jax.core.files import read_file
+from mlip_jax.core.texts import shown, whole
 from mlip_jax.data.sets.records import Record, Skipped
 from mlip_jax.data.sets.splits import Choice
 from mlip_jax.data.text.captions import usable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MOST_BYTES = 256 * 2**20  # of an image file; a photo takes some 10 MB
 _PROBED = 16  # images that are looked for in each place where they may lie
 
 
@@ -39,6 +40,30 @@ def is_hidden(path: str) -> bool:
     )
 
 
+def files_below(folder: Path) -> list[str]:
+    """What lies in a folder and anywhere below it but folders, sorted by folder; nothing hidden.
+
+    Links to folders are not followed, and folders that cannot be read are passed over. The depth
+    does not matter.
+
+    Returns:
+      Paths from the folder on, with "/".
+    """
+    files: list[str] = []
+    waiting = [""]
+    while waiting:
+        above = waiting.pop()
+        with contextlib.suppress(OSError), os.scandir(folder / above) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{above}{entry.name}/")
+                else:
+                    files.append(f"{above}{entry.name}")
+    return sorted(files, key=lambda file: file.split("/"))
+
+
 class Images(Protocol):
     """Encoded images by index, cheap to pickle."""
 
@@ -49,27 +74,6 @@ class Images(Protocol):
 
     def name(self, index: int) -> str:
         """Its path, for errors and reports."""
-
-
-def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
-    """A file's content.
-
-    Raises:
-      OSError: when it cannot be read, is no regular file (reading a pipe may never end) or is
-        larger than `most` bytes.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is not a file")
-        if status.st_size > most:
-            raise OSError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read")
-        # By its size: to read at most `most` bytes would ask for memory for all of them.
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size)
-    finally:
-        os.close(descriptor)
 
 
 class ImageFiles:
@@ -88,8 +92,8 @@ class ImageFiles:
         return read_file(self._folder / self._files[index])
 
     def name(self, index: int) -> str:
-        """The file's path."""
-        return str(self._folder / self._files[index])
+        """The file's path, in one line that can be printed."""
+        return shown(str(self._folder / self._files[index]))
 
 
 class ImageSource(ABC):
@@ -176,7 +180,7 @@ class ClassSource(ImageSource):
         Raises:
           UserError: when these are more than `max_skipped_share` of all.
         """
-        super().__init__(name, choice, images, class_names)
+        super().__init__(name, choice, images, tuple(map(whole, class_names)))
         self._captions = [usable([name], cleaning) for name in class_names]
         has_caption = np.array([bool(texts) for texts in self._captions], bool)[labels]
         self._with_caption = np.flatnonzero(has_caption)
@@ -185,6 +189,7 @@ class ClassSource(ImageSource):
         for index in np.flatnonzero(~has_caption):
             skipped.add(images.name(int(index)), [class_names[labels[index]]])
         self.notes = skipped.notes(len(self._with_caption), max_skipped_share)
+        self.notes += _mended(class_names, cleaning)
 
     def __len__(self) -> int:
         return len(self._with_caption)
@@ -210,7 +215,8 @@ class MultiLabelSource(ImageSource):
         cleaning: str,
     ) -> None:
         """Takes `targets` as `targets()` gives them."""
-        super().__init__(name, choice, images, class_names)
+        notes = _mended(class_names, cleaning)
+        super().__init__(name, choice, images, tuple(map(whole, class_names)), notes)
         self._targets = targets
         self._cleaning = cleaning
 
@@ -220,6 +226,14 @@ class MultiLabelSource(ImageSource):
 
     def _captions_and_label(self, index: int) -> tuple[tuple[str, ...], int]:
         return present_names(self._targets[index], self.class_names, self._cleaning), -1
+
+
+def _mended(class_names: Iterable[str], cleaning: str) -> tuple[str, ...]:
+    """A sentence about those that UTF-8 cannot hold, such as folders of another encoding."""
+    mended = Skipped("class names", cleaning)
+    for name in class_names:
+        mended.mend(shown(name), [name])
+    return mended.notes(0, 1.0)
 
 
 def present_names(
@@ -240,6 +254,6 @@ def find_images(candidates: Sequence[tuple[Path, list[str]]]) -> ImageFiles:
       candidates: a folder, and the files relative to it.
     """
     for folder, files in candidates:
-        if any((folder / file).is_file() for file in files[:_PROBED]):
+        if any(os.path.isfile(folder / file) for file in files[:_PROBED]):
             return ImageFiles(folder, files)
     return ImageFiles(*candidates[0])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,12 +13,13 @@ import numpy as np
 from jaxtyping import Int, Int8
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import kind_of, parse_json
+from mlip_jax.core.files import kind_of, parse_json, read_file
+from mlip_jax.core.texts import lines, shown, wrong_path, wrong_text
 from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
-from mlip_jax.data.sets.files import read_file
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Record, Skipped
 from mlip_jax.data.sets.splits import STANDARD, Choice, split_of
+from mlip_jax.data.sets.table_rows import check_text
 from mlip_jax.data.text.captions import usable
 
 
@@ -57,13 +59,13 @@ class JsonlSource:
 
     def __getitem__(self, index: int) -> Record:
         row = self._row(index)
-        path = self._path.parent / _image_key(row)
+        path = self._path.parent / image_key(row)
         label = -1 if self._labels is None else int(self._labels[index])
-        return Record(read_file(path), *_texts(row, self._cleaning), label, str(path))
+        return Record(read_file(path), *_texts(row, self._cleaning), label, shown(str(path)))
 
     def name_of(self, index: int) -> str:
         """The image's path."""
-        return str(self._path.parent / _image_key(self._row(index)))
+        return shown(str(self._path.parent / image_key(self._row(index))))
 
     def captions(self) -> Iterator[str]:
         """Every caption and tag of the split, by one pass over the file."""
@@ -110,27 +112,21 @@ def open_jsonl(path: Path, opening: Opening) -> JsonlSource:
     """
     splits: dict[str, _Rows] = {}
     classes = _Classes()
-    offset = 0
-    for number, line in enumerate(_lines(path), start=1):
-        begin, offset = offset, offset + len(line)
-        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-            begin, line = begin + 3, line[3:]
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        row = _parse(place, line)
+    for number, place, span, row in json_rows(path):
+        _check(place, row)
         rows = splits.setdefault(
             split_of(place, row.get("split")), _Rows(Skipped("rows", opening.cleaning))
         )
         row_labels = classes.of(row, place, number)
         captions = _captions(row)
+        rows.skipped.mend(place, [*captions, *_labels(row), *(row.get("tags") or [])])
         # A row of several labels counts against every class, whatever the cleaning leaves of it.
         if (
             classes.multi_label
             or usable(captions, opening.cleaning)
             or usable(_labels(row), opening.cleaning)
         ):
-            rows.starts.extend((begin, len(line)))
+            rows.starts.extend(span)
             rows.labels.extend(row_labels)
             rows.counts.append(len(row_labels))
         else:
@@ -219,36 +215,64 @@ class _Classes:
         return names, places
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            yield from file
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+def json_rows(path: Path) -> Iterator[tuple[int, str, tuple[int, int], dict[str, Any]]]:
+    """The objects of a JSONL file that name an image, each on its line.
+
+    Returns:
+      Of each the number of its line, "PATH:LINE", the line's offset and length in bytes, and the
+      object, whose "file", "image" or "path" is a path.
+
+    Raises:
+      UserError: when the file cannot be read; "PATH:LINE: what is wrong" for a malformed line.
+    """
+    with check_text(path).open("rb") as file:
+        mark = len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+        file.seek(mark)
+        for number, line in enumerate(lines(file), start=1):
+            place = f"{path}:{number}"
+            if line.content is None:
+                raise UserError(f"{place}: {line.refusal}")
+            if not line.content.strip():
+                continue
+            row = parse_json(line.content, place)
+            image = image_key(row)
+            if not isinstance(image, str) or not image:
+                raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')
+            if wrong := wrong_path(image):
+                raise UserError(f"{place}: the path of the image {wrong}")
+            yield number, place, (line.offset, line.length), row
 
 
-def _parse(place: str, line: bytes) -> dict[str, Any]:
-    row = parse_json(line, place)
-    file = _image_key(row)
-    if not isinstance(file, str) or not file:
-        raise UserError(f'{place}: needs "file" (or "image", "path"), the image\'s path')
+def _check(place: str, row: dict[str, Any]) -> None:
     if not any(key in row for key in ("caption", "captions", "label", "labels")):
         raise UserError(
             f'{place}: needs "caption" (a text) or "captions" (a list of them), or "label" or '
             '"labels"'
         )
     for key in ("captions", "tags", "labels"):
-        values = row.get(key) or []
+        values = row.get(key)
+        values = [] if values is None else values
         if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
             raise UserError(f'{place}: "{key}" must be a list of texts')
+        check_texts(place, f'a text of "{key}"', values)
     for key in ("caption", "label"):
-        if not isinstance(row.get(key) or "", str):
-            raise UserError(f'{place}: "{key}" must be a text, found {kind_of(row[key])}')
+        value = row.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise UserError(f'{place}: "{key}" must be a text, found {kind_of(value)}')
+        check_texts(place, f'"{key}"', [value])
     if row.get("label") is not None and row.get("labels") is not None:
         raise UserError(f'{place}: has both "label" and "labels"')
     if not all(text.strip() for text in _labels(row)):
         raise UserError(f"{place}: a label must not be empty")
-    return row
+
+
+def check_texts(place: str, what: str, texts: Iterable[str]) -> None:
+    """Raises UserError, "PLACE: WHAT has too many characters", for texts that are too long."""
+    for text in texts:
+        if wrong := wrong_text(text):
+            raise UserError(f"{place}: {what} {wrong}")
 
 
 def _row(file: BinaryIO, span: np.ndarray) -> dict[str, Any]:
@@ -274,7 +298,8 @@ def _captions(row: dict[str, Any]) -> list[str]:
     return [*([single] if single else []), *(row.get("captions") or [])]
 
 
-def _image_key(row: dict[str, Any]) -> Any:
+def image_key(row: dict[str, Any]) -> Any:
+    """What a row names its image by, or None."""
     return next((row[key] for key in IMAGE_KEYS if key in row), None)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlip_jax.core.errors import UserError, suggestion
-from mlip_jax.data.sets.coco_json import is_text, read_entries
+from mlip_jax.core.texts import brief, shown, wrong_text
+from mlip_jax.data.sets.coco_json import check_path, is_text, read_entries
 from mlip_jax.data.sets.files import CaptionSource, ImageFiles, find_images
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Skipped
@@ -61,11 +62,13 @@ def open_karpathy(file: Path, opening: Opening) -> CaptionSource:
     skipped = Skipped("images", opening.cleaning)
     chosen, texts = [], []
     for image in (image for image in images if image.split in choice.parts):
+        place = f"{file}: {shown(image.filename)}"
+        skipped.mend(place, image.sentences)
         if cleaned := usable(image.sentences, opening.cleaning):
             chosen.append(image)
             texts.append(cleaned)
         else:
-            skipped.add(f"{file}: {image.filename}", image.sentences)
+            skipped.add(place, image.sentences)
     name = f"{file.stem.removeprefix('dataset_')}-karpathy-{choice.name}"
     notes = skipped.notes(len(texts), opening.max_skipped_share)
     return CaptionSource(name, choice, _images(file.parent, chosen), texts, notes)
@@ -94,14 +97,19 @@ def _check(place: str, image: Any) -> None:
         raise UserError(f'{place} needs "filename", a text')
     if image.filepath is not None and not isinstance(image.filepath, str):
         raise UserError(f'{place}: "filepath" must be a text')
+    check_path(f'{place}: "filename"', image.filename)
+    check_path(f'{place}: "filepath"', f"{image.filepath or ''}/{image.filename}")
     if image.split not in _SPLITS:
         raise UserError(
-            f"{place}: unknown split {image.split!r}: {', '.join(_SPLITS)}"
+            f"{place}: unknown split {brief(image.split)}: {', '.join(_SPLITS)}"
             f"{suggestion(image.split, _SPLITS)}"
         )
     sentences = image.sentences
     if not isinstance(sentences, list) or not sentences or not all(map(is_text, sentences)):
         raise UserError(f'{place} needs "sentences", a list of objects with "raw", a text')
+    for sentence in sentences:
+        if wrong := wrong_text(sentence):
+            raise UserError(f"{place}: a sentence {wrong}")
 
 
 KIND = by_path(open_karpathy)

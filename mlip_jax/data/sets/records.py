@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int8
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.texts import is_whole
 
 _PLACES_SHOWN = 5
 
@@ -31,13 +32,18 @@ class MissingSplit(UserError):
 
 @dataclass
 class Skipped:
-    """What has no usable caption: counted, named, and an error when it is too much."""
+    """What has no usable caption: counted, named, and an error when it is too much.
+
+    What has half a character in a text is counted and named, too.
+    """
 
     unit: str  # what is counted: "rows", "images"
     cleaning: str  # as the captions were cleaned, one of captions.CLEANINGS
     first: list[str] = field(default_factory=list)  # places, of the first few
     count: int = 0
     emptied: int = 0  # of these, that had a caption before the cleaning
+    mended: int = 0  # that are kept, with a text that `texts.whole` has changed
+    first_mended: list[str] = field(default_factory=list)
 
     def add(self, place: str, texts: Iterable[str]) -> None:
         """Counts one; `texts` are its captions as they were before the cleaning."""
@@ -46,34 +52,53 @@ class Skipped:
         if len(self.first) < _PLACES_SHOWN:
             self.first.append(place)
 
+    def mend(self, place: str, texts: Iterable[str]) -> None:
+        """Counts one if a text of its own cannot be kept as it is; see `texts.whole`."""
+        if all(map(is_whole, texts)):
+            return
+        self.mended += 1
+        if len(self.first_mended) < _PLACES_SHOWN:
+            self.first_mended.append(place)
+
     def merge(self, other: Skipped) -> None:
         """Counts what another has counted too."""
         self.first = (self.first + other.first)[:_PLACES_SHOWN]
+        self.first_mended = (self.first_mended + other.first_mended)[:_PLACES_SHOWN]
+        self.mended += other.mended
         self.count += other.count
         self.emptied += other.emptied
 
     def notes(self, kept: int, max_share: float) -> tuple[str, ...]:
-        """A sentence for `Source.notes`, or none.
+        """Sentences for `Source.notes`, or none.
 
         Raises:
           UserError: when more than `max_share` of all is left out.
         """
+        mended: tuple[str, ...] = ()
+        if self.mended:
+            mended = (
+                f"{self.mended} {self.unit} hold half of a surrogate pair, which is no character "
+                f'and is read as "?": {_listed(self.first_mended, self.mended)}',
+            )
         if not self.count:
-            return ()
+            return mended
         total = kept + self.count
         cleaned = (
             f" (of {self.emptied}, nothing is left after the cleaning {self.cleaning!r})"
             if self.emptied
             else ""
         )
-        more = ", ..." if self.count > len(self.first) else ""
         note = (
             f"{self.count} of {total} {self.unit} have no caption{cleaned} and are left out: "
-            f"{', '.join(self.first)}{more}"
+            f"{_listed(self.first, self.count)}"
         )
         if self.count > max_share * total:
             raise UserError(f"{note}; more than max_skipped_share={max_share:g} allows")
-        return (note,)
+        return (note, *mended)
+
+
+def _listed(places: list[str], count: int) -> str:
+    return ", ".join([*places, *(["..."] if count > len(places) else [])])
 
 
 class Source(Protocol):

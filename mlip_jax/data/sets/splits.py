@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.texts import brief
 from mlip_jax.data.sets.records import MissingSplit
 
 ALL = "all"  # every split together
@@ -109,7 +110,7 @@ def split_of(place: str, value: Any) -> str:
     split = canonical(value) if isinstance(value, str) else None
     if split is None:
         raise UserError(
-            f"{place}: unknown split {value!r}: train, validation or test"
+            f"{place}: unknown split {brief(value)}: train, validation or test"
             f"{suggestion(value, _NAMES)}"
         )
     return split

@@ -18,6 +18,7 @@ from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import canonical
 
 _MOST_BYTES = 256 * 2**20  # of one member, unpacked; a photo takes some 10 MB
+_MOST_DEPTH = 2  # folders that are asked for: of a split and of a class
 _ENCRYPTED = 1  # bit of the flags
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name and of the extra field
@@ -106,7 +107,7 @@ class _ZipTree:
             if not _is_image(path):
                 continue
             parts = path.split("/")[:-1]
-            for depth in range(len(parts)):
+            for depth in range(min(len(parts), _MOST_DEPTH)):
                 above, folder = "/".join(parts[:depth]), "/".join(parts[: depth + 1])
                 self._folders.setdefault(above, {})[parts[depth]] = None
                 self._images.setdefault(folder, []).append(path)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import choose
 from mlip_jax.core.schema import CLEANINGS
+from mlip_jax.core.texts import whole
 
 _MAX_WORDS = 30
 _DELETED_OR_SPACED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
@@ -42,7 +43,7 @@ def clean_caption(text: str) -> str:
 
 
 def clean(text: str, cleaning: str) -> str:
-    """A text as `cleaning` gives it to the tokenizer.
+    """A text as `cleaning` gives it to the tokenizer; UTF-8 can hold it (`texts.whole`).
 
     Args:
       text: a caption, prompt or query.
@@ -51,6 +52,7 @@ def clean(text: str, cleaning: str) -> str:
         punctuation, underscores as spaces); "siglip", Hugging Face's of SigLIP: lower case, without
         punctuation, single spaces.
     """
+    text = whole(text)
     if cleaning == "none":
         return text
     if cleaning == "clip_lite":
