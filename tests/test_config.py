@@ -79,6 +79,15 @@ def test_json_with_an_unknown_key_names_the_nearest():
         schema.from_json('{"data": {"trian": "x"}}')
 
 
+def test_a_key_of_another_name_is_found(config):
+    with pytest.raises(UserError, match="key lr; did you mean 'optimizer.learning_rate'"):
+        schema.set_key(config, "lr", 1e-3)
+    with pytest.raises(
+        UserError, match="key optimizer.weigth_decay; did you mean 'optimizer.weight_decay'"
+    ):
+        schema.set_key(config, "optimizer.weigth_decay", 1)
+
+
 def test_differences_leave_out_what_may_change_at_a_resume(config):
     other = schema.from_json(schema.to_json(config))
     other.log_every = 1

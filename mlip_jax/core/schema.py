@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json, read_json
+from mlip_jax.core.key_names import find_key
 from mlip_jax.core.registry import EVALUATIONS
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
@@ -378,10 +379,15 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
     for name in path:
         node = node.get(name)
         if not isinstance(node, ConfigDict):
-            raise UserError(f"unknown config key {key}")
+            raise _unknown_key(config, key)
     if last not in node:
-        raise UserError(f"unknown config key {key}{suggestion(last, node.keys())}")
+        raise _unknown_key(config, key)
     try:
         node[last] = value
     except TypeError as error:
         raise UserError(f"config.{key}={value!r}: {error}") from None
+
+
+def _unknown_key(config: ConfigDict, key: str) -> UserError:
+    found = find_key(key, list(flatten(config.to_dict())))
+    return UserError(f"unknown config key {key}" + (f"; did you mean {found!r}?" if found else ""))

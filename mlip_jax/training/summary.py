@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from mlip_jax.core.tables import make_table
 from mlip_jax.data.sets.records import Source
 from mlip_jax.devices import huge_pages, parallel
 from mlip_jax.models.building import (
@@ -107,10 +106,7 @@ def print_compiled(
     """
     params = variables["params"]
     flops = forward_flops(network, variables, config)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Model")
-    table.add_column("Parameters", justify="right")
-    table.add_column("Forward FLOPs per pair", justify="right")
+    table = make_table(("Model", "Parameters", "Forward FLOPs per pair"))
     for part, count in parameter_counts(params).items():
         table.add_row(part, f"{count:,}", f"{flops[part]:,.0f}" if part in flops else "")
     console.print(table)
@@ -119,10 +115,7 @@ def print_compiled(
     console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
     for line in attention:
         console.print(line)
-    sharding = Table(box=box.SIMPLE_HEAD)
-    sharding.add_column("Parameters whose path matches")
-    sharding.add_column("Sharded over")
-    sharding.add_column("Number", justify="right")
+    sharding = make_table(("Parameters whose path matches", "Sharded over", "Number"), words=2)
     rules = parallel.sharding_rules(config.sharding, params)
     for pattern, axes, count in parallel.sharding_table(params, mesh, rules):
         sharding.add_row(pattern, axes, f"{count:,}")
