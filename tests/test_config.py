@@ -22,7 +22,7 @@ MISTAKES = [
     ("batch_size", 1, r"at least 2 \(a contrastive loss compares pairs\)"),
     ("samples", 10, "less than one batch"),
     ("log_every", 0, "config.log_every=0 must be at least 1"),
-    ("optimizer.warmup_samples", -1, "must be at least 0"),
+    ("optimizer.warmup_samples", -2, "must be at least -1"),
     ("optimizer.name", "adam", "did you mean 'adamw'"),
     ("data.caption.first", 1.5, r"config.data.caption.first=1.5 must be in \[0, 1\]"),
     ("compute_dtype", "bfloat", "did you mean 'bfloat16'"),

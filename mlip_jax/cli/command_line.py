@@ -22,6 +22,7 @@ from mlip_jax.core.key_names import find_key
 from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
 from mlip_jax.recipes.config_files import import_file, load_config
+from mlip_jax.recipes.lengths import settle
 
 _OF_ANY_MODEL = ("evaluate", "export", "search")  # subcommands that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
@@ -202,6 +203,7 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
             kinds = (int, float) if kind is float else (kind,)
             if not all(type(element) in kinds for element in value):
                 raise UserError(_wrong_type(key, str(value), known))
+    settle(config, keys)
 
 
 def _as_tuple(argument: str, known: Mapping[str, object]) -> str:
