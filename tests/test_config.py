@@ -22,7 +22,7 @@ MISTAKES = [
     ("batch_size", 1, r"at least 2 \(a contrastive loss compares pairs\)"),
     ("samples", 10, "less than one batch"),
     ("log_every", 0, "config.log_every=0 must be at least 1"),
-    ("optimizer.warmup_samples", -1, "must be at least 0"),
+    ("optimizer.warmup_samples", -2, "must be at least -1"),
     ("optimizer.name", "adam", "did you mean 'adamw'"),
     ("data.caption.first", 1.5, r"config.data.caption.first=1.5 must be in \[0, 1\]"),
     ("compute_dtype", "bfloat", "did you mean 'bfloat16'"),
@@ -77,6 +77,15 @@ def test_json_of_an_older_version_takes_defaults():
 def test_json_with_an_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match="data.trian; did you mean 'train'"):
         schema.from_json('{"data": {"trian": "x"}}')
+
+
+def test_a_key_of_another_name_is_found(config):
+    with pytest.raises(UserError, match="key lr; did you mean 'optimizer.learning_rate'"):
+        schema.set_key(config, "lr", 1e-3)
+    with pytest.raises(
+        UserError, match="key optimizer.weigth_decay; did you mean 'optimizer.weight_decay'"
+    ):
+        schema.set_key(config, "optimizer.weigth_decay", 1)
 
 
 def test_differences_leave_out_what_may_change_at_a_resume(config):

@@ -21,7 +21,7 @@ from mlip_jax import main as door
 from mlip_jax.core import versions
 from mlip_jax.devices import parallel
 from mlip_jax.storage.checkpoint import restore_fields
-from mlip_jax.training import evaluation, loop, repeatability, start
+from mlip_jax.training import evaluation, loop, pace, repeatability, start
 from mlip_jax.training.run import score
 from mlip_jax.training.signals import Stop, Stopped
 
@@ -570,3 +570,13 @@ def test_a_step_with_other_bits_each_time_is_named(train, monkeypatch):
     monkeypatch.setattr(repeatability, "_PROBED", ("cpu",))
     code, output = train(samples=8)
     assert code == 0 and "\nnot repeatable: a step taken twice gave other bits" in output
+
+
+def test_a_run_in_passes_is_resumed_by_the_same_command(train, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "_FEWEST_STEPS", 8)
+    code, output = train(epochs=2)
+    assert code == 0 and "length: 32 pairs, 2 passes, 64 samples in 8 steps of 8" in output
+    assert re.search(r"expected: about \d+ seconds? here at [\d,]+ images/s", output)
+    assert_same_state(tmp_path / "run", trained)  # the steps that were timed are forgotten
+    code, output = train(epochs=2)
+    assert code == 0 and "it is finished" in output and "expected:" not in output

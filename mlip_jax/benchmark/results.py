@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from mlip_jax.core.files import write_atomically
+from mlip_jax.core.tables import make_table
 from mlip_jax.storage.workdir import environment
 from mlip_jax.training.step_cost import GIB
 
@@ -101,10 +100,8 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     if several:
         for number, result in enumerate(results, 1):
             console.print(f"{number}: {result.name}")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Training step")
-    for number, result in enumerate(results, 1):
-        table.add_column(str(number) if several else result.name, justify="right")
+    names = [str(place) if several else result.name for place, result in enumerate(results, 1)]
+    table = make_table(("Training step", *names))
 
     def row(words: str, *cells: str) -> None:
         if any(cells):

@@ -16,11 +16,13 @@ from ml_collections import ConfigDict, config_flags
 from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
 from mlip_jax.core import schema
-from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.core.key_names import find_key
 from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
 from mlip_jax.recipes.config_files import import_file, load_config
+from mlip_jax.recipes.lengths import settle
 
 _OF_ANY_MODEL = ("evaluate", "export", "search")  # subcommands that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
@@ -74,7 +76,7 @@ def parse(arguments: Sequence[str]) -> Command | str:
     for argument in remaining:
         flag = _FLAG.match(argument)
         if flag and not _OVERRIDE.match(argument):
-            raise table.unknown(flag["name"])
+            raise table.unknown(subcommand, flag["name"])
     options = table.options(subcommand, values)
     for file in options.pop("import", ()):
         import_file(file)
@@ -201,6 +203,7 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
             kinds = (int, float) if kind is float else (kind,)
             if not all(type(element) in kinds for element in value):
                 raise UserError(_wrong_type(key, str(value), known))
+    settle(config, keys)
 
 
 def _as_tuple(argument: str, known: Mapping[str, object]) -> str:
@@ -218,8 +221,8 @@ def _unknown_key(key: str, known: list[str]) -> str:
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"config.{key} is a section: override one of its keys, such as config.{inside[0]}"
-    full_keys = [name for name in known if name.endswith(f".{key}")]  # right, but for its sections
-    near = f"; did you mean {full_keys[0]!r}?" if full_keys else suggestion(key, known)
+    found = find_key(key, known)
+    near = f"; did you mean {found!r}?" if found else ""
     return f"unknown config key config.{key}{near}"
 
 

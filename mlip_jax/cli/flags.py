@@ -22,8 +22,9 @@ from mlip_jax.cli.kinds import (
 )
 from mlip_jax.cli.subcommands import SUBCOMMANDS
 from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.key_names import find_key
 from mlip_jax.core.registry import EVALUATIONS, EXPORT_FORMATS
-from mlip_jax.core.schema import PROCESS_VARIABLES
+from mlip_jax.core.schema import PROCESS_VARIABLES, default, flatten
 
 
 @dataclass(frozen=True)
@@ -483,7 +484,7 @@ def options(subcommand: str, values: flags.FlagValues) -> dict[str, Any]:
             plural = "s" if len(takers) > 1 else ""
             raise UserError(
                 f"--{flag.name} goes with the subcommand{plural} {listed(takers)}, not "
-                f"with {subcommand}"
+                f"with {subcommand}{_override_for(subcommand, flag.name)}"
             )
         if values[flag.name].value:
             options[flag.keyword] = read(subcommand, values, flag.name)
@@ -493,6 +494,19 @@ def options(subcommand: str, values: flags.FlagValues) -> dict[str, Any]:
     return options
 
 
-def unknown(name: str) -> UserError:
-    """The error for a flag that is not in the table, with the nearest."""
-    return UserError(f"unknown flag --{name}{suggestion(name, _BY_NAME)}")
+def unknown(subcommand: str, name: str) -> UserError:
+    """The error for a flag that is not in the table, with what was most likely meant."""
+    near = (
+        _override_for(subcommand, name)
+        or suggestion(name, [flag.name for flag in taken_by(subcommand)])
+        or _override_for(subcommand, name, near=True)
+    )
+    return UserError(f"unknown flag --{name}{near}")
+
+
+def _override_for(subcommand: str, name: str, *, near: bool = False) -> str:
+    """'; did you mean --config.KEY=VALUE?' with the key of that name; "" where there is none."""
+    if not takes(subcommand, "config"):
+        return ""
+    key = find_key(name, list(flatten(default().to_dict())), near=near)
+    return f"; did you mean --config.{key}=VALUE?" if key else ""

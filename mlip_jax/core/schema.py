@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json, read_json
+from mlip_jax.core.key_names import find_key
 from mlip_jax.core.registry import EVALUATIONS
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
@@ -78,6 +79,9 @@ def default() -> ConfigDict:
     config.batch_size = 256  # global: all devices, all processes
     config.accumulation = 1  # parts that are embedded one after the other; the same gradient
     config.samples = 256_000  # image-text pairs seen in the whole run; the only clock
+    # Passes over the training set, from which `samples` follows; 0: `samples` says it; -1: as many
+    # as suit the size of the set, `samples` at most.
+    config.epochs = 0.0
     config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
     # Of training, in a ViT and a "clip" text encoder: "plain", our own, or "xla" or "cudnn", JAX's;
     # "auto": what a probe finds the fastest on a GPU, else "plain". Evaluation is "plain".
@@ -221,7 +225,7 @@ def default() -> ConfigDict:
             # Shares of the learning rate; an encoder with 0 is frozen.
             "rates": {"image": 1.0, "text": 1.0, "heads": 1.0},
             "momentum": 0.9,  # sgd
-            "warmup_samples": 10_000,
+            "warmup_samples": 10_000,  # -1: a share of the run
             "b1": 0.9,
             "b2": 0.98,
             "eps": 1e-8,
@@ -235,11 +239,17 @@ def default() -> ConfigDict:
     # Of a config file's own, for the things that it registers: kept, and compared at a resume.
     config.options = ConfigDict()
     config.checkpoint = ConfigDict(
-        {"every_samples": 50_000, "keep_last": 2, "keep_best": 1, "best": ""}
+        {
+            "every_samples": 50_000,  # 0: only at evaluations; -1: by the length of the run
+            "keep_last": 2,
+            "keep_best": 1,
+            "best": "",
+        }
     )
     config.evaluation = ConfigDict(
         {
-            "every_samples": 50_000,  # retrieval and zero_shot; 0: only at the end
+            # Of retrieval and zero_shot; 0: only at the end; -1: by the length of the run
+            "every_samples": 50_000,
             "batch_size": 256,
             # Sets by the grammar of data.train; "validation" is the run's own.
             "retrieval": ("validation",),
@@ -390,10 +400,15 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
     for name in path:
         node = node.get(name)
         if not isinstance(node, ConfigDict):
-            raise UserError(f"unknown config key {key}")
+            raise _unknown_key(config, key)
     if last not in node:
-        raise UserError(f"unknown config key {key}{suggestion(last, node.keys())}")
+        raise _unknown_key(config, key)
     try:
         node[last] = value
     except TypeError as error:
         raise UserError(f"config.{key}={value!r}: {error}") from None
+
+
+def _unknown_key(config: ConfigDict, key: str) -> UserError:
+    found = find_key(key, list(flatten(config.to_dict())))
+    return UserError(f"unknown config key {key}" + (f"; did you mean {found!r}?" if found else ""))

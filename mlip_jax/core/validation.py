@@ -57,6 +57,7 @@ _RULES = (
     (r"data\.augment\.(affine|color)", "in [0, 2]"),
     (r"data\.workers", "at least -1"),
     (r"optimizer\.(weight_decay|clip_norm|rates\..*|lookahead\.period)", "at least 0"),
+    (r"(optimizer\.warmup|checkpoint\.every|evaluation\.every)_samples", "at least -1"),
     (r".*(_samples|_penalty|\.weight|\.depth)", "at least 0"),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
@@ -72,16 +73,13 @@ def validate(config: ConfigDict) -> None:
     """
     for key, value in flatten(config.to_dict()).items():
         _check_range(key, value)
-    if config.samples < config.batch_size:
+    if not (0 <= config.epochs < math.inf or config.epochs == -1):
         raise UserError(
-            f"config.samples={config.samples} is less than one batch of {config.batch_size}"
+            f"config.epochs={config.epochs:g} must be above 0, 0 (config.samples says it) or -1 "
+            "(by the size of the set)"
         )
-    steps = config.samples // config.batch_size
-    if steps > _MOST_STEPS:
-        raise UserError(
-            f"config.samples={config.samples} in batches of {config.batch_size} are {steps:,} "
-            f"steps, and a run has at most {_MOST_STEPS:,}: raise config.batch_size"
-        )
+    if config.epochs <= 0:
+        check_length(config, f"config.samples={config.samples}")
     crop = config.data.augment.crop
     if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
         raise UserError(
@@ -119,6 +117,21 @@ def validate(config: ConfigDict) -> None:
     _check_accumulation(config)
     _check_optimizer(config)
     _check_perspectives(config)
+
+
+def check_length(config: ConfigDict, said_by: str) -> None:
+    """Raises UserError unless config.samples are a number of steps that a run may have.
+
+    `said_by` is what the error names in place of the samples.
+    """
+    if config.samples < config.batch_size:
+        raise UserError(f"{said_by} is less than one batch of {config.batch_size}")
+    steps = config.samples // config.batch_size
+    if steps > _MOST_STEPS:
+        raise UserError(
+            f"{said_by} in batches of {config.batch_size} are {steps:,} steps, and a run has at "
+            f"most {_MOST_STEPS:,}: raise config.batch_size"
+        )
 
 
 def _check_image(config: ConfigDict) -> None:

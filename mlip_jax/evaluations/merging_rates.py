@@ -12,11 +12,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from mlip_jax.core.files import write_atomically
+from mlip_jax.core.tables import make_table
 from mlip_jax.core.validation import validate
 from mlip_jax.evaluations.results import Results
 from mlip_jax.inference import Model
@@ -113,9 +112,7 @@ def report(console: Console, folder: Path, rows: Sequence[Row]) -> Path:
         ]
         for row in rows
     ]
-    table = Table(title="Token merging after the fact", title_justify="left", box=box.SIMPLE_HEAD)
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = make_table(heads, words=0, title="Token merging after the fact", title_justify="left")
     for line in lines:
         table.add_row(*line)
     console.print(table)

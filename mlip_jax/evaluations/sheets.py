@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mlip_jax.core.tables import make_table
 from mlip_jax.evaluations.results import Results
 
 _HEADINGS = ("Dataset", "Figure", "Value", "Chance", "Examples", "Protocol")
@@ -72,16 +72,13 @@ def table(results: Results) -> Table:
 
 def terminal(sheet: Sheet) -> Table:
     """A sheet for the terminal, notes below it."""
-    drawn = Table(
-        box=box.SIMPLE_HEAD,
+    drawn = make_table(
+        sheet.headings,
+        words=2,
         title=sheet.title,
         caption=Text("\n".join(sheet.notes)),
         caption_justify="left",
     )
-    drawn.add_column(sheet.headings[0], overflow="fold")
-    drawn.add_column(sheet.headings[1], overflow="fold")
-    for heading in sheet.headings[2:]:
-        drawn.add_column(heading, justify="right", no_wrap=True)
     last = None
     for group, *cells in sheet.rows:
         if last is not None and group != last:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from mlip_jax.core.tables import make_table
 from mlip_jax.devices import parallel
 from mlip_jax.planning import kernels
 from mlip_jax.planning.estimates import Estimate
@@ -83,9 +82,7 @@ def _verdict(estimate: Estimate) -> str:
 
 
 def _print_memory(console: Console, memory: Memory) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Memory a device, by the compiler")
-    table.add_column("MiB", justify="right")
+    table = make_table(("Memory a device, by the compiler", "MiB"))
     for name, size in (
         ("arguments: state and batch", memory.arguments),
         ("outputs: state and metrics", memory.outputs),
@@ -105,9 +102,7 @@ def _print_collectives(console: Console, estimate: Estimate) -> None:
     if not groups:
         console.print("collectives: none")
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("Collective", "Devices", "A step", "MiB of arrays", "MiB sent a device"):
-        table.add_column(column, justify="left" if column == "Collective" else "right")
+    table = make_table(("Collective", "Devices", "A step", "MiB of arrays", "MiB sent a device"))
     for kind, devices in sorted(groups, key=lambda key: (COLLECTIVES.index(key[0]), key[1])):
         group = groups[kind, devices]
         payload = sum(collective.payload * collective.times for collective in group)
@@ -123,10 +118,7 @@ def _print_collectives(console: Console, estimate: Estimate) -> None:
 
 def _print_kernels(console: Console, estimate: Estimate) -> None:
     """Of a GPU's program: its products by type, its traffic, and calls to libraries."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Products a device, as compiled")
-    table.add_column("Kernels", justify="right")
-    table.add_column("FLOPs a step", justify="right")
+    table = make_table(("Products a device, as compiled", "Kernels", "FLOPs a step"))
     for dtype, flops in sorted(kernels.products(estimate.kernels).items()):
         count = sum(kernel.times for kernel in estimate.kernels if dtype in kernel.products)
         table.add_row(_PRODUCTS.get(dtype, dtype), f"{count:,}", f"{flops:.4g}")

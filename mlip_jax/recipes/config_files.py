@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.recipes.lengths import settle
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -74,6 +75,7 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDi
     """
     for key, value in overrides.items():
         schema.set_key(config, key, value)
+    settle(config, overrides)
     return config
 
 

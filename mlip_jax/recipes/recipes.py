@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import schema
 from mlip_jax.recipes import sizes
+from mlip_jax.recipes.lengths import BY_SET
 
 # Images for training of the datasets that are named by one word (mlip_jax.data.sets.public says
 # where they lie); of what is fetched from the web, some are gone each year.
@@ -35,12 +36,17 @@ def recipe(size: str, data: str) -> ConfigDict:
     config = schema.default()
     sizes.apply(config, size)
     config.data.train = data
+    config.epochs = float(BY_SET)
+    config.optimizer.warmup_samples = BY_SET
+    config.checkpoint.every_samples = config.evaluation.every_samples = BY_SET
     if size == sizes.QUICK:
         _quick(config)
     else:
         _large(config)
     if data == "emoji":
         _drawings(config)
+        if size == sizes.QUICK:
+            _samples(config, 160_000, warmup=10_000, every=32_000)
     elif data in _PAIRS:
         _named(config, data, schedule=size != sizes.QUICK)
     return config
@@ -67,6 +73,9 @@ def clip_lite(size: str, data: str) -> ConfigDict:
         config.batch_size = 1024
         if config.model.image.architecture == "resnet":
             _clip_lite_coco(config)
+            if data.partition(":")[0] in ("coco", "karpathy"):
+                _samples(config, 250_000 * 1024, warmup=10_000 * 1024, every=10_000 * 1024)
+                config.checkpoint.every_samples = 2000 * 1024
     return config
 
 
@@ -86,37 +95,30 @@ def _clip_lite_quick(config: ConfigDict) -> None:
 def _clip_lite_coco(config: ConfigDict) -> None:
     """CLIP-Lite's recipe on COCO's captions (arXiv 2112.07133)."""
     config.model.text.vocab_size = 30_522
-    config.samples = 250_000 * 1024
     optimizer = config.optimizer
     optimizer.name = "sgd"
     optimizer.learning_rate = 0.2
     optimizer.rates.text = optimizer.rates.heads = 1e-3 / 0.2
-    optimizer.warmup_samples = 10_000 * 1024
     optimizer.weight_decay = 1e-4
     optimizer.clip_norm = 10.0
     optimizer.lookahead.period = 5
     config.data.augment.crop = (0.2, 1.0)
     config.data.augment.flip = True
     config.data.augment.color = 1.0
-    config.checkpoint.every_samples = 1024 * 2000
-    config.evaluation.every_samples = 1024 * 10_000
 
 
 def _quick(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     config.batch_size = 128
-    config.samples = 160_000
+    config.samples = 320_000
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_samples = 10_000
     config.optimizer.weight_decay = 0.5
     config.optimizer.max_scale = 12.0
     config.optimizer.ema = 0.99
     config.data.augment.crop = (0.6, 1.0)
     config.data.augment.flip = True
     config.data.augment.color = 0.25
-    config.checkpoint.every_samples = 32_000
-    config.evaluation.every_samples = 32_000
     config.log_every = 20
 
 
@@ -125,13 +127,18 @@ def _large(config: ConfigDict) -> None:
     config.batch_size = 4096
     config.samples = 32 * 15_000_000
     config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_samples = 2500 * 4096
     config.optimizer.weight_decay = 0.5
     config.data.augment.crop = (0.5, 1.0)
-    config.checkpoint.every_samples = 4096 * 1000
-    config.evaluation.every_samples = 15_000_000
     config.evaluation.templates = "clip_80"
     config.log_every = 50
+
+
+def _samples(config: ConfigDict, samples: int, *, warmup: int, every: int) -> None:
+    """A length that does not follow from the size of the set."""
+    config.epochs = 0.0
+    config.samples = samples
+    config.optimizer.warmup_samples = warmup
+    config.checkpoint.every_samples = config.evaluation.every_samples = every
 
 
 def _drawings(config: ConfigDict) -> None:
@@ -174,6 +181,3 @@ def _named(config: ConfigDict, data: str, schedule: bool) -> None:
     if schedule:
         config.batch_size = 1024 if pairs < _SMALL else 4096
         config.samples = _EPOCHS * pairs
-        config.optimizer.warmup_samples = min(2500 * 4096, config.samples // 20)
-        config.evaluation.every_samples = pairs
-        config.checkpoint.every_samples = min(4096 * 1000, pairs)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 from ml_collections import ConfigDict
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_file
+from mlip_jax.core.tables import make_table
 from mlip_jax.devices import cluster
 from mlip_jax.inference import Model, load
 from mlip_jax.interop import model_folders
@@ -207,9 +207,7 @@ def _table(
     query: Float32[np.ndarray, " width"],
     top: int,
 ) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("Rank", justify="right")
-    table.add_column("Score", justify="right", no_wrap=True)
+    table = make_table(("Rank", "Score"), words=0, title=title, title_justify="left")
     table.add_column("Path", overflow="fold")
     for rank, (score, row) in enumerate(zip(*nearest(index, query, top), strict=True), 1):
         place = collection.place(index.path(int(row)))

@@ -34,7 +34,7 @@ def probe(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
       step: compiled; it takes the state away.
       fresh: makes the state that the run starts from.
     """
-    first, second = (_digest(step(fresh(), _batch(run))[0]) for _ in range(2))
+    first, second = (_digest(step(fresh(), random_batch(run))[0]) for _ in range(2))
     if np.array_equal(first, second):
         return (
             "repeatable: a step taken twice gave the same bits. So will a resumed run with this "
@@ -46,7 +46,8 @@ def probe(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
     )
 
 
-def _batch(run: Run) -> dict[str, Array]:
+def random_batch(run: Run) -> dict[str, Array]:
+    """Random pixels and token ids in the place of a batch, on the run's devices."""
     rng = np.random.default_rng(0)
     rows = len(parallel.local_rows(run.mesh, run.config.batch_size))
     limits = {np.dtype(np.uint8): 256, np.dtype(np.int32): run.tokenizer.vocab_size}

@@ -27,10 +27,11 @@ from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
-from mlip_jax.training import attention_choice, repeatability, summary
+from mlip_jax.training import attention_choice, pace, repeatability, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
@@ -79,6 +80,8 @@ def start(
         if repeatability.is_probed(opened.run.mesh):
             line = repeatability.probe(opened.run, step, lambda: _fresh(opened))
             opened.run.console.print(line)
+        if pace.is_worth_it(opened.run):
+            opened.run.console.print(pace.forecast(opened.run, step, lambda: _fresh(opened)))
     return opened.run, state, step
 
 
@@ -96,6 +99,7 @@ def _open(
     # Before the workdir is taken: a mistake in a path leaves none behind.
     cleaning = config.model.text.cleaning
     source = open_training(config.data, cleaning) if source is None else source
+    config = lengths.resolve(config, len(source))
     validation = open_validation(config.data, cleaning)
     suites.check(config)
     attention_choice.check(config, mesh)
@@ -131,6 +135,7 @@ def _open(
         callbacks=() if quiet else tuple(callbacks),
     )
     summary.print_data(run.console, source, validation)
+    summary.print_length(run.console, config, source)
     if not quiet:
         write_atomically(folder / TOKENIZER, tokenizer.to_json())
         if source.attribution:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from mlip_jax.core.tables import make_table
+from mlip_jax.data.sets.mixtures import Mixture
 from mlip_jax.data.sets.records import Source
 from mlip_jax.devices import huge_pages, parallel
 from mlip_jax.models.building import (
@@ -27,8 +27,10 @@ from mlip_jax.models.building import (
     training_patches,
 )
 from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.recipes.lengths import suitable_epochs
 from mlip_jax.training.step_cost import GIB, Memory
 
+_MANY_PASSES = 300
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
 
 
@@ -40,6 +42,36 @@ def print_data(console: Console, source: Source, validation: Source | None) -> N
         console.print(f"  {note}")
     if source.attribution:
         console.print(f"  {source.attribution}")
+
+
+def print_length(console: Console, config: ConfigDict, source: Source) -> None:
+    """How often the run sees its training set; warns where that is too often, or in one batch."""
+    steps = config.samples // config.batch_size
+    sizes = {source.name: len(source)}
+    seen = {source.name: config.samples}
+    if isinstance(source, Mixture):
+        names = source.samples(0)
+        sizes = {name: len(part) for name, part in zip(names, source.sets(), strict=True)}
+        seen = source.samples(config.samples)
+    else:
+        passes = f"{config.samples / len(source):,.3g}"
+        console.print(
+            f"length: {len(source):,} pairs, {passes} passes, {config.samples:,} samples in "
+            f"{steps:,} steps of {config.batch_size:,}"
+        )
+    for name, size in sizes.items():
+        passes = seen[name] / size
+        if passes > _MANY_PASSES:
+            console.print(
+                f"  warning: the run sees the {size:,} pairs of {name} {passes:,.0f} times each, "
+                f"and learns them by heart; --config.epochs={suitable_epochs(size)} suits a set of "
+                "this size"
+            )
+    if config.batch_size > len(source):
+        console.print(
+            f"  warning: a batch of {config.batch_size:,} holds each of the {len(source):,} pairs "
+            "more than once, and a pair is no negative of itself: lower config.batch_size"
+        )
 
 
 def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
@@ -107,10 +139,7 @@ def print_compiled(
     """
     params = variables["params"]
     flops = forward_flops(network, variables, config)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Model")
-    table.add_column("Parameters", justify="right")
-    table.add_column("Forward FLOPs per pair", justify="right")
+    table = make_table(("Model", "Parameters", "Forward FLOPs per pair"))
     for part, count in parameter_counts(params).items():
         table.add_row(part, f"{count:,}", f"{flops[part]:,.0f}" if part in flops else "")
     console.print(table)
@@ -119,10 +148,7 @@ def print_compiled(
     console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
     for line in attention:
         console.print(line)
-    sharding = Table(box=box.SIMPLE_HEAD)
-    sharding.add_column("Parameters whose path matches")
-    sharding.add_column("Sharded over")
-    sharding.add_column("Number", justify="right")
+    sharding = make_table(("Parameters whose path matches", "Sharded over", "Number"), words=2)
     rules = parallel.sharding_rules(config.sharding, params)
     for pattern, axes, count in parallel.sharding_table(params, mesh, rules):
         sharding.add_row(pattern, axes, f"{count:,}")
