@@ -285,7 +285,8 @@ def embed_source(
     count = track(range(-(-size // batch_size)), f"Embedding {name}", shown=progress)
     embed = model.image_features if features else model.encode_image_pixels
     captions: list[tuple[str, ...]] = []
-    parts, indices, labels, equal, unreadable = [], [], [], [], []
+    parts, indices, labels, unreadable = [], [], [], []
+    equal: list[int] = []
     numbers: dict[bytes, int] = {}
     for _, batch in zip(count, batches, strict=False):
         rows = np.flatnonzero(batch.readable & (batch.indices < size))
