@@ -272,3 +272,11 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     path.write_text("no pixels")
     with pytest.raises(UnreadableImage, match=f"{path}: not an image of a known format"):
         Preprocessing(8)(path)
+
+
+@pytest.mark.parametrize("pixels", [np.float32([[0.0, 1.0]]), np.int32([[0, 70_000]])])
+def test_pixels_of_no_known_range_are_refused(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "TIFF")  # Pillow would make them black, or white
+    with pytest.raises(UnreadableImage, match="32 bits, of which is not known what is white"):
+        decode(stream.getvalue())

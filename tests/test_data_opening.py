@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mlip_jax.core import schema as config_lib
 from mlip_jax.core.errors import UserError
+from mlip_jax.data.images.preprocessing import decode
 from mlip_jax.data.sets.opening import open_evaluation, open_source, open_validation
 from mlip_jax.data.sets.records import MissingSplit
 
@@ -345,3 +347,43 @@ def test_validation_by_config(tmp_path):
         open_source(without, "validation")
     with pytest.raises(UserError, match="did you mean 'emoji'"):
         open_evaluation("emojy")
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_the_numbers(tmp_path):
+    numbers = [str(number) for number in range(12)]
+    for name in numbers:
+        draw(tmp_path / "set" / name / "a.png")
+    source = open_source(f"folder:{tmp_path / 'set'}", "train")
+    assert source.class_names == tuple(numbers)
+    assert source.name_of(2).endswith("set/2/a.png") and source[2].label == 2
+    rows = [{"file": f"set/{name}/a.png", "label": name} for name in numbers]
+    assert open_source(jsonl(tmp_path, rows), "train").class_names == tuple(numbers)
+    draw(tmp_path / "set" / "other" / "a.png")  # then they are words like any other
+    source = open_source(f"folder:{tmp_path / 'set'}", "train")
+    assert source.class_names == tuple(sorted([*numbers, "other"]))
+
+
+def test_images_that_cannot_be_read_here_are_not_passed_over(tmp_path):
+    draw(tmp_path / "cat/a.png")
+    for name in ("b.jfif", "c.JPE"):
+        (tmp_path / "cat" / name).write_bytes((tmp_path / "cat/a.png").read_bytes())
+    (tmp_path / "cat/d.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "cat/notes.txt").write_text("no image")
+    source = open_source(f"folder:{tmp_path}", "train")
+    names = {Path(source.name_of(index)).name for index in range(len(source))}
+    assert names == {"a.png", "b.jfif", "c.JPE", "d.heic"}
+    with pytest.raises(OSError, match="not an image of a known format"):
+        decode(source[3].image)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+def test_names_of_other_systems_are_found(tmp_path, kind, listed):
+    there = {"NFC": "NFD", "NFD": "NFC"}[listed]
+    draw(tmp_path / unicodedata.normalize(there, "Bücher") / unicodedata.normalize(there, "é.png"))
+    file = unicodedata.normalize(listed, "Bücher\\é.png")
+    spec = jsonl(tmp_path, [{"file": file, "caption": "x"}])
+    if kind == "csv":
+        (tmp_path / "pairs.csv").write_text(f"file,caption\n{file},x\n")
+        spec = f"csv:{tmp_path / 'pairs.csv'}"
+    assert open_source(spec, "train")[0].image.startswith(b"\x89PNG")

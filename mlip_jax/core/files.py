@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,6 +134,38 @@ def _told(target: Path) -> Iterator[None]:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
 
 
+def open_file(path: Path) -> int:
+    """A descriptor of a file, which may lie there under another spelling of the same name.
+
+    Lists written on Windows have "\\" between folders, and macOS takes letters and their accents
+    apart, or puts them together, where other systems keep what they are given.
+
+    Raises:
+      OSError: when it cannot be opened for reading; opening a pipe does not wait.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)
+    except ValueError as error:  # of a NUL character or half of a surrogate pair
+        raise OSError(errno.EINVAL, str(error)) from None
+    except FileNotFoundError:
+        lying = _as_it_lies(path)
+        if lying is None:
+            raise
+        return os.open(lying, flags)
+
+
+def _as_it_lies(path: Path) -> Path | None:
+    """The path of the file that a path means, by what is there; None: there is none."""
+    lying: Path | None = Path()
+    for part in Path(str(path).replace("\\", "/")).parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        lying = next((lying / form for form in forms if (lying / form).exists()), None)
+        if lying is None:
+            return None
+    return lying
+
+
 def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
     """A file's content.
 
@@ -140,10 +173,7 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
       OSError: when it cannot be read, is no regular file (reading a pipe may never end) or is
         larger than `most` bytes.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except ValueError as error:  # of a NUL character or half of a surrogate pair
-        raise OSError(errno.EINVAL, str(error)) from None
+    descriptor = open_file(path)
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):

@@ -59,6 +59,9 @@ _TO_EIGHT_BITS: dict[str, Callable[[int], int]] = {
 _MAX_ASPECT = 64
 
 
+_OF_NO_KNOWN_RANGE = "numbers of 32 bits, of which is not known what is white: save it with 8 or 16"
+
+
 class UnreadableImage(OSError):
     """A file that holds no image that can be decoded."""
 
@@ -125,8 +128,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """An image of a mode that `decode` gives, decoded from any."""
     if image.mode in ("RGB", "L", "RGBA", "LA"):
         return image
+    if image.mode == "F":
+        raise UnreadableImage(f"its pixels are {_OF_NO_KNOWN_RANGE}")
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits, whatever Pillow keeps them in
-        samples = np.asarray(image).clip(0, 0xFFFF)
+        samples = np.asarray(image)
+        if samples.size and not 0 <= samples.min() <= samples.max() <= 0xFFFF:
+            raise UnreadableImage(f"its pixels are {_OF_NO_KNOWN_RANGE}")
         grey = Image.fromarray((samples >> 8).astype(np.uint8))
         if "transparency" in image.info:  # all 16 bits count: shades next to it are not transparent
             opaque = samples != image.info["transparency"]

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_jax.core.files import decode_json, kind_of, read_file
+from mlip_jax.core.files import decode_json, kind_of, open_file, read_file
 from mlip_jax.core.texts import shown, whole, wrong_path, wrong_text
 from mlip_jax.data.sets.shards import Example
 from mlip_jax.data.sets.splits import canonical
@@ -100,11 +100,16 @@ def glance_at_part(read: Callable[[int, int], bytes], start: int, size: int) -> 
 def glance_at_file(path: Path) -> bytes:
     """`glance_at_part` of a file; b"" when it cannot be read."""
     try:
-        with path.open("rb") as file:
-            read = functools.partial(os.pread, file.fileno())
-            return glance_at_part(read, 0, os.fstat(file.fileno()).st_size)
-    except (OSError, ValueError):
+        descriptor = open_file(path)
+    except OSError:
         return b""
+    try:
+        read = functools.partial(os.pread, descriptor)
+        return glance_at_part(read, 0, os.fstat(descriptor).st_size)
+    except OSError:  # of a folder
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 # WHERE of KIND:WHERE, the roles of columns, and the split that all of it is, "" for what the input

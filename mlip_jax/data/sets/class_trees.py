@@ -12,6 +12,7 @@ import numpy as np
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import NotJson, decode_json
 from mlip_jax.core.texts import brief, wrong_text
+from mlip_jax.data.sets.class_order import in_order
 from mlip_jax.data.sets.files import ClassSource, Images
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.splits import STANDARD, canonical
@@ -42,8 +43,8 @@ def open_tree(tree: Tree, opening: Opening) -> ClassSource:
     """Opens CLASS/*.jpg, or SPLIT/CLASS/*.jpg.
 
     A class's name is its folder's with spaces for underscores, or what classes.json says. Classes
-    are those of all splits, sorted by folder or in the order of classes.json; one without an image
-    is a class like any other.
+    are those of all splits, in the order of their folders (`in_order`) or of classes.json; one
+    without an image is a class like any other.
 
     Raises:
       MissingSplit: when there are split folders, but not this one; or none and it is not "train".
@@ -53,7 +54,7 @@ def open_tree(tree: Tree, opening: Opening) -> ClassSource:
     splits = _split_folders(tree)
     choice = STANDARD.choose(tree.place, opening.wanted, splits or ("train",))
     # Labels are the same whichever split is opened.
-    present = sorted({name for above in splits.values() or [""] for name in tree.folders(above)})
+    present = in_order(name for above in splits.values() or [""] for name in tree.folders(above))
     classes_file = tree.classes_file()
     names = (
         {name: " ".join(name.replace("_", " ").split()) for name in present}

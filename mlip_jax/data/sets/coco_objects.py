@@ -12,6 +12,7 @@ from jaxtyping import Int8
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import brief, wrong_text
+from mlip_jax.data.sets.class_order import in_order
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoCategory,
@@ -162,7 +163,7 @@ def _from_lists(file: Path, images: list[Any]) -> _Objects:
         for name in image.objects:
             if wrong := wrong_text(name):
                 raise UserError(f'{file}: images[{index}]: a name in "objects" {wrong}')
-    names = sorted({name for image in images for name in image.objects})
+    names = in_order(name for image in images for name in image.objects)
     columns = {name: column for column, name in enumerate(names)}
     targets = np.full((len(images), len(names)), -1, np.int8)
     for row, image in enumerate(images):

@@ -21,7 +21,12 @@ from mlip_jax.data.sets.records import Record, Skipped
 from mlip_jax.data.sets.splits import Choice
 from mlip_jax.data.text.captions import usable
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Of the last three Pillow reads none by itself: such files count as unreadable images, and are not
+# passed over in silence.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".heic", ".heif", ".jxl"),
+)
 _PROBED = 16  # images that are looked for in each place where they may lie
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Int, Int8
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import kind_of, parse_json, read_file
 from mlip_jax.core.texts import lines, shown, wrong_path, wrong_text
+from mlip_jax.data.sets.class_order import in_order
 from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.one_image import by_first, image_bits, merged_note
@@ -244,8 +245,8 @@ class _Classes:
         return numbers if self.multi_label else numbers or [-1]
 
     def sorted(self) -> tuple[tuple[str, ...], Int[np.ndarray, " classes"]]:
-        """The names, sorted, and the place of each number among them."""
-        names = tuple(sorted(self._numbers))
+        """The names in order, and the place of each number among them."""
+        names = tuple(in_order(self._numbers))
         places = np.empty(len(names), np.int32)
         places[[self._numbers[name] for name in names]] = np.arange(len(names))
         return names, places
