@@ -305,6 +305,35 @@ def test_a_folders_tokenizer_is_hugging_faces(tmp_path):
         mlip_jax.load(hugging).encode_text(["a"])
 
 
+def test_sides_and_lengths_that_a_model_does_not_compute_are_refused(tmp_path, folders):
+    settings = {"pad_token": "</s>", "truncation_side": "left", "model_max_length": 5}
+    clip = hugging_face_folder(tmp_path / "clip")
+    small_encoder().save(str(clip / "tokenizer.json"))
+    (clip / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = mlip_jax.load(clip)
+    ids = model.tokenize(["a a a b b", "a"])[:, :6]
+    assert ids.tolist() == [[298, 7, 9, 9, 299, 299], [298, 7, *[299] * 4]]
+    (clip / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}))
+    with pytest.raises(UserError, match="padding_side 'left', and CLIPModel masks padding"):
+        mlip_jax.load(clip).encode_text(["a"])
+    # SigLIP has no mask, and looks at the last token.
+    siglip = tmp_path / "siglip"
+    shutil.copytree(folders["siglip"], siglip)
+    words = {"a": 0, "b": 1, "</s>": 2}
+    encoder = Encoder(models.WordLevel(words, unk_token="a"))
+    encoder.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    encoder.save(str(siglip / "tokenizer.json"))
+    settings = {"pad_token": "</s>", "padding_side": "left", "model_max_length": 10}
+    (siglip / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert mlip_jax.load(siglip).tokenize(["b a"]).tolist() == [[*[2] * 7, 1, 0, 2]]
+    (siglip / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 9}))
+    with pytest.raises(UserError, match="model_max_length 9, but SigLIP takes texts of 10 tokens"):
+        mlip_jax.load(siglip).encode_text(["a"])
+
+
 def test_the_highest_id_ends_a_text_in_old_files(tmp_path):
     folder = hugging_face_folder(tmp_path / "old", text_config__eos_token_id=2)
     expected = reference("hf_clip")

@@ -92,15 +92,20 @@ def test_nothing_in_nothing_out(model):
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, width)
 
 
-def test_one_alone_is_no_list(model, paths):
+def test_one_alone_is_a_list_of_one(model, paths):
     picture = Image.open(paths[0])
-    singles = (str(paths[0]), paths[0], paths[0].read_bytes(), picture, np.asarray(picture))
-    for single in singles:
-        with pytest.raises(TypeError, match="pass a list"):
-            model.encode_image(single)
+    expected = model.encode_image(paths[:1])
+    for single in (str(paths[0]), paths[0], paths[0].read_bytes(), picture):
+        np.testing.assert_array_equal(model.encode_image(single), expected)
+    with pytest.raises(TypeError, match=r"pass an array of one image in a list"):
+        model.encode_image(np.asarray(picture))
     for encode in (model.encode_text, model.tokenize):
-        with pytest.raises(TypeError, match="pass a list"):
-            encode("a dog")
+        one = encode("a dog")
+        assert one.shape[0] == 1 and one.ndim == 2
+        np.testing.assert_array_equal(one, encode(["a dog"]))
+        for no_text in (b"a dog", paths[0]):
+            with pytest.raises(TypeError, match="pass a text or a list of texts"):
+                encode(no_text)
 
 
 def test_what_is_no_image_is_an_error(model, tmp_path):
@@ -323,8 +328,9 @@ def test_saliency_is_a_map_of_image_and_text(kinds, kind, pixels):
     assert model.saliency(pixels[:0], []).shape == (0, side, side)
     with pytest.raises(ValueError, match="5 images and 1 texts are no pairs"):
         model.saliency(pixels, ["a dog"])
-    with pytest.raises(TypeError, match="pass a list"):
-        model.saliency(pixels, "a dog")
+    np.testing.assert_array_equal(
+        model.saliency(pixels[:1], "a dog"), model.saliency(pixels[:1], ["a dog"])
+    )
 
 
 def head_gradient(model, view, tokens, text):

@@ -134,7 +134,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
     )
     encoder.save(str(folder / "tokenizer.json"))
     settings = {
-        "model_max_length": context_length,
+        "model_max_length": min(context_length, tokenizer.longest or context_length),
+        "padding_side": "left" if tokenizer.pads_left else "right",
+        "truncation_side": "left" if tokenizer.cuts_left else "right",
         "pad_token": pad,
         "bos_token": start[0] if start else None,
         "eos_token": end[0],

@@ -133,9 +133,11 @@ class Model:
         return float(jax.device_get(bias))
 
     def encode_image(
-        self, images: Sequence[ImageLike], *, progress: bool = False
+        self, images: ImageLike | Sequence[ImageLike], *, progress: bool = False
     ) -> Float[np.ndarray, "images width"]:
         """Embeds images: paths, encoded bytes, Pillow images or uint8 arrays.
+
+        One image alone (no array, which takes a list around it) is embedded as a list of one.
 
         A batch is decoded, by several threads, while the one before it is embedded; no more than
         two are in memory.
@@ -149,7 +151,7 @@ class Model:
           UserError: for a model that scores pairs, or whose folder does not say how images are
             prepared.
         """
-        images = _listed(images)
+        images = _images(images)
         self._check_joint_space()
         size = self._batches.size(len(images))
         if not images:
@@ -160,18 +162,19 @@ class Model:
             return self._batches.over(embed, self._variables, batches, size)
 
     def encode_text(
-        self, texts: Sequence[str], *, progress: bool = False
+        self, texts: str | Sequence[str], *, progress: bool = False
     ) -> Float[np.ndarray, "texts width"]:
         """Embeds texts.
 
         Args:
-          texts: of any length and number; what is longer than the model's context is cut off.
+          texts: of any length and number; what is longer than the model's context is cut off. One
+            text alone is a list of one: its embedding is [1, width], as in CLIP and open_clip.
           progress: whether to draw a bar, where standard error is a terminal.
 
         Raises:
           UserError: for a model that scores pairs, or whose folder holds no tokenizer.
         """
-        texts = _listed(texts)
+        texts = _texts(texts)
         size = self._batches.size(len(texts))
         if not progress or not texts:
             return self.encode_token_ids(self.tokenize(texts))
@@ -180,9 +183,9 @@ class Model:
         batches = ((self.tokenize(texts[start : start + size]),) for start in starts)
         return self._batches.over(self._programs.embed_texts, self._variables, batches, size)
 
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "texts context"]:
-        """Token ids as the model takes them."""
-        return self._tokenizer.encode(_listed(texts), self.config.model.text.context_length)
+    def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "texts context"]:
+        """Token ids as the model takes them; of one text alone [1, context]."""
+        return self._tokenizer.encode(_texts(texts), self.config.model.text.context_length)
 
     def encode_image_pixels(
         self, images: UInt8[np.ndarray, "images size size 3"]
@@ -213,7 +216,7 @@ class Model:
         return self._batched(self._programs.image_features, np.asarray(images, np.uint8))
 
     def score_pairs(
-        self, images: Sequence[ImageLike], texts: Sequence[str]
+        self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]
     ) -> Float[np.ndarray, "pairs"]:
         """What the critic says of image i with text i: the higher, the likelier a pair.
 
@@ -223,12 +226,12 @@ class Model:
           OSError: for a file that cannot be read or holds no image.
           ValueError: when there are not as many texts as images.
         """
-        images, texts = _listed(images), _listed(texts)
+        images, texts = _images(images), _texts(texts)
         _check_pairs(len(images), len(texts))
         return self._batched(self._programs.score_pairs, self._pixels(images), self.tokenize(texts))
 
     def saliency(
-        self, images: UInt8[np.ndarray, "images size size 3"], texts: Sequence[str]
+        self, images: UInt8[np.ndarray, "images size size 3"], texts: str | Sequence[str]
     ) -> Float[np.ndarray, "images rows columns"]:
         """Where image i speaks for text i: Grad-CAM of their score (arXiv 1610.02391).
 
@@ -247,7 +250,7 @@ class Model:
         Raises:
           ValueError: when there are not as many texts as images.
         """
-        images, texts = np.asarray(images, np.uint8), _listed(texts)
+        images, texts = np.asarray(images, np.uint8), _texts(texts)
         _check_pairs(len(images), len(texts))
         return self._batched(self._programs.saliency, images, self.tokenize(texts))
 
@@ -328,10 +331,23 @@ def _check_pairs(images: int, texts: int) -> None:
         raise ValueError(f"{images} images and {texts} texts are no pairs")
 
 
-def _listed(items: Sequence[Any]) -> list[Any]:
-    """A list of several; the commonest slip is to pass one."""
-    single = isinstance(items, (str, bytes, os.PathLike, Image.Image))
+_SINGLE = (str, bytes, os.PathLike, Image.Image)
+
+
+def _images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """Several images, or one, as a list."""
+    if isinstance(images, _SINGLE):
+        return [images]
     # Rows of one image would pass for images in shades of grey.
-    if single or (isinstance(items, np.ndarray) and items.dtype == np.uint8 and items.ndim < 4):
-        raise TypeError("pass a list of images or texts, not a single one")
-    return list(items)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim < 4:
+        raise TypeError("pass an array of one image in a list: [array]")
+    return list(images)
+
+
+def _texts(texts: str | Sequence[str]) -> list[str]:
+    """Several texts, or one, as a list."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, _SINGLE):
+        raise TypeError(f"pass a text or a list of texts, not {type(texts).__name__}")
+    return list(texts)

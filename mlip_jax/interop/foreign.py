@@ -63,6 +63,7 @@ class MissingTokenizer(Tokenizer):
         self.vocab_size, self.sot, self.eot, self.pad = vocab_size, sot, eot, eot
         self.start, self.end = (sot,), (eot,)
         self.cleaning, self.unescapes, self.written = "none", False, False
+        self.pads_left, self.cuts_left, self.longest = False, False, None
         self.reason = reason
 
     def encode(self, texts: Any, context_length: int) -> np.ndarray:

@@ -111,7 +111,7 @@ def describe(folder: Path) -> Foreign:
         start, end = _set_siglip(file, config, text, vision)
         layout = clip_layouts.hugging_face_siglip()
     tokenizer = tokenizer_or_reason(
-        lambda: _tokenizer(folder, vocab_size, end), vocab_size, start, end
+        lambda: _tokenizer(folder, config.model.text, kind, end), vocab_size, start, end
     )
     config.model.text.cleaning = tokenizer.cleaning
     preprocessing = _preprocessing(folder, config.model.image.image_size, kind)
@@ -195,12 +195,23 @@ def set_siglip(config: Any) -> None:
     config.perspectives.spatial_global.init_bias = -10.0
 
 
-def _tokenizer(folder: Path, vocab_size: int, end: int) -> Tokenizer:
-    tokenizer = folder_tokenizer(folder, vocab_size=vocab_size)
+def _tokenizer(folder: Path, text: Any, kind: str, end: int) -> Tokenizer:
+    tokenizer = folder_tokenizer(folder, vocab_size=text.vocab_size)
     if tokenizer.eot != end and end != _LEGACY_END and tokenizer.sot >= 0:
         raise UserError(
             f"{folder}: its tokenizer ends texts with the id {tokenizer.eot}, its config.json says "
             f"{end}: get both from one place"
+        )
+    if kind == "clip" and tokenizer.pads_left:
+        raise UserError(
+            f"{folder}: its tokenizer has padding_side 'left', and CLIPModel masks padding, which "
+            "is computed here behind the text alone: set it to 'right', which embeds texts alike"
+        )
+    longest = tokenizer.longest
+    if kind == "siglip" and longest is not None and longest < text.context_length:
+        raise UserError(
+            f"{folder}: its tokenizer has model_max_length {longest}, but SigLIP takes texts of "
+            f"{text.context_length} tokens, padding included: get both from one place"
         )
     return tokenizer
 

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
 
-# What transformers 5 takes where the files do not say.
-_PADS = {
-    "CLIPTokenizer": "<|endoftext|>",
-    "CLIPTokenizerFast": "<|endoftext|>",
-    "SiglipTokenizer": "</s>",
+# By tokenizer_class, without "Fast": the special tokens that transformers 5 takes where the files
+# do not say. All but the first three are built by the class, whatever else tokenizer.json says.
+_CLASSES: dict[str, dict[str, str]] = {
+    "PreTrainedTokenizer": {},
+    "TokenizersBackend": {},
+    "SiglipTokenizer": {"eos_token": "</s>", "pad_token": "</s>"},
+    "CLIPTokenizer": {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    },
+    "BertTokenizer": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
+    "T5Tokenizer": {"eos_token": "</s>", "pad_token": "<pad>"},
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+    "Siglip2Tokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
 }
+_PADS_LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # where the files do not say
+_OWN_AFFIXES = ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer")
+# Where no class is named: of a model_type, the class and the kind of model it has.
+_BY_TYPE = {"clip": ("CLIPTokenizer", "BPE"), "siglip": ("SiglipTokenizer", "Unigram")}
+# Settings that change ids and are not computed. Beside them and what is read below, the settings
+# change none of a tokenizer.json's: add_prefix_space, legacy and do_lower_case, strip_accents and
+# tokenize_chinese_chars of other classes than BERT's (transformers 5 does not look at them),
+# clean_up_tokenization_spaces and errors (of decoding), and what describes a folder or a chat.
+_REFUSED = ("auto_map", "fix_mistral_regex", "sp_model_kwargs", "split_special_tokens")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -31,46 +70,111 @@ class Parts(NamedTuple):
     start: tuple[int, ...]  # ids before the words
     end: tuple[int, ...]  # and after them
     pad: int
+    pads_left: bool  # before the text, not after it
+    cuts_left: bool  # a text that is too long loses its first words
+    longest: int | None  # ids of a text, start and end included
 
 
 def read(folder: Path, cleaning: str | None = None) -> Parts:
     """The tokenizer of a folder: tokenizer.json, or CLIP's vocab.json and merges.txt.
 
-    What goes around the words, and pads, is as tokenizer_config.json, special_tokens_map.json and
-    tokenizer.json say.
+    Ids are those of transformers 5. What goes around the words, and pads, is as
+    tokenizer_config.json, special_tokens_map.json and tokenizer.json say.
 
     Args:
       folder: of a model.
       cleaning: in place of the one that the folder's kind of tokenizer does.
 
     Raises:
-      UserError: for a folder without a tokenizer, or with one that is damaged or of a kind that is
-        not known here.
+      UserError: for a folder without a tokenizer, or with one that is damaged, of a kind that is
+        not known here, or with a setting that is not computed here.
     """
     settings = _settings(folder)
-    kind = settings.get("tokenizer_class")
-    encoder = _encoder(folder)
+    _check(folder, settings)
+    encoder = _encoder(folder, settings)
+    kind = _kind(folder, settings, encoder)
+    settings = _CLASSES[kind] | settings
+    truncation, padding = encoder.truncation or {}, encoder.padding or {}
     encoder.no_truncation()
-    padding = encoder.padding or {}
     encoder.no_padding()
+    encoder = _built(folder, kind, encoder, settings)
+    _add_tokens(encoder, settings)
     if cleaning is None:
         cleaning = "siglip" if kind == "SiglipTokenizer" else "none"
         if cleaning == "siglip" and settings.get("do_lower_case") is False:
             raise UserError(f"{folder}: a SigLIP tokenizer that keeps upper case is not read")
-    start, end = _affixes(encoder, settings)
+    start, end = _affixes(encoder)
+    if kind not in _OWN_AFFIXES:
+        _check_flags(folder, encoder, settings, start, end)
     if not end and kind == "SiglipTokenizer":
-        end = (_id(folder, encoder, settings.get("eos_token", "</s>")),)
+        end = (_id(folder, encoder, settings["eos_token"]),)
     if not end:
         raise UserError(
             f"{folder}: its tokenizer puts no token at the end of a text, as CLIP's and SigLIP's do"
         )
-    pad = settings.get("pad_token") or _PADS.get(str(kind)) or padding.get("pad_token")
+    pad = settings.get("pad_token") or padding.get("pad_token")
     if pad is None:
         raise UserError(f"{folder}: tokenizer_config.json names no pad_token")
-    return Parts(encoder, cleaning, start, end, _id(folder, encoder, pad))
+    absent = "left" if kind in _PADS_LEFT else "right"
+    return Parts(
+        encoder,
+        cleaning,
+        start,
+        end,
+        _id(folder, encoder, pad),
+        _is_left(folder, settings, "padding_side", padding.get("direction", absent)),
+        _is_left(folder, settings, "truncation_side", truncation.get("direction", "right")),
+        _longest(folder, settings),
+    )
 
 
-def _encoder(folder: Path) -> _Encoder:
+def _check(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError for what is not computed here."""
+    name = settings.get("tokenizer_class")
+    if name is not None and _class(name) not in _CLASSES:
+        raise UserError(
+            f"{folder}: tokenizer_class is {name!r}; known here are {', '.join(_CLASSES)} (and the "
+            "same with Fast): where tokenizer.json says all of it, name PreTrainedTokenizerFast"
+        )
+    for key in _REFUSED:
+        if settings.get(key):
+            raise UserError(
+                f"{folder}: tokenizer_config.json has {key}={settings[key]!r}, which is not "
+                "computed here"
+            )
+
+
+def _class(name: object) -> str:
+    return str(name).removesuffix("Fast")
+
+
+def _kind(folder: Path, settings: dict[str, Any], encoder: _Encoder) -> str:
+    """One of _CLASSES."""
+    name = settings.get("tokenizer_class")
+    if name is not None:
+        return _class(name)
+    model_type = read_json(folder / "config.json", missing={}).get("model_type")
+    kind, model = _BY_TYPE.get(model_type, ("", ""))
+    return kind if type(encoder.model).__name__ == model else "TokenizersBackend"
+
+
+def _is_left(folder: Path, settings: dict[str, Any], key: str, absent: str) -> bool:
+    side = settings.get(key) or absent
+    if side not in ("left", "right"):
+        raise UserError(f"{folder}: {key} is {side!r}; expected left or right")
+    return str(side) == "left"
+
+
+def _longest(folder: Path, settings: dict[str, Any]) -> int | None:
+    longest = settings.get("model_max_length")
+    if longest is None:
+        return None
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or longest < 1:
+        raise UserError(f"{folder}: model_max_length is {longest!r}; expected a number above 0")
+    return int(min(longest, 2**31 - 1))  # transformers writes 1e30 for "as long as one likes"
+
+
+def _encoder(folder: Path, settings: dict[str, Any]) -> _Encoder:
     tokenizer_file, words, merges = (
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
@@ -78,7 +182,11 @@ def _encoder(folder: Path) -> _Encoder:
         if tokenizer_file.is_file():
             return _Encoder.from_str(tokenizer_file.read_text(encoding="utf-8"))
         if words.is_file() and merges.is_file():
-            return _clip(words, merges)
+            settings.setdefault("tokenizer_class", "CLIPTokenizer")
+            lines = merges.read_text(encoding="utf-8").split("\n")
+            words_of = (line.split() for line in lines if not line.startswith("#version"))
+            pairs = [(left, right) for left, right in filter(None, words_of)]
+            return _Encoder(models.BPE(read_json(words, advice="get it again"), pairs))
     except UserError:
         raise
     except Exception as error:  # the library raises Exception itself
@@ -91,15 +199,95 @@ def _encoder(folder: Path) -> _Encoder:
     )
 
 
-def _clip(words: Path, merges: Path) -> _Encoder:
-    """CLIP's, as transformers makes it of the two files."""
-    vocabulary = read_json(words, advice="get it again")
-    lines = merges.read_text(encoding="utf-8").split("\n")
-    words_of = (line.split() for line in lines if not line.startswith("#version"))
-    pairs = [(left, right) for left, right in filter(None, words_of)]
-    end = "<|endoftext|>"
+def _built(folder: Path, kind: str, encoder: _Encoder, settings: dict[str, Any]) -> _Encoder:
+    """The encoder as transformers 5 builds it for a class, of the vocabulary alone."""
+    if kind == "CLIPTokenizer":
+        return _clip(folder, encoder, settings)
+    if kind == "BertTokenizer":
+        options = bert_options(folder / "tokenizer_config.json", settings)
+        encoder.normalizer = normalizers.BertNormalizer(**options)
+        encoder.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        start, end = settings["cls_token"], settings["sep_token"]
+        encoder.post_processor = _template(folder, encoder, [start], [end])
+    elif kind == "T5Tokenizer":
+        charsmap = _charsmap(json.loads(encoder.to_str())["normalizer"])
+        encoder.normalizer = normalizers.Precompiled(charsmap) if charsmap else None
+        encoder.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True),
+            ]
+        )
+        encoder.post_processor = _template(folder, encoder, [], ["</s>"])
+    elif kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
+        spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]
+        lower: list[normalizers.Normalizer] = [normalizers.Lowercase()]
+        encoder.normalizer = normalizers.Sequence(
+            lower + spaces if kind == "Siglip2Tokenizer" else spaces
+        )
+        encoder.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+        model = encoder.model
+        if not isinstance(model, models.BPE):
+            raise UserError(f"{folder}: tokenizer_class is {kind}, but tokenizer.json holds no BPE")
+        model.fuse_unk = model.byte_fallback = True
+    return encoder
+
+
+def bert_options(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """How a config of a BERT tokenizer has texts normalised: the options of BertNormalizer.
+
+    Args:
+      file: for messages.
+      values: by Hugging Face's keys.
+
+    Raises:
+      UserError: for a value that is neither true nor false.
+    """
+    options = {}
+    for key, (option, default) in _BERT_OPTIONS.items():
+        options[option] = value = values.get(key, default)
+        if value is not default and not isinstance(value, bool):
+            raise UserError(f"{file}: {key} is {value!r}, expected true or false")
+    return options
+
+
+# Hugging Face's key -> the normaliser's option and its default; None: as the case is.
+_BERT_OPTIONS = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
+}
+
+
+def _charsmap(normalizer: dict[str, Any] | None) -> bytes | None:
+    """SentencePiece's table of characters, where a normaliser of tokenizer.json holds one."""
+    parts = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    for part in parts:
+        if part["type"] == "Precompiled":
+            return base64.b64decode(part["precompiled_charsmap"])
+    return None
+
+
+def _template(
+    folder: Path, encoder: _Encoder, start: list[str], end: list[str]
+) -> processors.TemplateProcessing:
+    ids = [(token, _id(folder, encoder, token)) for token in (*start, *end)]
+    return processors.TemplateProcessing(single=[*start, "$A", *end], special_tokens=ids)
+
+
+def _clip(folder: Path, given: _Encoder, settings: dict[str, Any]) -> _Encoder:
+    model = json.loads(given.to_str())["model"]
+    if model["type"] != "BPE":
+        raise UserError(
+            f"{folder}: tokenizer_class is CLIPTokenizer, but tokenizer.json holds no BPE"
+        )
     encoder = _Encoder(
-        models.BPE(vocab=vocabulary, merges=pairs, end_of_word_suffix="</w>", unk_token=end)
+        models.BPE(
+            vocab=model["vocab"],
+            merges=[tuple(pair) for pair in model["merges"]],
+            end_of_word_suffix="</w>",
+            unk_token=settings["unk_token"],
+        )
     )
     encoder.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -111,15 +299,29 @@ def _clip(words: Path, merges: Path) -> _Encoder:
         ]
     )
     encoder.decoder = decoders.ByteLevel()
-    start = "<|startoftext|>"
-    encoder.add_special_tokens([start, end])
+    added = given.get_added_tokens_decoder()
+    encoder.add_tokens([added[identity] for identity in sorted(added)])
+    start, end = settings["bos_token"], settings["eos_token"]
     encoder.post_processor = processors.RobertaProcessing(
-        (end, _id(words.parent, encoder, end)),
-        (start, _id(words.parent, encoder, start)),
-        False,
-        False,
+        (end, _id(folder, encoder, end)), (start, _id(folder, encoder, start)), False, False
     )
     return encoder
+
+
+def _add_tokens(encoder: _Encoder, settings: dict[str, Any]) -> None:
+    """Makes tokens of what the settings name as such, so that they are found whole in texts.
+
+    Special tokens that the vocabulary lacks are left out: no model has a row for them.
+    """
+    decoder = settings.get("added_tokens_decoder") or {}
+    tokens = [AddedToken(**decoder[identity]) for identity in sorted(decoder, key=int)]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special = [*map(settings.get, _NAMED), *(extra if isinstance(extra, list) else extra.values())]
+    texts = [token["content"] if isinstance(token, dict) else token for token in special if token]
+    known = [str(text) for text in texts if encoder.token_to_id(str(text)) is not None]
+    tokens += [AddedToken(text, special=True) for text in known]
+    there = {token.content for token in encoder.get_added_tokens_decoder().values()}
+    encoder.add_tokens([token for token in tokens if token.content not in there])
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -133,23 +335,36 @@ def _settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def _affixes(
-    encoder: _Encoder, settings: dict[str, Any]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _affixes(encoder: _Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids before and after a text's words."""
     bare = encoder.encode(_PROBE, add_special_tokens=False).ids
     affixed = encoder.encode(_PROBE, add_special_tokens=True).ids
     before = next(
         (at for at in range(len(affixed)) if affixed[at : at + len(bare)] == bare), len(affixed)
     )
-    start, end = tuple(affixed[:before]), tuple(affixed[before + len(bare) :])
-    # Gemma's tokenizers are told by flags, whatever the template in tokenizer.json.
-    for flag, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        if isinstance(settings.get(flag), bool):
-            identity = encoder.token_to_id(str(settings.get(token)))
-            ids = (identity,) if settings[flag] and identity is not None else ()
-            start, end = (ids, end) if token == "bos_token" else (start, ids)
-    return start, end
+    return tuple(affixed[:before]), tuple(affixed[before + len(bare) :])
+
+
+def _check_flags(
+    folder: Path,
+    encoder: _Encoder,
+    settings: dict[str, Any],
+    start: tuple[int, ...],
+    end: tuple[int, ...],
+) -> None:
+    """Raises UserError where flags and template disagree: transformers 4 and 5 do so, too."""
+    for flag, token, ids in (
+        ("add_bos_token", "bos_token", start),
+        ("add_eos_token", "eos_token", end),
+    ):
+        value = settings.get(flag)
+        if isinstance(value, bool) and value != (
+            encoder.token_to_id(str(settings.get(token))) in ids
+        ):
+            raise UserError(
+                f"{folder}: tokenizer_config.json has {flag}={value}, but the template in "
+                "tokenizer.json does not: make them agree"
+            )
 
 
 def _id(folder: Path, encoder: _Encoder, token: str) -> int:

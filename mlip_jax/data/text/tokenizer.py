@@ -46,6 +46,9 @@ class Affixes(NamedTuple):
     end: tuple[int, ...]  # at least one
     pad: int
     vocab_size: int  # of the model: its table may have rows that no word has
+    pads_left: bool = False  # before the text, not after it
+    cuts_left: bool = False  # a text that is too long loses its first words
+    longest: int | None = None  # ids of a text; None: as long as the context
 
 
 class Tokenizer:
@@ -67,6 +70,9 @@ class Tokenizer:
         in open_clip.
       start: all ids before the words; what has no start has none.
       end: all ids after them.
+      pads_left: whether padding comes before the start in place of after the end.
+      cuts_left: whether a text that is too long loses its first words in place of its last ones.
+      longest: how many ids a text may have, padding apart; None: as many as the context.
       cleaning: how texts are cleaned before all else, one of captions.CLEANINGS.
     """
 
@@ -95,14 +101,17 @@ class Tokenizer:
         self.written = written
         self._is_clip = not affixes and encoder.token_to_id(_SOT) is not None
         self.unescapes = self._is_clip or unescapes(cleaning)
+        self.pads_left = affixes is not None and affixes.pads_left
+        self.cuts_left = affixes is not None and affixes.cuts_left
+        self.longest = affixes.longest if affixes else None
         if affixes:
-            self.start, self.end, self.pad, self.vocab_size = affixes
+            self.start, self.end, self.pad, self.vocab_size = affixes[:4]
             self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
             self.eot = affixes.end[0]
             return
         self.vocab_size = encoder.get_vocab_size()
         if self._is_clip:
-            encoder.normalizer = None  # `_as_clip` does its work, as open_clip does it
+            encoder.normalizer = None  # `_prepared` does its work, as open_clip does
         start, end = (_SOT, _EOT) if self._is_clip else (wordpiece.START, wordpiece.END)
         sot, eot = encoder.token_to_id(start), encoder.token_to_id(end)
         if sot is None or eot is None:
@@ -114,16 +123,20 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
         """Token ids, int32 [texts, context_length]: start, words, end, padding.
 
-        A text that is too long loses its last words and keeps its end.
+        A text that is too long loses its last words and keeps its end. `Affixes` may have it lose
+        the first ones, or have the padding before the start.
         """
+        room = min(context_length, self.longest or context_length)
+        room -= len(self.start) + len(self.end)
         ids = np.full((len(texts), context_length), self.pad, np.int32)
         prepared = [self._prepared(text) for text in texts]
         encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
         for row, text, encoding in zip(ids, prepared, encodings, strict=True):
             words = self._with_written(text) if self.written and "_text>" in text else encoding.ids
-            words = words[: context_length - len(self.start) - len(self.end)]
-            token_ids = (*self.start, *words, *self.end)
-            row[: len(token_ids)] = token_ids
+            first = max(0, len(words) - room) if self.cuts_left else 0
+            token_ids = (*self.start, *words[first : first + room], *self.end)
+            top = context_length - len(token_ids) if self.pads_left else 0
+            row[top : top + len(token_ids)] = token_ids
         return ids
 
     def _prepared(self, text: str) -> str:
@@ -185,8 +198,8 @@ class Tokenizer:
             return cls(_Encoder.from_str(text))
         affixes = values.get("affixes")
         if affixes:
-            start, end, pad, vocab_size = affixes
-            affixes = Affixes(tuple(start), tuple(end), pad, vocab_size)
+            start, end, *others = affixes
+            affixes = Affixes(tuple(start), tuple(end), *others)
         written = values.get("written", False)
         return cls(_Encoder.from_str(values["encoder"]), values["cleaning"], affixes, written)
 
@@ -259,14 +272,23 @@ def folder_tokenizer(
     """
     tokenizer_file = folder / OWN_FILE
     if not tokenizer_file.is_file():
-        encoder, cleaning, start, end, pad = hugging_face.read(folder, cleaning)
-        size = encoder.get_vocab_size()
+        parts = hugging_face.read(folder, cleaning)
+        size = parts.encoder.get_vocab_size()
         if vocab_size is not None and vocab_size < size:
             raise UserError(
                 f"{folder}: its tokenizer has {size} tokens, its model only {vocab_size}: get "
                 "both from one place"
             )
-        return Tokenizer(encoder, cleaning, Affixes(start, end, pad, vocab_size or size))
+        affixes = Affixes(
+            parts.start,
+            parts.end,
+            parts.pad,
+            vocab_size or size,
+            parts.pads_left,
+            parts.cuts_left,
+            parts.longest,
+        )
+        return Tokenizer(parts.encoder, parts.cleaning, affixes)
     try:
         return Tokenizer.from_json(tokenizer_file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises Exception itself

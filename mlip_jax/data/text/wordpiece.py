@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.data.text.hugging_face import bert_options
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
@@ -19,12 +20,6 @@ _SPECIAL = (PAD, UNKNOWN, START, END, "[MASK]")
 _INNER = "##"  # before a piece that goes on a word
 _MAX_LETTERS = 1000  # rarer ones are unknown, as in BERT's own training
 _MIN_FREQUENCY = 2
-# Hugging Face's key -> the normaliser's option and its default; None: as the case is.
-_HUGGING_FACE = {
-    "do_lower_case": ("lowercase", True),
-    "strip_accents": ("strip_accents", None),
-    "tokenize_chinese_chars": ("handle_chinese_chars", True),
-}
 
 
 def train(captions: Callable[[], Iterable[str]], vocab_size: int) -> _Encoder:
@@ -125,14 +120,7 @@ def _text(file: Path) -> str:
 def _options(file: Path) -> dict[str, Any]:
     """How Hugging Face's config of a BERT tokenizer, if it exists, has texts normalised."""
     values = read_json(file, missing=None)
-    if values is None:
-        return {}
-    options = {}
-    for key, (option, default) in _HUGGING_FACE.items():
-        options[option] = value = values.get(key, default)
-        if value is not default and not isinstance(value, bool):
-            raise UserError(f"{file}: {key} is {value!r}, expected true or false")
-    return options
+    return {} if values is None else bert_options(file, values)
 
 
 def encoder_of(vocabulary: dict[str, int], **options: Any) -> _Encoder:
