@@ -28,7 +28,7 @@ from mlip_jax.data.prepare.readers import (
     parse_object,
     split_of_file,
 )
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, files_below, is_hidden
 from mlip_jax.data.sets.shards import Example
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
@@ -302,8 +302,8 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     for pattern in _braces(os.path.expanduser(where)):
         path = Path(pattern)
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
-            files += [p for p in below if not is_hidden(str(p.relative_to(path)))]
+            below = (path / name for name in files_below(path) if name.endswith(suffixes))
+            files += [file for file in below if file.is_file()]
         elif path.is_file():
             files.append(path)
         else:
