@@ -8,7 +8,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from preparing import index, picture, pictures, prepare, reasons, records, run
+from preparing import index, picture, pictures, prepare, reasons, records, run, sample, tar
 
 from mlip_jax.core import texts
 from mlip_jax.core.errors import UserError
@@ -259,6 +259,13 @@ def test_prepare_leaves_such_rows_out_by_name(tmp_path):
         10: "nested too deeply to be read",
         11: "holds a whole number of too many digits",
     }
+
+
+def test_texts_in_tars_that_are_too_long(tmp_path):
+    members = [*sample("good"), *sample("long", LONG.encode())]
+    out = prepare(tmp_path, f"webdataset:{tar(tmp_path / 'a.tar', members)}", LENIENT)
+    (reason,) = reasons(out).values()
+    assert reason == "the caption has 100,001 characters, at most 100,000 are read"
 
 
 def test_classes_of_very_many_digits(tmp_path):

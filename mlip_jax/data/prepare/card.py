@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import parse_json, write_atomically
+from mlip_jax.core.files import parse_json, read_file, write_atomically
 from mlip_jax.core.texts import brief
 from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
 from mlip_jax.data.prepare.make import Made, Tally, encoded
@@ -31,7 +31,7 @@ def read_named(file: str) -> Named:
       UserError: when the file cannot be read, or is of another form.
     """
     try:
-        return read_classes(file, Path(file).expanduser().read_bytes())
+        return read_classes(file, read_file(Path(file).expanduser()))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
 

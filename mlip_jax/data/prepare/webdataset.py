@@ -27,6 +27,7 @@ from mlip_jax.data.prepare.readers import (
     keys_of,
     parse_object,
     split_of_file,
+    texts_of,
 )
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, files_below, is_hidden
 from mlip_jax.data.sets.shards import Example
@@ -229,7 +230,7 @@ class WebDataset(Reader):
         for ending in _TEXTS:
             if ending in contents:
                 text, other = decode_text(contents[ending])
-                captions += [text] if text.strip() else []
+                captions += texts_of(text, "caption")
                 latin += other
         for ending in _LABELS:
             if ending in contents:
