@@ -149,7 +149,7 @@ WRONG = {
     "half of a pair, encoded": (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
     "deep": (b"[" * 200_000, "nested too deeply to be read"),
     "digits": (b'{"a": ' + b"1" * 5000 + b"}", "holds a whole number of too many digits"),
-    "levels": (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "nested too deeply to be read"),
+    "levels": (b'{"images": ' + b"[" * 150 + b"]" * 150 + b"}", "nested too deeply to be read"),
     "twice": (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
     "number": (b"3", "expected a JSON object, found a number"),
     "list": (b"[]", "expected a JSON object, found a list"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MOST_COMPARED = 100  # characters; the time grows with them
+
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit code 2."""
@@ -16,7 +18,7 @@ class RunError(Exception):
 
 def suggestion(word: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
-    near = difflib.get_close_matches(str(word), list(valid), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word)[:_MOST_COMPARED], list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import brief
@@ -43,13 +43,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Args:
       path: the file; one that is there is replaced.
-      content: bytes, or a text that is written in UTF-8.
+      content: bytes, or a text that is written in UTF-8; what that cannot hold is escaped, as in
+        "\\ud83d", which JSON reads back.
 
     Raises:
       OSError: when it cannot be written. What was there stays.
     """
     with whole_file(path) as draft:
-        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        if isinstance(content, str):
+            content = content.encode("utf-8", "backslashreplace")
+        draft.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -96,6 +99,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
             draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def open_lock(path: Path) -> TextIO:
+    """Opens a file to lock, to read and to write; it is made where it is missing, empty.
+
+    Raises:
+      OSError: when it cannot be written, or is a link: what that leads to is another's.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, f"{path.name} is a link: remove it", str(path)) from None
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
 def is_draft(path: Path) -> bool:

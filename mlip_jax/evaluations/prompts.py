@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import is_whole
 
 _DEFAULT = "simple"
 # What datasets are called elsewhere -> here.
@@ -116,6 +117,6 @@ def _read_names(file: str) -> list[str] | dict[str, str]:
         )
     names = read_json(path, (list, dict))
     values = names.values() if isinstance(names, dict) else names
-    if not all(isinstance(name, str) for name in values):
+    if not all(isinstance(name, str) and is_whole(name) for name in values):
         raise UserError(f"{path}: expected a list of class names, or an object of them")
     return names

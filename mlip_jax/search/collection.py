@@ -14,7 +14,7 @@ from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import read_file
 from mlip_jax.core.progress import track
 from mlip_jax.core.registry import DATASETS
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, files_below
 from mlip_jax.data.sets.opening import named, open_source, split_spec
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.sets.splits import ALL
@@ -95,18 +95,15 @@ class _Folder:
         return sorted(self._walk())
 
     def _walk(self) -> Iterator[Item]:
-        for above, folders, files in os.walk(self._folder):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            for name in files:
-                if is_hidden(name) or not name.lower().endswith(IMAGE_SUFFIXES):
-                    continue
-                path = os.path.join(above, name)
-                try:
-                    status = os.stat(path)
-                    stamp = f"{status.st_size}-{status.st_mtime_ns}"
-                except OSError:
-                    stamp = ""  # a link to nothing: it counts as unreadable
-                yield Item(os.path.relpath(path, self._folder), stamp)
+        for name in files_below(self._folder):
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            try:
+                status = os.stat(os.path.join(self._folder, name))
+                stamp = f"{status.st_size}-{status.st_mtime_ns}"
+            except OSError:
+                stamp = ""  # a link to nothing: it counts as unreadable
+            yield Item(name, stamp)
 
     def read(self, path: str) -> bytes:
         # An index is a file like others: what it says must not lead out of the folder.

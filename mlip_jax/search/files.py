@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import remove_drafts
+from mlip_jax.core.files import open_lock, remove_drafts
 from mlip_jax.search.index import FILE_NAME, Index
 
 PIECES = "pieces-"  # a folder of what is embedded, until the index is whole
@@ -81,7 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
       UserError: when one does so already, or the folder cannot be written to.
     """
     try:
-        file = (folder / _LOCK).open("a")
+        file = open_lock(folder / _LOCK)
     except OSError as error:
         raise UserError(f"cannot use {folder} as --index: {error.strerror}") from error
     with file:

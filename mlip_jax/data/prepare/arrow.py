@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mlip_jax.core.errors import UserError, first_line
 from mlip_jax.core.files import decode_json, read_json
+from mlip_jax.core.texts import brief
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.readers import (
     Broken,
@@ -24,6 +25,7 @@ from mlip_jax.data.prepare.readers import (
     split_of_file,
 )
 from mlip_jax.data.prepare.webdataset import find_files
+from mlip_jax.data.sets.shards import is_split
 from mlip_jax.data.sets.splits import canonical
 
 _BATCH = 64  # rows that are in memory at a time, where the file allows it
@@ -95,7 +97,7 @@ class _Columns(Reader):
         """The columns of a file, and how many rows it has."""
 
     @abstractmethod
-    def _column(self, number: int, name: str) -> Iterator[object]:
+    def _column(self, number: int, name: str) -> Iterator[pa.Scalar]:
         """The values of one column of a file."""
 
     @abstractmethod
@@ -118,12 +120,33 @@ class _Columns(Reader):
             if number in self._broken:
                 yield split or "train", self._broken[number]
                 continue
-            named = self._chosen["split"] if not split else ()
-            words = self._column(number, named[0]) if named else itertools.repeat(split, rows)
             fallback = split or split_of_file(self._files[number])
-            for row, word in enumerate(words):
-                known = canonical(word) if isinstance(word, str) else None
-                yield known or fallback, (number, row)
+            named = self._chosen["split"] if not split else ()
+            words = self._splits_of(number, named[0]) if named else ()
+            for row, (word, reason) in enumerate(words):
+                place = f"{self._files[number]}[{row}]"
+                yield word or fallback, Broken(place, reason) if reason else (number, row)
+            if not named:
+                yield from ((fallback, (number, row)) for row in range(rows))
+
+    def _splits_of(self, number: int, name: str) -> Iterator[tuple[str, str]]:
+        """The split that each row names, "" for none, and what is wrong with it."""
+        rows = 0
+        try:
+            for scalar in self._column(number, name):
+                rows += 1
+                try:
+                    value = scalar.as_py()
+                # A text that is not UTF-8, or a date that Python cannot hold.
+                except (ValueError, OverflowError) as error:
+                    yield "", f"the split cannot be read: {first_line(error)}"
+                    continue
+                split = canonical(value) if isinstance(value, str) else None
+                known = split or value is None or value == ""
+                yield split or "", "" if known else f"unknown split {brief(value)}"
+        except (pa.ArrowException, OSError) as error:
+            reason = f"the column {name!r} cannot be read on: {first_line(error)}"
+            yield from itertools.repeat(("", reason), self._rows[number] - rows)
 
     def read(self, refs: Sequence[Any]) -> Iterator[InputRecord | Broken]:
         """Reads the rows of the roles' columns, some at a time."""
@@ -170,9 +193,10 @@ class _Columns(Reader):
                     latin += other
             image = _image(file.parent, scalars[self._chosen["image"][0]].as_py())
             return column.example(values, self._columns, name, image, latin)
-        # as_py raises UnicodeDecodeError, a ValueError, for a text that is not UTF-8.
-        except (ValueError, OSError) as error:
-            return Broken(name, str(error))
+        # as_py raises UnicodeDecodeError, a ValueError, for a text that is not UTF-8, and
+        # OverflowError for a date that Python cannot hold.
+        except (ValueError, OverflowError, OSError, pa.ArrowException) as error:
+            return Broken(name, first_line(error))
 
 
 class Parquet(_Columns):
@@ -191,10 +215,10 @@ class Parquet(_Columns):
         with pq.ParquetFile(file) as opened:
             return opened.schema_arrow, opened.metadata.num_rows
 
-    def _column(self, number: int, name: str) -> Iterator[object]:
+    def _column(self, number: int, name: str) -> Iterator[pa.Scalar]:
         with pq.ParquetFile(self._files[number]) as opened:
             for batch in opened.iter_batches(columns=[name]):
-                yield from batch.column(0).to_pylist()
+                yield from batch.column(0)
 
     def _batches(
         self, number: int, names: list[str], first: int, end: int
@@ -224,7 +248,11 @@ class HuggingFace(_Columns):
         """
         folder = Path(where).expanduser()
         listed = _json(folder / _DICT).get("splits") if (folder / _DICT).is_file() else None
-        parts = [folder / name for name in listed or ()] or [folder]
+        listed = listed if isinstance(listed, list) else []
+        wrong = next((name for name in listed if not is_split(name)), None)
+        if wrong is not None:
+            raise UserError(f"{folder / _DICT}: {brief(wrong)} is no name of a split")
+        parts = [folder / name for name in listed] or [folder]
         files, splits = [], []
         self._features: dict[str, Any] = {}
         for part in parts:
@@ -244,10 +272,10 @@ class HuggingFace(_Columns):
         with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
             return stream.schema, sum(batch.num_rows for batch in stream)
 
-    def _column(self, number: int, name: str) -> Iterator[object]:
+    def _column(self, number: int, name: str) -> Iterator[pa.Scalar]:
         with pa.OSFile(str(self._files[number])) as source, pa.ipc.open_stream(source) as stream:
             for batch in stream:
-                yield from batch.column(name).to_pylist()
+                yield from batch.column(name)
 
     def _batches(
         self, number: int, names: list[str], first: int, end: int

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import parse_json, write_atomically
+from mlip_jax.core.files import parse_json, read_file, write_atomically
+from mlip_jax.core.texts import brief
 from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
 from mlip_jax.data.prepare.make import Made, Tally, encoded
 from mlip_jax.data.prepare.readers import Broken
@@ -18,6 +19,7 @@ from mlip_jax.data.sets.class_trees import read_classes
 from mlip_jax.data.sets.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
 
 _MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
+_MOST_DIGITS = 18  # of a class by number
 _SHOWN = 20
 Named = Sequence[str] | Mapping[str, str]
 
@@ -29,7 +31,7 @@ def read_named(file: str) -> Named:
       UserError: when the file cannot be read, or is of another form.
     """
     try:
-        return read_classes(file, Path(file).expanduser().read_bytes())
+        return read_classes(file, read_file(Path(file).expanduser()))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
 
@@ -51,7 +53,7 @@ def classes(
       UserError: when a key is not among the names.
     """
     keys = set(keys)
-    numbered = all(key.isascii() and key.isdigit() for key in keys)
+    numbered = all(key.isascii() and key.isdigit() and len(key) < _MOST_DIGITS for key in keys)
     if file:
         pairs = dict(named) if isinstance(named, dict) else dict(zip(named, named, strict=True))
         if not isinstance(named, dict) and numbered:
@@ -65,7 +67,9 @@ def classes(
     missing = sorted(keys - pairs.keys())
     if missing:
         where = file or "the input"
-        raise UserError(f"{where} has {len(pairs)} classes; the class {missing[0]!r} is not one")
+        raise UserError(
+            f"{where} has {len(pairs)} classes; the class {brief(missing[0])} is not one"
+        )
     return tuple(pairs), tuple(" ".join(name.replace("_", " ").split()) for name in pairs.values())
 
 

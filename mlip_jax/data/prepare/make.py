@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mlip_jax.core.files import decode_json, whole_file, write_atomically
+from mlip_jax.core.files import decode_json, open_lock, whole_file, write_atomically
 from mlip_jax.core.texts import whole
 from mlip_jax.data.batches.workers import end_with_parent
 from mlip_jax.data.images.preprocessing import UnreadableImage
@@ -68,9 +68,12 @@ class Made:
     def from_json(cls, text: str | bytes) -> Made:
         """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for other texts."""
         values = decode_json(text)
-        shard = values["shard"]
-        shard |= {key: tuple(shard[key]) for key in ("sizes", "sums")}
-        return cls(Shard(**shard), tuple(Broken(**each) for each in values["broken"]))
+        shard = Shard.from_values(values["shard"])
+        check_facts(shard)
+        broken = tuple(Broken(**each) for each in values["broken"])
+        if not all(isinstance(text, str) for each in broken for text in (each.name, each.reason)):
+            raise ValueError("a broken record has a place and a reason, texts")
+        return cls(shard, broken)
 
 
 @dataclass
@@ -139,6 +142,34 @@ class Tally:
         }
 
 
+def check_facts(shard: Shard) -> None:
+    """Raises ValueError unless a shard's facts are what `Tally.facts` gives."""
+    facts, kinds = dict(shard.facts), Tally().facts()
+    inner = {"formats": _is_count, "modes": _is_count, "class_keys": _is_text}
+    inner["short_sides"] = _is_count
+    right = facts.keys() == kinds.keys() and all(
+        type(facts[key]) is type(kind) and (type(kind) is not int or _is_count(facts[key]))
+        for key, kind in kinds.items()
+    )
+    if right:
+        values = {key: facts[key] for key in inner}
+        right = len(values["short_sides"]) == 2 and all(
+            check(each)
+            for key, check in inner.items()
+            for each in (values[key].values() if isinstance(values[key], dict) else values[key])
+        )
+    if not right:
+        raise ValueError(f'"facts" of the shard {shard.name} are not counts of it')
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _no_report(records: int) -> None:
     """Ignores the number of records."""
 
@@ -160,7 +191,7 @@ class Maker:
 
     def hold(self) -> None:
         """Locks the folder, as one of several workers, as long as this process lives."""
-        self._lock = (self._folder / LOCK).open("r")
+        self._lock = open_lock(self._folder / LOCK)
         fcntl.lockf(self._lock, fcntl.LOCK_SH, 1, WORKERS_BYTE)
 
     def make(self, piece: Piece) -> Made:

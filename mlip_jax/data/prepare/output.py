@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import read_json, remove_drafts, write_atomically
+from mlip_jax.core.files import open_lock, read_json, remove_drafts, write_atomically
 from mlip_jax.data.prepare import card
 from mlip_jax.data.prepare.make import (
     DRAFTS,
@@ -22,6 +22,7 @@ from mlip_jax.data.prepare.make import (
     MAIN_BYTE,
     WORKERS_BYTE,
     Made,
+    check_facts,
     checksum,
 )
 from mlip_jax.data.sets import shards
@@ -43,7 +44,7 @@ def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = {path.name for path in folder.iterdir()} - {LOCK}
-        lock = (folder / LOCK).open("a+")
+        lock = open_lock(folder / LOCK)
     except OSError as error:
         raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
     with lock:
@@ -55,6 +56,8 @@ def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, WORKERS_BYTE)
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, WORKERS_BYTE)
         job_file = folder / DRAFTS / _JOB
+        if (folder / DRAFTS).is_symlink():
+            raise UserError(f"{folder / DRAFTS} is a link: remove it")
         if job_file.is_file() or (folder / INDEX).is_file():
             _same(folder, job, job_file)
         elif present - {DRAFTS}:
@@ -109,8 +112,14 @@ def done_before(folder: Path, console: Console) -> dict[str, Made]:
             console.print(f"{folder / name} is damaged: it is made again")
         broken = card.read_broken(folder)
         for shard in index.shards:
-            if not damaged & {name for name, *_ in shard.files()}:
-                done[shard.name] = Made(shard, tuple(broken.get(shard.name, ())))
+            if damaged & {name for name, *_ in shard.files()}:
+                continue
+            try:
+                check_facts(shard)
+            except ValueError as error:
+                console.print(f"{folder / INDEX}: {error}: it is made again")
+                continue
+            done[shard.name] = Made(shard, tuple(broken.get(shard.name, ())))
     for path in sorted((folder / DRAFTS).glob("*.json")):
         if path.name == _JOB:
             continue

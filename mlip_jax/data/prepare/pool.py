@@ -16,9 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mlip_jax.core.errors import RunError
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.texts import brief
 from mlip_jax.data.prepare.make import Made, Maker, Piece, make_in_worker, start_worker
 from mlip_jax.data.prepare.readers import Reader
+from mlip_jax.data.sets.shards import is_split
 
 _AHEAD = 2  # shards a worker that wait for it
 _LOOK = 0.2  # seconds between two looks at how far the workers are
@@ -38,6 +40,11 @@ def pieces(reader: Reader, records: int) -> Iterator[Piece]:
         return Piece(f"{split}-{number:05d}", split, refs, digest)
 
     for split, ref in reader.refs():
+        if not is_split(split):
+            raise UserError(
+                f"the split {brief(split)} can be no part of a file's name: give another by "
+                "--split=NAME"
+            )
         refs = waiting.setdefault(split, [])
         refs.append(ref)
         if len(refs) == records:

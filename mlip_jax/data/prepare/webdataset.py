@@ -27,8 +27,9 @@ from mlip_jax.data.prepare.readers import (
     keys_of,
     parse_object,
     split_of_file,
+    texts_of,
 )
-from mlip_jax.data.sets.files import IMAGE_SUFFIXES, is_hidden
+from mlip_jax.data.sets.files import IMAGE_SUFFIXES, files_below, is_hidden
 from mlip_jax.data.sets.shards import Example
 
 # As webdataset tells the key from the extension; "./" and the like are left out before.
@@ -229,7 +230,7 @@ class WebDataset(Reader):
         for ending in _TEXTS:
             if ending in contents:
                 text, other = decode_text(contents[ending])
-                captions += [text] if text.strip() else []
+                captions += texts_of(text, "caption")
                 latin += other
         for ending in _LABELS:
             if ending in contents:
@@ -302,8 +303,8 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     for pattern in _braces(os.path.expanduser(where)):
         path = Path(pattern)
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file())
-            files += [p for p in below if not is_hidden(str(p.relative_to(path)))]
+            below = (path / name for name in files_below(path) if name.endswith(suffixes))
+            files += [file for file in below if file.is_file()]
         elif path.is_file():
             files.append(path)
         else:

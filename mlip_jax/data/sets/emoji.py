@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import remove_drafts, whole_folder
+from mlip_jax.core.files import open_lock, remove_drafts, whole_folder
 from mlip_jax.data.sets.cache import cache_folder
 
 ATTRIBUTION = (
@@ -269,6 +269,6 @@ def _build(place: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -58,7 +58,7 @@ def files_below(folder: Path) -> list[str]:
     waiting = [""]
     while waiting:
         above = waiting.pop()
-        with contextlib.suppress(OSError), os.scandir(folder / above) as entries:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, above)) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
@@ -114,7 +114,7 @@ class ImageSource(ABC):
         class_names: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.name = name
+        self.name = whole(name)
         self.split, self.parts = choice
         self.class_names = class_names
         self.notes = notes

@@ -15,7 +15,7 @@ from jaxtyping import Int, Int8
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import kind_of, parse_json, read_file
-from mlip_jax.core.texts import lines, shown, wrong_path, wrong_text
+from mlip_jax.core.texts import lines, shown, whole, wrong_path, wrong_text
 from mlip_jax.data.sets.class_order import in_order
 from mlip_jax.data.sets.csv_tables import IMAGE_KEYS
 from mlip_jax.data.sets.kinds import Opening, by_path
@@ -60,7 +60,7 @@ class JsonlSource:
           cleaning: of captions and tags.
           notes: what was left out and what was merged.
         """
-        self.name = path.stem
+        self.name = whole(path.stem)
         self.split, self.parts = choice
         self.class_names = class_names
         self.notes = notes

@@ -12,6 +12,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int8
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.texts import brief, lines, shown, whole
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.files import present_names
 from mlip_jax.data.sets.kinds import Opening, by_path
@@ -31,14 +32,15 @@ class PreparedSource:
         self, folder: Path, choice: Choice, parts: Sequence[Shard], index: Index, cleaning: str
     ) -> None:
         """Takes the shards of the split that have records."""
-        self.name = folder.resolve().name
+        self.name = whole(folder.resolve().name)
         self.split, self.parts = choice
-        self.class_names = index.class_names
+        self.class_names = tuple(map(whole, index.class_names))
         self.attribution = index.attribution
         self.notes: tuple[str, ...] = ()
         self._folder = folder
         self._names = [shard.name for shard in parts]
-        self._ends = np.cumsum([shard.records for shard in parts])
+        self._counts = [shard.records for shard in parts]
+        self._ends = np.cumsum(self._counts)
         self._labels = {key: label for label, key in enumerate(index.class_keys)}
         self._cleaning = cleaning
         self._readers = _Readers()
@@ -54,13 +56,13 @@ class PreparedSource:
             captions=self._captions(example),
             tags=usable(example.tags, self._cleaning),
             label=labels[0] if labels else -1,
-            name=example.name,
+            name=shown(example.name),
         )
 
     def name_of(self, index: int) -> str:
         """The record's name; of one that is damaged, its shard and its place there."""
         try:
-            return self._example(index).name
+            return shown(self._example(index).name)
         except OSError:
             shard, place = self._find(index)
             return f"{self._path(shard)}[{place}]"
@@ -72,15 +74,23 @@ class PreparedSource:
             yield from usable(example.tags, self._cleaning)
 
     def _captions(self, example: Example) -> tuple[str, ...]:
-        names = (self.class_names[self._labels[key]] for key in example.labels)
+        labels = (self._labels[key] for key in example.labels if key in self._labels)
+        names = (self.class_names[label] for label in labels)
         return usable(example.captions, self._cleaning) or usable(names, self._cleaning) or ("",)
+
+    def _checked(self, example: Example) -> Example:
+        """An example; raises ValueError when it does not fit the index."""
+        return example
 
     def _texts(self) -> Iterator[Example]:
         for name in self._names:
             path = self._folder / f"{name}{TEXTS_SUFFIX}"
             try:
                 with path.open("rb") as file:
-                    yield from map(shards.parse_texts, file)
+                    for line in lines(file):
+                        if line.content is None:
+                            raise ValueError(line.refusal)
+                        yield self._checked(shards.parse_texts(line.content))
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from None
             except ValueError as error:
@@ -90,7 +100,8 @@ class PreparedSource:
         shard, place = self._find(index)
         path = self._path(shard)
         try:
-            return shards.unpack(self._readers.read(path, place))
+            record = self._readers.read(path, place, self._counts[shard])
+            return self._checked(shards.unpack(record))
         # The library raises RuntimeError for a block whose checksum is wrong.
         except (RuntimeError, IndexError, ValueError) as error:
             raise OSError(f"{path} is damaged at record {place}: {error}") from None
@@ -116,7 +127,13 @@ class MultiLabelPreparedSource(PreparedSource):
             self._row(example), self.class_names, self._cleaning
         )
         tags = usable(example.tags, self._cleaning)
-        return Record(example.image, captions, tags, -1, example.name)
+        return Record(example.image, captions, tags, -1, shown(example.name))
+
+    def _checked(self, example: Example) -> Example:
+        unknown = next((k for k in example.labels + example.difficult if k not in self._labels), "")
+        if unknown:
+            raise ValueError(f"the class {brief(unknown)} is not in the index")
+        return example
 
     def _row(self, example: Example) -> Int8[np.ndarray, " classes"]:
         row = np.full(len(self.class_names), -1, np.int8)
@@ -135,12 +152,19 @@ class _Readers:
     def __reduce__(self) -> tuple[type[_Readers], tuple[()]]:
         return _Readers, ()  # open files stay in their process
 
-    def read(self, path: str, place: int) -> bytes:
-        """A record. Raises RuntimeError or IndexError when it cannot be read."""
+    def read(self, path: str, place: int, count: int) -> bytes:
+        """A record of a shard that has `count`.
+
+        Raises:
+          RuntimeError, IndexError, ValueError: when it cannot be read, or has another number.
+        """
         with self._lock:
             reader = self._open.get(path)
             if reader is None:
-                reader = self._open[path] = ArrayRecordReader(path, _RANDOM_ACCESS)
+                reader = ArrayRecordReader(path, _RANDOM_ACCESS)
+                if reader.num_records() != count:
+                    raise ValueError(f"it has {reader.num_records()} records, not {count}")
+                self._open[path] = reader
                 # One that another thread still reads from closes when that is done.
                 if len(self._open) > _MOST_OPEN:
                     self._open.popitem(last=False)

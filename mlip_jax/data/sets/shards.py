@@ -9,6 +9,7 @@ UTF-8, and then the image file as it was encoded. Nothing in it can be executed.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import decode_json, read_json
+from mlip_jax.core.files import decode_json, kind_of, read_json
+from mlip_jax.core.texts import brief, is_whole, wrong_text
 
 INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
 SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"
 FORMAT, VERSION = "mlip_jax prepared set", 1
+_MOST_COUNT = 2**50
 _LENGTH = struct.Struct("<I")
 _KEYS = ("captions", "tags", "labels", "difficult")
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -49,6 +52,40 @@ class Shard:
     sums: tuple[str, str]  # SHA-256 of the same
     made_of: str  # a digest of what it was made from
     facts: Mapping[str, Any]  # counts for the card
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Shard:
+        """The shard of its entry in an index.
+
+        Raises:
+          ValueError, TypeError, KeyError: when it is no such entry.
+        """
+        values = {**values, "sizes": tuple(values["sizes"]), "sums": tuple(values["sums"])}
+        shard = cls(**values)
+        if not is_split(shard.split):
+            raise ValueError(f"{brief(shard.split)} is no name of a split")
+        number = shard.name.removeprefix(f"{shard.split}-") if _is_text(shard.name) else ""
+        if not re.fullmatch(r"[0-9]{5,12}", number):
+            raise ValueError(
+                f"{brief(shard.name)} is no shard's name: expected {shard.split}-NNNNN"
+            )
+        if not (
+            _is_count(shard.records)
+            and len(shard.sizes) == len(shard.sums) == 2
+            and all(map(_is_count, shard.sizes))
+            and all(map(_is_text, (*shard.sums, shard.made_of)))
+            and isinstance(shard.facts, dict)
+        ):
+            raise ValueError(f"the entry of the shard {shard.name} is wrong")
+        formats = shard.facts.get("formats")
+        if isinstance(formats, dict) and all(map(_is_count, formats.values())):
+            counted = sum(formats.values())
+            if counted != shard.records:
+                raise ValueError(
+                    f'"records" of the shard {shard.name} is {shard.records}, but it counts '
+                    f"{counted} images"
+                )
+        return shard
 
     def files(self) -> tuple[tuple[str, int, str], ...]:
         """Name, size and SHA-256 of its files."""
@@ -95,18 +132,53 @@ def read_index(folder: Path) -> Index:
         version = content.pop("version")
         if version != VERSION:
             raise ValueError(f"it is of version {version}, this program reads {VERSION}")
-        shards = tuple(
-            Shard(**{**each, "sizes": tuple(each["sizes"]), "sums": tuple(each["sums"])})
-            for each in content.pop("shards")
-        )
+        shards = tuple(map(Shard.from_values, _list(content, "shards")))
+        if len({shard.name for shard in shards}) < len(shards):
+            raise ValueError("two shards have one name")
         class_keys, class_names, notes = (
-            tuple(content.pop(key)) for key in ("class_keys", "class_names", "notes")
+            tuple(_list(content, key)) for key in ("class_keys", "class_names", "notes")
         )
-        return Index(
+        index = Index(
             shards=shards, class_keys=class_keys, class_names=class_names, notes=notes, **content
         )
+        _check(index)
+        return index
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _list(content: dict[str, Any], key: str) -> list[Any]:
+    values = content.pop(key)
+    if not isinstance(values, list):
+        raise ValueError(f'"{key}" must be a list, found {kind_of(values)}')
+    return values
+
+
+def _check(index: Index) -> None:
+    texts = (*index.class_keys, *index.class_names, *index.notes, index.attribution, index.licence)
+    if not all(map(_is_text, texts)) or any(map(wrong_text, texts)):
+        raise ValueError("a class, a note, the attribution or the licence is no text")
+    if len(index.class_keys) != len(index.class_names):
+        raise ValueError('"class_keys" and "class_names" are not of one length')
+    if len(set(index.class_keys)) < len(index.class_keys):
+        raise ValueError('a class is twice in "class_keys"')
+    if not isinstance(index.multi_label, bool) or not isinstance(index.job, dict):
+        raise ValueError('"multi_label" must be true or false, and "job" an object')
+    if not isinstance(index.inputs, dict) or not all(map(_is_count, index.inputs.values())):
+        raise ValueError('"inputs" must be an object of counts')
+
+
+def is_split(name: Any) -> bool:
+    """Whether a split may be called so: it is a part of the names of files."""
+    return _is_text(name) and bool(re.fullmatch(r"\w[\w.+-]{0,99}", name)) and is_whole(name)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def pack(example: Example, image: bytes) -> tuple[bytes, bytes]:
@@ -136,8 +208,13 @@ def parse_texts(line: bytes, image: bytes = b"") -> Example:
       ValueError: when it is none.
     """
     values = decode_json(line, one_line=True)
-    try:
-        texts = {key: tuple(values.get(key, ())) for key in _KEYS}
-        return Example(values["name"], image, **texts)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no record of a {FORMAT}: {error}") from None
+    texts = {key: values.get(key, []) for key in _KEYS}
+    name = values.get("name")
+    if not _is_text(name) or not all(
+        isinstance(each, list) and all(map(_is_text, each)) for each in texts.values()
+    ):
+        raise ValueError(f"no record of a {FORMAT}")
+    for key in ("captions", "tags"):
+        if wrong := next(filter(None, map(wrong_text, texts[key])), ""):
+            raise ValueError(f'a text of "{key}" {wrong}')
+    return Example(name, image, **{key: tuple(each) for key, each in texts.items()})

@@ -17,6 +17,7 @@ from mlip_jax.data.sets.files import IMAGE_SUFFIXES
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BREAK = re.compile(rb"\r\n|\r|\n")
+_BREAKS = {"\r", "\n"}
 _UNCLOSED = (
     "a quotation mark opens a field that is not closed before the next row: double the marks "
     'within a field and close it, as in "5"" wide"'
@@ -120,26 +121,30 @@ class TableFile:
         with contextlib.suppress(csv.Error):
             return next(self._parsed([text])), [], ""
         more: list[Line] = []
+        named = self._images_of(text)  # by the lines; of a row, one names its image
         unclosed = False
 
         def texts() -> Iterator[str]:
-            nonlocal unclosed
+            nonlocal named, unclosed
             yield text
-            images, size = int(self._names_image(text)), len(text)
-            unclosed = True  # more is asked for
+            unclosed, size = True, len(text)  # more is asked for
             while self._columns and (line := coming.take()) is not None:
                 more.append(line)
                 size += line.length
                 if line.content is None or size > MOST_LINE:
                     return
                 further = self._decode(line.content)
-                images += self._names_image(further)
-                if images > 1:
+                images = self._images_of(further)
+                if named and images:
                     return
+                named = named or images
                 yield further
 
         try:
-            return next(self._parsed(texts())), more, ""
+            fields = next(self._parsed(texts()))
+            if self._is_row(fields, named):
+                return fields, more, ""
+            reason = _UNCLOSED
         except (csv.Error, UnicodeDecodeError) as error:
             reason = _UNCLOSED if unclosed else str(error)
         coming.give_back(more)  # they are no part of it
@@ -147,17 +152,25 @@ class TableFile:
             return text.rstrip("\r\n").split("\t"), [], ""
         return [], [], reason
 
-    def _names_image(self, line: str) -> bool:
-        """Whether a line, whatever its quotation marks, has the form of a row."""
-        pieces = [piece.strip(' "\r\n').lower() for piece in line.split(self._separator)]
-        if len(pieces) < self._columns:
+    def _is_row(self, fields: list[str], named: set[str]) -> bool:
+        """Whether fields over several lines are one row: with the image that a line names."""
+        if len(fields) != self._columns:
             return False
+        image = fields[self._image].strip().lower()
+        return bool(image) and not _BREAKS & set(image) and (not named or image in named)
+
+    def _images_of(self, line: str) -> set[str]:
+        """The name of an image, if a line has the form of a row, whatever its quotation marks."""
+        pieces = [piece.strip(' "\r\n').lower() for piece in line.split(self._separator)]
+        if not self._columns or len(pieces) < self._columns:
+            return set()
         # Separators in texts move the places from the left or from the right.
         places = {pieces[self._image], pieces[self._image - self._columns]}
-        if any(place.endswith(IMAGE_SUFFIXES) for place in places):
-            return True
+        if images := {place for place in places if place.endswith(IMAGE_SUFFIXES)}:
+            self._has_suffixes = True
+            return images
         one_word = len(pieces) == self._columns and len(pieces[self._image].split()) == 1
-        return one_word and not self._has_suffixes
+        return places if one_word and not self._has_suffixes else set()
 
     def _parsed(self, texts: Iterable[str]) -> Iterator[list[str]]:
         # A text may be longer than the 131,072 characters that the module takes by itself.

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import is_whole
 
 _WORD = re.compile(r"[\w']+")  # "man's" is no "man": it tells of a thing, not of a person
 _MOST_QUERIES = 8
@@ -151,7 +152,9 @@ def _concept(values: dict[str, Any], file: str) -> Concept:
 
 
 def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(text, str) and text for text in values)
+    return isinstance(values, list) and all(
+        isinstance(text, str) and text and is_whole(text) for text in values
+    )
 
 
 def _is_pair(values: Any) -> bool:
