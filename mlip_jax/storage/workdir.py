@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import open_lock, write_atomically
+from mlip_jax.core.files import write_atomically
 from mlip_jax.core.trained import ENVIRONMENT, FOLDER
 from mlip_jax.devices import processes
 
@@ -55,7 +55,7 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
     """Locks the folder until `held` is closed, writes what it is, and returns who holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context(open_lock(folder / _LOCK))
+        lock = held.enter_context((folder / _LOCK).open("a+", encoding="utf-8"))
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot use {folder} as --workdir: {error.strerror}") from error
     _lock(lock, folder)
@@ -117,8 +117,7 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"process {file.read().strip() or '?'} trains in {folder} already: stop it, or give "
             "another --workdir"
         ) from error
-    file.seek(0)
-    file.truncate()
+    file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
 

@@ -77,8 +77,8 @@ class Skipped:
         mended: tuple[str, ...] = ()
         if self.mended:
             mended = (
-                f"{self.mended} {self.unit} hold half of a surrogate pair, which is no character "
-                f'and is read as "?": {_listed(self.first_mended, self.mended)}',
+                f'half of a surrogate pair is no character and is read as "?"; {self.unit} with '
+                f"one: {self.mended} ({_listed(self.first_mended, self.mended)})",
             )
         if not self.count:
             return mended
