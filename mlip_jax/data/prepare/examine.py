@@ -42,7 +42,6 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         image = open_image(data)
         width, height = image.size
         form, mode = image.format or "?", image.mode
-        animated = getattr(image, "is_animated", False)
         short = min(width, height)
         smaller = 0 < resize < short
         if form == "JPEG":
@@ -57,7 +56,16 @@ def examine(data: bytes, resize: int = 0) -> Examined:
             resized = pixels.resize((width, height), Image.Resampling.BICUBIC)
             data = _encode(orientation.turned(resized, orientation.of_file(image)))
     sides = min(width, height), max(width, height)
-    return Examined(data, "JPEG" if form == "MPO" else form, mode, animated, smaller, *sides)
+    form = "JPEG" if form == "MPO" else form
+    return Examined(data, form, mode, _is_animated(image), smaller, *sides)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether there is more than the first frame; which this leaves, so that it is asked last."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # what comes after it is damaged, and is not used
+        return False
 
 
 def _encode(image: Image.Image) -> bytes:
