@@ -34,6 +34,7 @@ _TURNS = {
     7: _Turn(Image.Transpose.TRANSVERSE, -1, -1, True),
     8: _Turn(Image.Transpose.ROTATE_90, 1, -1, True),
 }
+_ORDERS = {b"II*\0": "<", b"MM\0*": ">", b"II\0*": "<", b"MM*\0": ">"}  # as some write it, too
 # EXIF's types that Pillow reads: their bytes, and the whole numbers among them.
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _WHOLE_NUMBERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I"}
@@ -132,11 +133,11 @@ def _known(value: Any) -> int:
 
 
 def _in_exif(block: bytes) -> int | None:
-    """The tag's value in a block; None where there is none before the block is damaged."""
+    """The tag's value in a block; None where there is none, or the block is damaged before it."""
     while block.startswith(_EXIF):
         block = block[len(_EXIF) :]
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None or b"\x2a" not in block[2:4] or len(block) < 8:
+    order = _ORDERS.get(block[:4])
+    if order is None or len(block) < 8:
         return None
     (offset,) = struct.unpack_from(f"{order}4xI", block)
     count = int.from_bytes(block[offset : offset + 2], "little" if order == "<" else "big")
@@ -145,13 +146,14 @@ def _in_exif(block: bytes) -> int | None:
     value = None
     for tag, kind, number, content in struct.iter_unpack(f"{order}HHI4s", entries):
         size = number * _BYTES.get(kind, 0)
+        if tag != _TAG or not size:
+            continue
         place = 0
-        if size > 4:
+        if size > 4:  # it stands elsewhere
             content, (place,) = block, struct.unpack(f"{order}I", content)
             if place + size > len(block):
-                break
-        if tag == _TAG and size:
-            value = UPRIGHT
-            if kind in _WHOLE_NUMBERS:
-                (value,) = struct.unpack_from(order + _WHOLE_NUMBERS[kind], content, place)
+                continue
+        value = UPRIGHT
+        if kind in _WHOLE_NUMBERS:
+            (value,) = struct.unpack_from(order + _WHOLE_NUMBERS[kind], content, place)
     return value
