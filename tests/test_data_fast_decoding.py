@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlip_jax.data.images import fast_decoding
-from mlip_jax.data.images.preprocessing import UnreadableImage
+from mlip_jax.data.images import fast_decoding, limits
+from mlip_jax.data.images.limits import UnreadableImage
 
 
 def photo(width=320, height=240):
@@ -103,6 +103,6 @@ def test_damaged_files_are_unreadable(cut):
 
 
 def test_a_file_that_unfolds_to_gigabytes_is_unreadable(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(limits, "MOST_PIXELS", 1000)
     with pytest.raises(UnreadableImage):
         fast_decoding.decode_pixels(encoded(photo()))

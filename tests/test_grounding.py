@@ -1,14 +1,17 @@
 """Grounding: maps against boxes, by a model whose maps are known."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from images import exif
 from PIL import Image
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import RunError, UserError
-from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.images.preprocessing import Preprocessing, decode
+from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.evaluations import grounding
 from mlip_jax.evaluations.boxes import hits, iou, predicted_boxes
 from mlip_jax.evaluations.sets import Sets
@@ -219,3 +222,34 @@ def test_examples_are_drawn(spec, tmp_path):
                 f"{'hit' if example.hit else 'miss'}, IoU {example.iou:.2f}" for example in examples
             ]
     assert labels == ["miss, IoU 0.00"]
+
+
+@pytest.mark.parametrize("heeded", ["exif", "ignore"])
+def test_boxes_of_images_that_lie_on_their_side(spec, heeded):
+    """Boxes are of the pixels as they are stored, and turned with the image."""
+    folder = Path(spec.removeprefix("regions:")).parent
+    for file, tag in zip(sorted(folder.glob("*.png")), (3, 5, 6, 8), strict=True):
+        image = Image.open(file)
+        image.load()
+        image.save(file, exif=exif(tag))
+    finder = Finder()
+    finder.preprocess = Preprocessing(32, orientation=heeded)
+    sets = sets_of(finder, spec)
+    outcome = grounding.score(sets, spec)
+    assert outcome.figures["pointing_game"] == outcome.figures["box_accuracy@0.5"] == 1
+    shown = grounding.examples(finder, open_region_set(spec), sets.config, 20)
+    assert len(shown) == 12
+    for example in shown:
+        upright = decode(example.image, upright=True)
+        color = COLORS[example.expression.split()[1]]
+        left, top, right, bottom = (
+            round(edge * side) for edge, side in zip(example.box, upright.size * 2, strict=True)
+        )
+        inside = np.asarray(upright)[top:bottom, left:right, color]
+        assert inside.size == 32 * 16 and (inside == 255).all()
+        assert iou(np.array([example.predicted]), np.array([example.box]))[0] > 0.6
+        row, column = np.unravel_index(example.saliency.argmax(), example.saliency.shape)
+        assert left <= (column + 0.5) / 8 * upright.width <= right
+        assert top <= (row + 0.5) / 8 * upright.height <= bottom
+    with style():
+        draw_grounding(shown[:4])

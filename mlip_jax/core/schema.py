@@ -95,6 +95,9 @@ def default() -> ConfigDict:
     data.validation = "auto"  # the same grammar; "auto": the training set's own split; "": none
     data.cache_dir = ""  # "": $MLIP_JAX_CACHE, else ~/.cache/mlip_jax
     data.workers = -1  # processes that decode and augment; -1: by the number of cores
+    # "exif": images are turned upright as their EXIF data say, which the recipes take; "ignore":
+    # as they are stored, which is what a config without the key means.
+    data.orientation = "ignore"
     data.decode = "fast"  # "exact": photographs are decoded and resized for training by Pillow
     data.max_skipped_share = 0.01  # more unreadable images than this end the run
     data.caption = ConfigDict(

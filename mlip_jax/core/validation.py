@@ -95,6 +95,7 @@ def validate(config: ConfigDict) -> None:
         )
     choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
     choose("data.decode", config.data.decode, ("fast", "exact"))
+    choose("data.orientation", config.data.orientation, ("ignore", "exif"))
     choose("ring", config.ring, ("auto", "always", "never"))
     choose("equal_texts", config.equal_texts, ("count", "mask"))
     choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)

@@ -19,7 +19,8 @@ from PIL import Image
 
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.progress import track
-from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
+from mlip_jax.data.images import orientation
+from mlip_jax.data.images.preprocessing import Preprocessing, decode_as_stored, flatten
 from mlip_jax.data.regions.base import Box, Regions
 from mlip_jax.data.regions.opening import open_region_set
 from mlip_jax.evaluations.boxes import areas, hits, iou, predicted_boxes
@@ -41,7 +42,10 @@ class Grounder(Encoder, Protocol):
 
 
 class Maps(NamedTuple):
-    """The saliency maps of a dataset's queries, and the true boxes as shares of the image."""
+    """The saliency maps of a dataset's queries, and the true boxes as shares of the image.
+
+    Both are of the image as the model sees it: upright, or as it is stored.
+    """
 
     indices: Int[np.ndarray, " queries"]  # place in the dataset
     maps: Float[np.ndarray, "queries rows columns"]
@@ -51,7 +55,10 @@ class Maps(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A query with what the model found; boxes are left, top, right, bottom as shares."""
+    """A query with what the model found; boxes are left, top, right, bottom as shares.
+
+    Boxes and map are of the upright image.
+    """
 
     image: bytes
     expression: str
@@ -152,13 +159,16 @@ def examples(
     chosen = []
     for row in order[_evenly(len(order), count)]:
         region = regions[int(grounded.indices[row])]
+        _, of_image = decode_as_stored(region.image, at_least=size)
+        of_model = orientation.UPRIGHT if model.preprocess.orientation == "exif" else of_image
+        predicted = None if np.isnan(boxes[row, 0]) else tuple(boxes[row].tolist())
         chosen.append(
             Example(
                 region.image,
                 region.expression,
-                region.box,
-                None if np.isnan(boxes[row, 0]) else tuple(boxes[row].tolist()),
-                grounded.maps[row],
+                orientation.turned_box(region.box, of_image),
+                predicted and orientation.turned_box(predicted, of_model),
+                orientation.turned_pixels(grounded.maps[row], of_model),
                 bool(pointed[row]),
                 float(overlap[row]),
             )
@@ -233,7 +243,7 @@ class _Reader:
         self._regions = regions
         self._preprocess = preprocess
         self._seen = seen
-        self._latest: tuple[str, UInt8[np.ndarray, "size size 3"]] | None = None
+        self._latest: tuple[str, UInt8[np.ndarray, "size size 3"], int] | None = None
         self.unreadable: dict[str, None] = {}
         self.skipped = 0
 
@@ -241,18 +251,21 @@ class _Reader:
         try:
             region = self._regions[index]
             if self._latest is None or self._latest[0] != region.name:
-                self._latest = region.name, squash(region.image, self._preprocess, self._seen)
+                self._latest = region.name, *squash(region.image, self._preprocess, self._seen)
         except OSError:
             self.unreadable[self._regions.name_of(index)] = None
             self.skipped += 1
             return None
-        return index, self._latest[1], region.expression, region.box
+        _, pixels, turn = self._latest
+        return index, pixels, region.expression, orientation.turned_box(region.box, turn)
 
 
 def squash(
     image: bytes, preprocess: Preprocessing, seen: float = 1.0
-) -> UInt8[np.ndarray, "size size 3"]:
+) -> tuple[UInt8[np.ndarray, "size size 3"], int]:
     """All of an image at the model's size, whatever its aspect: no box is cut off.
+
+    Also the orientation by which it is turned, and its boxes must be.
 
     Args:
       image: an encoded one.
@@ -264,11 +277,14 @@ def squash(
       UnreadableImage: when it cannot be decoded.
     """
     size = preprocess.image_size
-    picture = flatten(decode(image, at_least=size), preprocess.transparency)
+    picture, turn = decode_as_stored(image, at_least=size)
+    if preprocess.orientation != "exif":
+        turn = orientation.UPRIGHT
+    picture = flatten(orientation.turned(picture, turn), preprocess.transparency)
     side = round(seen * size)
     pixels = np.zeros((size, size, 3), np.uint8)
     pixels[:side, :side] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-    return pixels
+    return pixels, turn
 
 
 def _box_figures(overlap: Float[np.ndarray, " queries"]) -> Mapping[str, float]:

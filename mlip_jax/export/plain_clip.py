@@ -71,6 +71,8 @@ def notes(model: Model, crop: str) -> list[str]:
         sentences.append(model.preprocess.reason)
     elif model.preprocess.transparency == "white":
         sentences.append("the library drops transparency, this model lays such images on white")
+    if model.preprocess.orientation == "exif":
+        sentences.append("the library ignores EXIF orientation, this model turns images upright")
     if model.preprocess.resize == "shortest" and model.preprocess.crop != crop:
         sentences.append(
             "where an odd number of pixels is cut off, the library's crop lies one pixel beside "

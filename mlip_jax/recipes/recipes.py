@@ -36,6 +36,7 @@ def recipe(size: str, data: str) -> ConfigDict:
     config = schema.default()
     sizes.apply(config, size)
     config.data.train = data
+    config.data.orientation = "exif"
     config.epochs = float(BY_SET)
     config.optimizer.warmup_samples = BY_SET
     config.checkpoint.every_samples = config.evaluation.every_samples = BY_SET

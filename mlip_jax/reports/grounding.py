@@ -67,7 +67,7 @@ def draw_grounding(examples: Sequence[Example]) -> Figure:
 
 def _draw(axes: Axes, example: Example) -> None:
     picture(axes)
-    image = flatten(decode(example.image, at_least=_PIXELS), "white")
+    image = flatten(decode(example.image, at_least=_PIXELS, upright=True), "white")
     scale = _PIXELS / max(image.size)
     width, height = (max(1, round(edge * scale)) for edge in image.size)
     size = (width, height)

@@ -90,8 +90,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> str:
 
 
 def thumbnail(image: bytes, size: int = 160) -> str:
-    """An encoded image of any kind as a small JPEG data URI, on white where it is transparent."""
-    flat = flatten(decode(image, at_least=size), "white")
+    """An encoded image of any kind, upright, as a small JPEG data URI, on white if transparent."""
+    flat = flatten(decode(image, at_least=size, upright=True), "white")
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     flat.save(out, "JPEG", quality=88)

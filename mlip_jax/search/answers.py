@@ -156,12 +156,14 @@ class Answers:
         return Answer(HTTPStatus.OK, "image/jpeg", square)
 
     def _saliency(self, row: int, values: Mapping[str, str]) -> Answer:
-        pixels = self.model.preprocess(self._content(row))
+        content = self._content(row)
+        pixels = self.model.preprocess(content)
         saliency = self.model.saliency(pixels[None], [_text(values)])[0]
         if not saliency.any():
             return Answer(HTTPStatus.NO_CONTENT, "image/png", b"")
         seen = building.seen(self.model.config) / self.model.config.model.image.image_size
-        return Answer(HTTPStatus.OK, "image/png", pictures.heat(saliency, seen))
+        turn = pictures.left_to_turn(content, self.model.preprocess)
+        return Answer(HTTPStatus.OK, "image/png", pictures.heat(saliency, seen, turn))
 
 
 def _text(values: Mapping[str, str]) -> str:

@@ -24,7 +24,10 @@ def digest(model: Model) -> str:
     """
     config = schema.flatten(model.config.to_dict())
     settings = {key: config[key] for key in sorted(config) if key.startswith(_MOVE_AN_EMBEDDING)}
-    settings["preprocessing"] = foreign.preprocessing_values(model.preprocess)
+    preprocessing = foreign.preprocessing_values(model.preprocess)
+    if preprocessing.get("orientation") == "ignore":
+        del preprocessing["orientation"]  # as in the digests of indexes made before there was one
+    settings["preprocessing"] = preprocessing
     sha256 = hashlib.sha256(json.dumps(settings).encode())
     leaves = jax.tree_util.tree_leaves_with_path(model.variables)
     by_name = {parallel.path_name(path): leaf for path, leaf in leaves}

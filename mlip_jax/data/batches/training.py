@@ -142,6 +142,7 @@ class _Example:
         self._caption = config.data.caption.to_dict()
         self._size = config.model.image.image_size
         self._exact = config.data.decode == "exact"
+        self._upright = config.data.orientation == "exif"
         self._by_pillow = self._exact or by_pillow(self._augment)
         self._trimmed = self._augment.trim >= 1  # without exception, and so once for all visits
         self._at_least = 0 if self._exact else short_side(self._augment, self._size)
@@ -193,12 +194,13 @@ class _Example:
             return self._cache[index]
         record = self._source[index]
         if self._by_pillow:
-            picture = flatten(decode(record.image, at_least=self._at_least), "white")
+            picture = decode(record.image, at_least=self._at_least, upright=self._upright)
+            picture = flatten(picture, "white")
             picture = trim(picture) if self._trimmed else picture
             image: _Decoded = picture
             area = picture.width * picture.height
         else:
-            pixels = decode_pixels(record.image, self._at_least)
+            pixels = decode_pixels(record.image, self._at_least, upright=self._upright)
             image, area = pixels, pixels.shape[0] * pixels.shape[1]
         record = replace(record, image=b"")
         # A small dataset is decoded once, which about halves the work of its later epochs.

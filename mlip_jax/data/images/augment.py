@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageChops, ImageFilter
 
 from mlip_jax.data.images import fast_decoding
-from mlip_jax.data.images.preprocessing import flatten
+from mlip_jax.data.images.preprocessing import bands, flatten
 
 _LUMA = np.array((0.299, 0.587, 0.114))
 _GREY = np.tile(_LUMA, (3, 1))  # every channel becomes the luma
@@ -117,12 +117,18 @@ def _resized(
 
 def trim(image: Image.Image) -> Image.Image:
     """The smallest square around what differs from the corners' colour; whole if nothing does."""
-    ground = Image.new("RGB", image.size, _corner_color(image))
-    noise = Image.new("RGB", image.size, (_CONTENT, _CONTENT, _CONTENT))
-    box = ImageChops.subtract(ImageChops.difference(image, ground), noise).getbbox()
-    if box is None:
+    color = _corner_color(image)
+    boxes = []
+    for first, band in bands(image):
+        ground = Image.new("RGB", band.size, color)
+        noise = Image.new("RGB", band.size, (_CONTENT, _CONTENT, _CONTENT))
+        box = ImageChops.subtract(ImageChops.difference(band, ground), noise).getbbox()
+        if box is not None:
+            boxes.append((box[0], first + box[1], box[2], first + box[3]))
+    if not boxes:
         return image
-    left, top, right, bottom = box
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    left, top, right, bottom = min(lefts), min(tops), max(rights), max(bottoms)
     side = max(right - left, bottom - top)
     # Where the square would leave the image, it is moved back in, or as wide as the image.
     left, top = (

@@ -15,6 +15,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
+from mlip_jax.data.images import limits, orientation
 from mlip_jax.data.images.preprocessing import decode, flatten
 
 try:
@@ -28,7 +29,9 @@ _SUPPORT = 2  # pixels of the coarser grid that the bicubic kernel reaches on ei
 _of_thread = threading.local()
 
 
-def decode_pixels(data: bytes, at_least: int = 0) -> UInt8[np.ndarray, "height width 3"]:
+def decode_pixels(
+    data: bytes, at_least: int = 0, *, upright: bool = False
+) -> UInt8[np.ndarray, "height width 3"]:
     """Decodes an encoded image of any format to RGB; transparency is laid on white.
 
     Args:
@@ -37,25 +40,30 @@ def decode_pixels(data: bytes, at_least: int = 0) -> UInt8[np.ndarray, "height w
         short side keeps this many pixels, and two thirds of that are enough to transform it with
         less precision and to spread colour, of which JPEGs have less, over the pixels plainly; 0:
         nothing of this, Pillow's pixels.
+      upright: as `images.decode` takes it.
 
     Returns:
       RGB, in memory that the next call of this thread may write over: copy what is to be kept.
 
     Raises:
-      UnreadableImage: when Pillow cannot decode it.
+      UnreadableImage: when Pillow cannot decode it, or it is beyond one of the `limits`.
     """
     pixels = _jpeg(data, at_least) if data.startswith(b"\xff\xd8\xff") else None
     if pixels is None:
-        pixels = np.asarray(flatten(decode(data, at_least=at_least), "white"))
-    return pixels
+        image = decode(data, at_least=at_least, upright=upright)
+        return np.asarray(flatten(image, "white"))
+    return orientation.turned_pixels(pixels, orientation.of_jpeg(data)) if upright else pixels
 
 
 def _jpeg(data: bytes, at_least: int) -> UInt8[np.ndarray, "height width 3"] | None:
     """RGB, or None where there is anything out of the ordinary, for Pillow to judge."""
+    limits.check_bytes(data)
     try:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
-        if color not in ("YCbCr", "RGB", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+        if color not in ("YCbCr", "RGB", "Gray"):
             return None
+        limits.check_size(width, height)
+        limits.check_scans(data, width, height)
         short = min(height, width)
         reduction = next((by for by in _REDUCTIONS if 0 < at_least * by <= short), 1)
         hasty = 0 < 2 * at_least <= 3 * short

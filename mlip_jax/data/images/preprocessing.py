@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageFile, UnidentifiedImageError
+
+from mlip_jax.core.files import read_file
+from mlip_jax.data.images import limits, orientation
+from mlip_jax.data.images.limits import UnreadableImage
 
 if TYPE_CHECKING:
     import jax
@@ -44,6 +49,8 @@ RESIZES = ("shortest", "longest", "squash")
 # A file of a few kilobytes can unfold to gigabytes: Pillow's warning about it becomes the error by
 # which such a file counts as unreadable.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# Of oddities in files that are decoded all the same, such as damaged EXIF blocks.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Pillow hands some formats to other programs (EPS to Ghostscript): only these are decoded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -57,51 +64,81 @@ _TO_EIGHT_BITS: dict[str, Callable[[int], int]] = {
 
 # More drawn out than this, an image is cut to this aspect before it is resized.
 _MAX_ASPECT = 64
+_BAND = 2**20  # pixels of an image that are worked on at a time
 
 
 _OF_NO_KNOWN_RANGE = "numbers of 32 bits, of which is not known what is white: save it with 8 or 16"
 
 
-class UnreadableImage(OSError):
-    """A file that holds no image that can be decoded."""
-
-
-def decode(data: bytes, *, at_least: int = 0) -> Image.Image:
+def decode(data: bytes, *, at_least: int = 0, upright: bool = False) -> Image.Image:
     """Decodes an encoded image.
 
-    The orientation in EXIF data is ignored, as it is by torchvision and open_clip. 16-bit and float
-    greyscale become 8-bit; palettes and CMYK become RGB.
+    16-bit and float greyscale become 8-bit; palettes and CMYK become RGB.
 
     Args:
       data: the bytes of a file of one of FORMATS; of an animation, its first frame is taken.
       at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its
         short side keeps this many pixels; 0: at full size.
+      upright: whether the image is turned as its EXIF data say, as by Pillow's
+        `ImageOps.exif_transpose`. torchvision and open_clip ignore them. A TIFF file is always
+        turned, by Pillow itself.
 
     Returns:
       An image of mode RGB, L, RGBA or LA. One of mode RGB or L may name its transparent colour in
       `info["transparency"]`. `flatten` makes all of them RGB.
 
     Raises:
-      UnreadableImage: when that cannot be done.
+      UnreadableImage: when that cannot be done, or the image is beyond one of the `limits`.
     """
-    try:
+    image, turn = decode_as_stored(data, at_least=at_least)
+    return orientation.turned(image, turn) if upright else image
+
+
+def decode_as_stored(data: bytes, *, at_least: int = 0) -> tuple[Image.Image, int]:
+    """An image as `decode` gives it if not `upright`, and its orientation: 1 to 8, as in EXIF."""
+    with readable():
         image = open_image(data)
         if at_least and image.format == "JPEG":
             short = min(image.size)
             width, height = (side * at_least // short for side in image.size)
             image.draft(None, (width, height))
         image.load()
-        return eight_bits(image)
+        return eight_bits(image), orientation.of_file(image)
+
+
+@contextlib.contextmanager
+def readable(saying: str = "") -> Iterator[None]:
+    """Whatever Pillow's plugins stumble over inside becomes an UnreadableImage.
+
+    Args:
+      saying: what its message begins with, if it is not one of the `limits`.
+    """
+    try:
+        yield
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError:  # its message names the address of a buffer
-        raise UnreadableImage("not an image of a known format") from None
-    # Pillow's plugins raise whatever they stumble over: OSError, SyntaxError, ValueError, ...
-    except Exception as error:
-        raise UnreadableImage(str(error) or type(error).__name__) from error
+        raise UnreadableImage(f"{saying}not an image of a known format") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UnreadableImage(
+            f"the image's header says more than the {limits.MOST_PIXELS:,} pixels that are decoded"
+        ) from None
+    except Exception as error:  # OSError, SyntaxError, ValueError, ...
+        raise UnreadableImage(f"{saying}{str(error) or type(error).__name__}") from error
 
 
-def open_image(data: bytes) -> Image.Image:
-    """An encoded image whose header alone is read. Raises what Pillow's plugins raise."""
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """An encoded image whose header alone is read, within the `limits`.
+
+    Raises:
+      UnreadableImage: when it is beyond one of them.
+      Exception: what Pillow's plugins raise; see `readable`.
+    """
+    limits.check_bytes(data)
     image = Image.open(io.BytesIO(data), formats=_known_formats())
+    limits.check_size(*image.size)
+    if image.format in ("JPEG", "MPO"):
+        limits.check_scans(data, *image.size)
     if image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
         # The file says it in its own bits, the pixels that Pillow gives have 8.
         to_eight_bits = _TO_EIGHT_BITS.get(_raw_mode(image), lambda sample: sample & 0xFF)
@@ -153,13 +190,27 @@ def flatten(image: Image.Image, transparency: str) -> Image.Image:
       transparency: "white" lays the image on white; "drop" takes the colours as they are stored, as
         torchvision and open_clip do.
     """
-    if transparency == "white":
-        image = with_alpha(image)
-        if image.mode in ("RGBA", "LA"):
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
+    if transparency == "white" and (image.mode in ("RGBA", "LA") or "transparency" in image.info):
+        flat = Image.new("RGB", image.size)
+        for top, band in bands(image):
+            band = with_alpha(band).convert("RGBA")
+            white = Image.new("RGBA", band.size, "white")
+            flat.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+        return flat
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """An image in parts one below the other, each with its first row, for less memory in between.
+
+    What is made of a large image step by step would otherwise lie in memory several times.
+    """
+    rows = max(1, _BAND // max(image.width, 1))
+    if rows >= image.height:  # which needs no copy
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
@@ -188,6 +239,8 @@ class Preprocessing:
       short_side: what "shortest" brings the short side to; 0: `image_size`.
       crop: how half a pixel is rounded where the centre is cut out: "round", as torchvision and
         open_clip do, or "floor", as transformers does.
+      orientation: "exif" turns an image upright, as its EXIF data say; "ignore" takes it as it is
+        stored, as torchvision and open_clip do. Arrays are taken as they are.
     """
 
     image_size: int
@@ -198,6 +251,7 @@ class Preprocessing:
     resize: str = "shortest"
     short_side: int = 0
     crop: str = "round"
+    orientation: str = "ignore"
 
     @classmethod
     def of(cls, config: ConfigDict) -> Preprocessing:
@@ -208,7 +262,8 @@ class Preprocessing:
         """
         image = config.model.image
         mean, std = NORMALIZATIONS[image.normalization]
-        return cls(image.image_size, mean, std, transparency="white")
+        turn = config.data.orientation
+        return cls(image.image_size, mean, std, transparency="white", orientation=turn)
 
     def __call__(self, image: ImageLike) -> np.ndarray:
         """The square that the model sees, uint8 [image_size, image_size, 3].
@@ -222,7 +277,7 @@ class Preprocessing:
           OSError: for a file that cannot be read.
           ValueError: for an array of another type or shape.
         """
-        pixels = _open(image)
+        pixels = _open(image, self.orientation == "exif")
         if self.transparency != "drop":
             pixels = flatten(pixels, "white" if self.transparency == "white" else "drop")
         size = self.image_size
@@ -279,16 +334,16 @@ def _margin(excess: int, rounding: str) -> int:
     return round(excess / 2) if rounding == "round" else excess // 2
 
 
-def _open(image: ImageLike) -> Image.Image:
+def _open(image: ImageLike, upright: bool) -> Image.Image:
     if isinstance(image, bytes):
-        return decode(image)
+        return decode(image, upright=upright)
     if isinstance(image, (str, os.PathLike)):
         try:
-            return decode(Path(image).expanduser().read_bytes())
+            return decode(read_file(Path(image).expanduser()), upright=upright)
         except UnreadableImage as error:
             raise UnreadableImage(f"{image}: {error}") from None
     if isinstance(image, Image.Image):
-        return eight_bits(image)
+        return _loaded(image, upright)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = getattr(image, "dtype", type(image).__name__)
         raise ValueError(f"an image must be bytes, a path, a Pillow image or uint8, not {kind}")
@@ -299,3 +354,25 @@ def _open(image: ImageLike) -> Image.Image:
             f"an image must be [height, width] or [height, width, 3], not {image.shape}"
         )
     return Image.fromarray(image)
+
+
+def _loaded(image: Image.Image, upright: bool) -> Image.Image:
+    """A Pillow image of the user's, of which perhaps the header alone is read until now."""
+    with readable():
+        if isinstance(image, ImageFile.ImageFile) and image.tile:
+            limits.check_size(*image.size)
+            if image.format in ("JPEG", "MPO"):
+                limits.check_scans(_content(image), *image.size)
+        image.load()
+        pixels = eight_bits(image)
+        return orientation.turned(pixels, orientation.of_image(image)) if upright else pixels
+
+
+def _content(image: ImageFile.ImageFile) -> bytes:
+    """The file that an image is still to be decoded from, which stays where it is."""
+    assert image.fp is not None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(place)
+    return content

@@ -12,7 +12,8 @@ from pathlib import Path
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import parse_json, read_file, write_atomically
 from mlip_jax.core.texts import brief
-from mlip_jax.data.prepare.examine import JPEG_QUALITY, MOST_PIXELS
+from mlip_jax.data.images.limits import MOST_PIXELS
+from mlip_jax.data.prepare.examine import JPEG_QUALITY
 from mlip_jax.data.prepare.make import Made, Tally, encoded
 from mlip_jax.data.prepare.readers import Broken
 from mlip_jax.data.sets.class_trees import read_classes

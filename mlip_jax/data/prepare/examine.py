@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from typing import NamedTuple, cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from mlip_jax.core.files import MOST_BYTES
-from mlip_jax.data.images.preprocessing import UnreadableImage, eight_bits, open_image, with_alpha
+from mlip_jax.data.images import orientation
+from mlip_jax.data.images.preprocessing import eight_bits, open_image, readable, with_alpha
 
-MOST_PIXELS = 89_478_485  # Pillow's own limit, past which training would refuse the image too
 JPEG_QUALITY = 92
 
 
@@ -29,29 +28,20 @@ class Examined(NamedTuple):
 def examine(data: bytes, resize: int = 0) -> Examined:
     """Checks an image, and makes its shorter side `resize` pixels long where it is longer.
 
-    The header's number of pixels is checked before anything is decoded. Then the image is decoded
-    to its end, a JPEG at an eighth of its size (all of its data is read for that, at less cost).
-    Without `resize`, and where the image is small enough, its bytes are kept as they are. What is
-    made smaller (bicubic) becomes a JPEG of quality 92, or a PNG where it is transparent; CMYK and
-    palettes become RGB, 16 bits 8, an animation its first frame.
+    What the header says is checked by the `limits` before anything is decoded. Then the image is
+    decoded to its end, a JPEG at an eighth of its size (all of its data is read for that, at less
+    cost). Without `resize`, and where the image is small enough, its bytes are kept as they are.
+    What is made smaller (bicubic) becomes a JPEG of quality 92, or a PNG where it is transparent;
+    CMYK and palettes become RGB, 16 bits 8, an animation its first frame. It is turned upright as
+    its EXIF data say, which are not kept.
 
     Raises:
       UnreadableImage: when it is not of a known format, damaged or too large; says which.
     """
-    if len(data) > MOST_BYTES:
-        raise UnreadableImage(f"the image has {len(data):,} bytes, at most {MOST_BYTES:,} are read")
-    if not data:
-        raise UnreadableImage("the image is empty")
-    try:
+    with readable("the image cannot be decoded: "):
         image = open_image(data)
         width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise UnreadableImage(
-                f"the image's header says {width} x {height} pixels, at most {MOST_PIXELS:,} are "
-                "decoded"
-            )
         form, mode = image.format or "?", image.mode
-        animated = getattr(image, "is_animated", False)
         short = min(width, height)
         smaller = 0 < resize < short
         if form == "JPEG":
@@ -63,22 +53,19 @@ def examine(data: bytes, resize: int = 0) -> Examined:
         if smaller:
             width, height = (max(1, round(edge * resize / short)) for edge in (width, height))
             pixels = with_alpha(eight_bits(image))
-            data = _encode(pixels.resize((width, height), Image.Resampling.BICUBIC))
-    except UnreadableImage:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UnreadableImage(
-            f"the image's header says more than the {MOST_PIXELS:,} pixels that are decoded"
-        ) from None
-    except UnidentifiedImageError:
-        raise UnreadableImage(
-            "the image cannot be decoded: not an image of a known format"
-        ) from None
-    # Pillow's plugins raise whatever they stumble over.
-    except Exception as error:
-        raise UnreadableImage(f"the image cannot be decoded: {error}") from None
+            resized = pixels.resize((width, height), Image.Resampling.BICUBIC)
+            data = _encode(orientation.turned(resized, orientation.of_file(image)))
     sides = min(width, height), max(width, height)
-    return Examined(data, "JPEG" if form == "MPO" else form, mode, animated, smaller, *sides)
+    form = "JPEG" if form == "MPO" else form
+    return Examined(data, form, mode, _is_animated(image), smaller, *sides)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether there is more than the first frame; which this leaves, so that it is asked last."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # what comes after it is damaged, and is not used
+        return False
 
 
 def _encode(image: Image.Image) -> bytes:

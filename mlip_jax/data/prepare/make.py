@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mlip_jax.core.files import decode_json, open_lock, whole_file, write_atomically
 from mlip_jax.core.texts import whole
 from mlip_jax.data.batches.workers import end_with_parent
-from mlip_jax.data.images.preprocessing import UnreadableImage
+from mlip_jax.data.images.limits import UnreadableImage
 from mlip_jax.data.prepare.examine import Examined, examine
 from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Shard, pack

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from PIL import Image
-
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import is_number, read_file
 from mlip_jax.core.texts import brief, shown
-from mlip_jax.data.images.preprocessing import UnreadableImage
+from mlip_jax.data.images.preprocessing import open_image, readable
 from mlip_jax.data.sets.jsonl import check_texts, image_key, json_rows
 from mlip_jax.data.sets.records import Skipped
 from mlip_jax.data.sets.splits import STANDARD, Wanted, split_of
@@ -32,7 +29,9 @@ class Region:
 
     image: bytes  # an encoded file
     expression: str
-    box: Box  # as shares of the image's width and height, in [0, 1]
+    # As shares of the width and height of the image as it is stored, in [0, 1]: like COCO's own
+    # tools, it knows nothing of EXIF data that turn the image. `orientation.turned_box` does.
+    box: Box
     name: str  # of the image: what errors and reports print
 
 
@@ -183,10 +182,6 @@ def _shares(query: Query, size: tuple[int, int]) -> Box:
 
 
 def _size(data: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image, by its header."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    # As in `images.decode`: Pillow's plugins raise whatever they stumble over.
-    except Exception as error:
-        raise UnreadableImage(str(error) or type(error).__name__) from error
+    """Width and height of an encoded image as it is stored, by its header."""
+    with readable():
+        return open_image(data).size

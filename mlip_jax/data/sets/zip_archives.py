@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import MOST_BYTES
 from mlip_jax.data.sets.class_folders import read_beside
 from mlip_jax.data.sets.class_trees import CLASSES_FILE, open_tree
 from mlip_jax.data.sets.files import IMAGE_SUFFIXES, ClassSource, is_hidden
 from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.splits import canonical
 
-_MOST_BYTES = 256 * 2**20  # of one member, unpacked; a photo takes some 10 MB
 _MOST_DEPTH = 2  # folders that are asked for: of a split and of a class
 _ENCRYPTED = 1  # bit of the flags
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -42,7 +42,7 @@ def open_zip(path: Path, opening: Opening) -> ClassSource:
     Raises:
       MissingSplit: as `classes.open_tree`.
       UserError: as `classes.open_tree`; for a missing or damaged file; and for members that are
-        encrypted, leave the archive by their path, or unpack to more than 256 MiB.
+        encrypted or leave the archive by their path.
     """
     files = _zip_files(path)
     trees = [_members(index, file) for index, file in enumerate(files)]
@@ -68,8 +68,10 @@ class ZipImages:
         return len(self._paths)
 
     def read(self, index: int) -> bytes:
-        """The member's content. Raises OSError when it is damaged."""
+        """The member's content. Raises OSError when it is damaged or too large."""
         offset, stored_size, size, checksum = self._places[index].tolist()
+        if max(stored_size, size) > MOST_BYTES:
+            raise OSError(f"it unpacks to {size:,} bytes, at most {MOST_BYTES:,} are read")
         # Opening anew takes microseconds, and leaves nothing for threads and processes to share.
         with self._files[self._archives[index]].open("rb") as file:
             file.seek(offset)
@@ -179,8 +181,6 @@ def _members(index: int, file: Path) -> dict[str, _Member]:
 
 
 def _check_readable(place: str, info: zipfile.ZipInfo) -> None:
-    if max(info.file_size, info.compress_size) > _MOST_BYTES:
-        raise UserError(f"{place} unpacks to {info.file_size:,} bytes; at most {_MOST_BYTES:,} do")
     if info.compress_type not in _METHODS:
         raise UserError(f"{place} is neither stored nor packed by deflate: pack it anew")
 
