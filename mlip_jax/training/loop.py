@@ -24,6 +24,7 @@ from mlip_jax.training.callbacks import Callback, Callbacks
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
 from mlip_jax.training.log import Log
 from mlip_jax.training.metrics import Clock, MetricWriter
+from mlip_jax.training.optimizer import last_step_before_cooldown
 from mlip_jax.training.run import Run
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.start import start
@@ -98,6 +99,7 @@ def run_steps(
       The state, which is saved, and its results if the last thing done was to evaluate it.
     """
     config = run.config
+    keep_step = last_step_before_cooldown(config)
     clock = Clock(config.batch_size)
     skipped = SkipCounter(run.source, config.data.max_skipped_share)
     batches = train_batches(
@@ -139,7 +141,7 @@ def run_steps(
             callbacks.tell("on_step", done)
 
             evaluates = done == run.steps or run.due(done, config.evaluation.every_samples)
-            saves = evaluates or run.due(done, config.checkpoint.every_samples)
+            saves = evaluates or run.due(done, config.checkpoint.every_samples) or done == keep_step
             if stops:
                 run.stop.asked = True  # by a process that may be another one
             pauses = saves or stops
