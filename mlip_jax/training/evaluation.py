@@ -44,8 +44,10 @@ def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Res
     results.step = done
     path = file_results(run.folder, results)
     model = run.model.with_variables(variables)
-    report = write_report(run.folder, model, run.validation or run.source)
+    report = write_report(run.folder, model, run.validation or run.source, run.source)
     run.console.print(table(results))
+    if not results.figures:
+        run.console.print(suites.WITHOUT_VALIDATION)
     run.console.print(f"results: {path}\nreport:  {report}")
     return results
 
