@@ -147,7 +147,7 @@ def branch(config: ConfigDict, abstract: TrainState) -> tuple[TrainState, list[s
     source = Path(config.start_from).expanduser()
     restored, step = checkpoint.restore_state(source, abstract)
 
-    def zero(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def zero(leaf: Any) -> jax.Array:
         return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
     def restart(part: Any, shape: Any) -> Any:

@@ -30,6 +30,7 @@ from mlip_jax.training.signals import Stop
 from mlip_jax.training.start import start
 from mlip_jax.training.state import TrainState
 from mlip_jax.training.step import Metrics, Step
+from mlip_jax.training.watch import Watchdog
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def run_steps(
         rows=parallel.local_rows(run.mesh, config.batch_size),
     )
     with (
+        Watchdog().watching() as watchdog,
         contextlib.closing(batches),
         MetricWriter(
             run.folder,
@@ -139,6 +141,11 @@ def run_steps(
             skipped.update(unread)
             log.add(metrics)
             callbacks.tell("on_step", done)
+            watchdog.alive()
+            if (
+                done == start + 2 and log.pending == 2
+            ):  # the first step is done, and the second one tells its speed
+                writer.begin(start + 1, log.first())
 
             evaluates = done == run.steps or run.due(done, config.evaluation.every_samples)
             saves = evaluates or run.due(done, config.checkpoint.every_samples) or done == keep_step
@@ -149,6 +156,7 @@ def run_steps(
                 counts = samples_by_set(run.source, done * config.batch_size)
                 log.interval(done, clock.lap(log.pending) | counts)
             if pauses:
+                watchdog.rest()
                 log.flush()
                 results = evaluate_unless_stopped(run, state) if evaluates else None
                 if results and results.figures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
+from mlip_jax.core.waiting import announced
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.held_out import Share, take
 from mlip_jax.data.sets.opening import held_out_share, open_training, open_validation
@@ -81,7 +82,9 @@ def start(
             line = repeatability.probe(opened.run, step, lambda: _fresh(opened))
             opened.run.console.print(line)
         if pace.is_worth_it(opened.run):
-            opened.run.console.print(pace.forecast(opened.run, step, lambda: _fresh(opened)))
+            with announced("timing the training step", _say(opened.run)):
+                line = pace.forecast(opened.run, step, lambda: _fresh(opened))
+            opened.run.console.print(line)
         state = _initialise(opened)
     return opened.run, state, step
 
@@ -94,19 +97,23 @@ def _open(
     source: Source | None,
     callbacks: Sequence[Callback],
 ) -> Opened:
+    quiet = jax.process_index() > 0
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
     mesh = parallel.make_mesh(config.mesh, config.batch_size)
     if mesh.size == 1 or jax.default_backend() != "cpu":
         keep_compiled(config.data.cache_dir)
     # Before the workdir is taken: a mistake in a path leaves none behind.
     cleaning = config.model.text.cleaning
-    source, validation = _data(config.data, cleaning, source)
+    with announced(f"reading {config.data.train}", console.print):
+        source, validation = _data(config.data, cleaning, source)
     goes_on = has_checkpoints(workdir)
     before = Path(workdir) / "config.json"
     is_kept = goes_on and before.is_file()
     config = lengths.resolve(config, len(source), schema.from_file(before) if is_kept else None)
     suites.check(config)
     attention_choice.check(config, mesh)
-    tokenizer = _tokenizer(config, source, Path(workdir))
+    with announced("preparing the tokenizer", console.print):
+        tokenizer = _tokenizer(config, source, Path(workdir))
     network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
@@ -118,8 +125,6 @@ def _open(
         going_on.check_branch(config, abstract)
     starts_with_weights = not (goes_on or config.start_from)
     weights = pretrained.read(config, abstract.evaluated) if starts_with_weights else {}
-    quiet = jax.process_index() > 0
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
     def accept(folder: Path, old: ConfigDict, new: ConfigDict) -> None:
         going_on.accept(folder, old, new, console)
@@ -190,7 +195,8 @@ def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
 def _restore(opened: Opened) -> TrainState | None:
     """The state of the newest checkpoint, or None; says where the run stands."""
     run = opened.run
-    restored = run.checkpoints.restore(opened.abstract)
+    with announced("reading the checkpoint", _say(run)):
+        restored = run.checkpoints.restore(opened.abstract)
     if restored is None:
         return None
     state: TrainState
@@ -211,10 +217,12 @@ def _restore(opened: Opened) -> TrainState | None:
 def _compile(opened: Opened) -> Step:
     """The compiled step; prints the model, its memory and how it is sharded."""
     run, config = opened.run, opened.run.config
-    chosen = attention_choice.choose(config, run.mesh, run.folder)
+    with announced("choosing a form of attention", _say(run)):
+        chosen = attention_choice.choose(config, run.mesh, run.folder)
     network = building.with_attention(opened.network, chosen.forms)
     train_step = make_train_step(network, opened.optimizer, config, run.preprocessing, run.mesh)
-    step = compile_step(train_step, run, opened.abstract)
+    with announced("compiling the training step", _say(run)):
+        step = compile_step(train_step, run, opened.abstract)
     summary.print_compiled(
         run.console,
         opened.network,
@@ -225,6 +233,10 @@ def _compile(opened: Opened) -> Step:
         chosen.lines,
     )
     return step
+
+
+def _say(run: Run) -> Callable[[str], None]:
+    return run.console.print
 
 
 def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages.Compiled:

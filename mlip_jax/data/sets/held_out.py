@@ -53,9 +53,9 @@ def parse(split: str) -> tuple[str, Share]:
         return split, Share()
     match = _MARKED.fullmatch(split)
     if match:
-        ends = [_percent(match["begin"], 0.0), _percent(match["end"], 1.0)]
-        if None not in ends and 0 <= ends[0] < ends[1] <= 1:
-            return match["split"], Share(*ends)
+        begin, end = _percent(match["begin"], 0.0), _percent(match["end"], 1.0)
+        if begin is not None and end is not None and 0 <= begin < end <= 1:
+            return match["split"], Share(begin, end)
     raise UserError(
         f"{split!r}: expected a share of a split in percent, from 0% to 100%, the smaller first, "
         "such as train[:95%] or train[95%:]"
