@@ -5,10 +5,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from mlip_jax.core import waiting
+from mlip_jax.training.profile import Profile
 
 
 def spoken(monkeypatch, quiet, later, seconds):
@@ -84,3 +87,33 @@ def test_a_hang_is_reported_and_a_rest_is_none():
     assert "Thread" not in before
     hang, _, left = after.partition("left")
     assert "stands_here" in hang and "Timeout" in hang and "Thread" not in left
+
+
+def test_a_trace_of_some_steps_is_written(tmp_path):
+    lines = []
+    run = SimpleNamespace(folder=tmp_path, steps=20, console=SimpleNamespace(print=lines.append))
+    profile = Profile(2)
+    profile.on_start(run, 5)
+    for step in range(6, 12):
+        jax.block_until_ready(jax.numpy.ones(8) + step)
+        profile.on_step(step)
+        tracing = [8, 9]  # it starts after the step 8 and ends after two more
+        assert profile._tracing == (step in tracing)
+    profile.on_end(11)
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 0
+    assert lines == [
+        f"profile: {tmp_path}/profile (tensorboard --logdir={tmp_path}/profile, or xprof "
+        f"--logdir={tmp_path}/profile)"
+    ]
+
+
+def test_a_trace_of_a_short_run_ends_with_it(tmp_path):
+    lines = []
+    run = SimpleNamespace(folder=tmp_path, steps=2, console=SimpleNamespace(print=lines.append))
+    profile = Profile(100)
+    profile.on_start(run, 0)
+    profile.on_step(1)
+    assert profile._tracing and not lines
+    profile.on_end(1)
+    assert not profile._tracing and len(lines) == 1

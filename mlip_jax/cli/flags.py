@@ -145,6 +145,17 @@ FLAGS = (
         },
     ),
     Flag(
+        "profile",
+        {
+            "train": Use(
+                Whole(1),
+                "STEPS",
+                "trace so many steps of this start into the folder profile of the workdir, for "
+                "TensorBoard and xprof",
+            )
+        },
+    ),
+    Flag(
         "suite",
         {
             "evaluate": Use(
