@@ -261,7 +261,7 @@ def test_lines_of_shares_stand_apart_by_colour_and_name(tmp_path):
 
 def test_a_fine_grid_is_drawn_large():
     rng = np.random.default_rng(0)
-    for side, width in ((8, 150), (14, 400)):
+    for side, width in ((8, 150), (14, 350)):
         images = rng.integers(0, 255, (2, side * 4, side * 4, 3), np.uint8)
         source = rng.integers(0, side * side // 2, (2, side * side))
         with style.style():
