@@ -17,7 +17,7 @@ This is the baseline of the other configs: the same encoders without Frequency S
 """
 
 from mlip_jax.core.schema import arguments
-from mlip_jax.interop.pretrained import adopt
+from mlip_jax.interop.pretrained import adopt, keep_own
 from mlip_jax.recipes.recipes import recipe
 
 
@@ -27,5 +27,5 @@ def get_config(arg=None):
     config = recipe(args["size"], args["data"])
     config.name = "clip"
     if args["pretrained"]:
-        adopt(config, args["pretrained"])
+        keep_own(config, adopt(config, args["pretrained"]))
     return config

@@ -14,8 +14,9 @@ is the recipe of the literature, for a TPU pod slice. It has not been run here.
 trains the global perspectives with another loss.
 
 Arguments: `size`, `data`; `objective`, the loss of the global perspectives: softmax, sigmoid or
-jsd; `pretrained=FOLDER` to start from a model of another library or of this one. All blocks of that
-model form the Spatial Stage, and a Frequency Stage of a third as many blocks is added before it.
+jsd; `pretrained=FOLDER` to start from a model of another library or of this one. A run of this
+config keeps its perspectives, merging and scales. All blocks of another model form the Spatial
+Stage, and a Frequency Stage of a third as many blocks is added before it.
 
 The token-level perspectives use jsd. jsd takes 4 negatives here: it scores 5 pairs per example
 instead of a whole batch.
@@ -23,7 +24,7 @@ instead of a whole batch.
 
 from mlip_jax.core.registry import LOSSES
 from mlip_jax.core.schema import IMAGE_VIEWS, arguments
-from mlip_jax.interop.pretrained import adopt
+from mlip_jax.interop.pretrained import adopt, keep_own
 from mlip_jax.recipes.recipes import recipe
 from mlip_jax.recipes.sizes import QUICK
 
@@ -34,13 +35,15 @@ _QUICK_TOKENS = 0.1
 
 def get_config(arg=None):
     """Takes size, data, objective and pretrained: a folder with a model to start from."""
-    args = arguments(arg, size="quick", data="emoji", objective="softmax", pretrained="")
-    LOSSES.check("objective", args["objective"])
+    args = arguments(arg, size="quick", data="emoji", objective="", pretrained="")
+    objective = args["objective"] or "softmax"
+    LOSSES.check("objective", objective)
     config = recipe(args["size"], args["data"])
     config.name = "mlip"
     image = config.model.image
+    own = None
     if args["pretrained"]:
-        adopt(config, args["pretrained"])
+        own = adopt(config, args["pretrained"])
         if not image.frequency.depth:
             image.frequency.depth = max(image.depth // 3, 1)
             image.depth += image.frequency.depth
@@ -58,8 +61,16 @@ def get_config(arg=None):
         tokens = view.endswith("_tokens")
         perspective.weight = token_weight if tokens else 1.0
         perspective.shifts = _NEGATIVES
-        perspective.loss = "jsd" if tokens else args["objective"]
-        if LOSSES[perspective.loss].learns_bias:
-            perspective.init_scale = 10.0
-            perspective.init_bias = -10.0
+        _set_loss(perspective, "jsd" if tokens else objective)
+    if keep_own(config, own) and args["objective"]:
+        for view in IMAGE_VIEWS:
+            if view.endswith("_global"):
+                _set_loss(config.perspectives[view], objective)
     return config
+
+
+def _set_loss(perspective, loss):
+    perspective.loss = loss
+    if LOSSES[loss].learns_bias:
+        perspective.init_scale = 10.0
+        perspective.init_bias = -10.0

@@ -16,7 +16,7 @@ Scale and bias start at the values of the paper, 10 and -10.
 """
 
 from mlip_jax.core.schema import arguments
-from mlip_jax.interop.pretrained import adopt
+from mlip_jax.interop.pretrained import adopt, keep_own
 from mlip_jax.recipes.recipes import recipe
 
 
@@ -25,10 +25,10 @@ def get_config(arg=None):
     args = arguments(arg, size="quick", data="emoji", pretrained="")
     config = recipe(args["size"], args["data"])
     config.name = "siglip"
-    if args["pretrained"]:
-        adopt(config, args["pretrained"])
+    own = adopt(config, args["pretrained"]) if args["pretrained"] else None
     spatial = config.perspectives.spatial_global
     spatial.loss = "sigmoid"
     spatial.init_scale = 10.0
     spatial.init_bias = -10.0
+    keep_own(config, own)
     return config

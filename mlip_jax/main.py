@@ -17,6 +17,7 @@ from mlip_jax.cli import command_line
 from mlip_jax.cli.subcommands import SUBCOMMANDS
 from mlip_jax.core import versions
 from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.waiting import announced
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
 
@@ -58,7 +59,8 @@ def _act(command: command_line.Command | str) -> int:
         return 0
     os.environ.update(command.environment)
     subcommand = SUBCOMMANDS[command.subcommand]
-    act = getattr(importlib.import_module(subcommand.module), subcommand.function)
+    with announced("loading JAX and the program"):
+        act = getattr(importlib.import_module(subcommand.module), subcommand.function)
     return act(command.config, command.workdir, **command.options)
 
 

@@ -1,6 +1,9 @@
 """Which split of a dataset is opened, by its role and by its name after #."""
 
 import json
+import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,7 +11,14 @@ from PIL import Image
 from mlip_jax.core import schema as config_lib
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.regions.opening import open_region_set
-from mlip_jax.data.sets.opening import open_evaluation, open_source, open_validation, split_spec
+from mlip_jax.data.sets.held_out import overlap
+from mlip_jax.data.sets.opening import (
+    open_evaluation,
+    open_source,
+    open_training,
+    open_validation,
+    split_spec,
+)
 from mlip_jax.data.sets.records import MissingSplit
 
 
@@ -129,3 +139,110 @@ def test_a_path_that_does_not_exist_and_holds_the_mark(tmp_path, opened, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"the path is relative to {tmp_path}$"):
         opened(f"{kind}:a.jsonl")
+
+
+@pytest.fixture
+def many(tmp_path):
+    """200 images for training, kept in four ways."""
+    names = [f"photo{index}.png" for index in range(200)]
+    for index, name in enumerate(names):
+        draw(tmp_path / "tree" / f"class{index % 2}" / name)
+    rows = [{"file": f"tree/class{i % 2}/{n}", "caption": n} for i, n in enumerate(names)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [f"{row['file']},{row['caption']}\n" for row in rows]
+    (tmp_path / "pairs.csv").write_text("file,caption\n" + "".join(lines))
+    archive = tmp_path / "tree.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for row in rows:
+            file.write(tmp_path / row["file"], row["file"].removeprefix("tree/"))
+    return [
+        f"jsonl:{tmp_path / 'pairs.jsonl'}",
+        f"csv:{tmp_path / 'pairs.csv'}",
+        f"folder:{tmp_path / 'tree'}",
+        f"zip:{archive}",
+    ]
+
+
+def names_in(source):
+    return [source.name_of(index) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_a_share_of_a_split_by_the_names(many, kind):
+    spec = many[kind]
+    whole = open_source(spec, "train")
+    most, rest = (open_source(f"{spec}#train{part}", "train") for part in ("[:90%]", "[90%:]"))
+    assert sorted(names_in(most) + names_in(rest)) == sorted(names_in(whole))
+    assert 8 <= len(rest) <= 35
+    assert rest.split == "train[90%:]" and rest.parts == ("train[90%:]",)
+    assert rest[0] == whole[names_in(whole).index(names_in(rest)[0])]
+    assert list(rest.captions()) == [text for record in rest for text in record.captions]
+    assert any("train[90%:]" in note and "of 200 records" in note for note in rest.notes)
+    middle = open_source(f"{spec}#all[10.5%:90%]", "train")
+    assert set(names_in(middle)) < set(names_in(most))
+
+
+def test_where_a_record_falls_is_a_matter_of_its_name(many, tmp_path):
+    before = names_in(open_source(f"{many[0]}#train[:50%]", "train"))
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "old.jsonl")
+    shutil.copytree(tmp_path / "tree", moved / "tree")
+    rows = (tmp_path / "old.jsonl").read_text().splitlines()
+    more = [json.dumps({"file": f"new{index}.png", "caption": "new"}) for index in range(50)]
+    for row in more:
+        draw(moved / json.loads(row)["file"])
+    (moved / "pairs.jsonl").write_text("\n".join([*more, *reversed(rows)]))
+    after = names_in(open_source(f"jsonl:{moved / 'pairs.jsonl'}#train[:50%]", "train"))
+    kept = {str(Path(name).relative_to(moved)) for name in after}
+    assert {str(Path(name).relative_to(tmp_path)) for name in before} == {
+        name for name in kept if not name.startswith("new")
+    }
+
+
+@pytest.mark.parametrize("part", ["[5%]", "[95%:5%]", "[:105%]", "[a:b]", "[:5%]x", "[:95]"])
+def test_a_share_that_is_none_is_refused(many, part):
+    with pytest.raises(UserError, match="expected a share of a split in percent.*train.:95%"):
+        open_source(f"{many[0]}#train{part}", "train")
+
+
+def test_a_share_that_holds_no_record_is_refused(many):
+    with pytest.raises(UserError, match=r"train\[:0.001%\] of pairs is empty: none of its 200"):
+        open_source(f"{many[0]}#train[:0.001%]", "train")
+
+
+def data(train, validation):
+    config = config_lib.default().data
+    config.train, config.validation = train, validation
+    return config
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_a_set_with_one_split_holds_out_a_share(many, kind):
+    config = data(many[kind], "10%")
+    train, validation = open_training(config), open_validation(config)
+    everything = names_in(open_source(many[kind], "train"))
+    assert sorted(names_in(train) + names_in(validation)) == sorted(everything)
+    assert names_in(validation) == names_in(open_source(f"{many[kind]}#train[90%:]", "train"))
+    part = data(f"{many[kind]}#train[:50%]", "10%")
+    inner = set(names_in(open_validation(part)))
+    assert inner and inner == set(names_in(open_source(f"{many[kind]}#train[45%:50%]", "train")))
+    assert not inner & set(names_in(open_training(part)))
+
+
+def test_a_mixture_holds_out_a_share_of_its_first_set(many):
+    config = data(f"mix:{many[0]}*0.5+{many[2]}*0.5", "10%")
+    held_out = open_validation(config)
+    assert len(open_training(config)) == 400 - len(held_out)
+
+
+@pytest.mark.parametrize("share", ["0%", "100%", "250%"])
+def test_a_held_out_share_that_leaves_a_side_empty_is_refused(many, share):
+    for open_side in (open_training, open_validation):
+        with pytest.raises(UserError, match=f"validation='{share}' leaves nothing on one side"):
+            open_side(data(many[0], share))
+
+
+def test_shares_overlap_where_their_ranges_do():
+    assert overlap(("train[:95%]",), ("train",)) and overlap(("a", "train"), ("train[95%:]",))
+    assert overlap(("train[:95%]",), ("train[90%:]",))
+    assert not overlap(("train[:95%]",), ("train[95%:]", "val"))

@@ -1,6 +1,8 @@
 """The subcommand evaluate: suites, what is kept, runs side by side."""
 
+import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -10,12 +12,12 @@ from mlip_jax import main as door
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.registry import EVALUATIONS
-from mlip_jax.evaluations import Results, compare, read_results, write_results
+from mlip_jax.evaluations import Results, compare, read_results, suites, write_results
 from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.sheets import html, markdown, sheet
-from mlip_jax.evaluations.verb import file_results
+from mlip_jax.evaluations.verb import file_results, results_name
 
 
 def outcome(name, **figures):
@@ -159,40 +161,140 @@ def test_mistakes_are_one_line(trained, flags, message, capfd):
     assert line.startswith("error: ") and message in line
 
 
-def run(folder, seed, value, rate=0.0):
+def run(folder, seed, value, rate=0.0, **figures):
     config = schema.default()
-    config.seed, config.name, config.model.image.merging.rate = seed, f"c{seed}", rate
-    config.name = "clip"
+    config.seed, config.name, config.model.image.merging.rate = seed, "clip", rate
+    config.batch_size = 10
     folder.mkdir()
     (folder / "config.json").write_text(schema.to_json(config))
-    results = Results()
+    results = Results(step=20)
     results.add("retrieval", outcome("a", **{"text_to_image_recall@1": value}))
+    if figures:
+        results.add("zero_shot", outcome("b", **figures))
     write_results(folder, results)
+
+
+def table_lines(text):
+    """Of a table on the terminal: the cells of each line, split where two blanks stand."""
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
 
 
 def test_runs_side_by_side(tmp_path, capsys):
     for seed, value in enumerate((0.4, 0.5)):
         run(tmp_path / f"plain{seed}", seed, value)
     run(tmp_path / "merged", 0, 0.7, rate=0.3)
+    lines = [{"step": s, "samples": 100 * s, "loss": 1, "images_per_second": 2} for s in (1, 2)]
+    (tmp_path / "merged/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     command = ["mlip", "evaluate", f"--compare={tmp_path}/plain*,{tmp_path}/merged"]
     assert door.main(command) == 0
     output = capsys.readouterr().out
-    assert "45.00 ± 7.07 %" in output and "70.00 %" in output
+    rows = table_lines(output)
+    assert ["Figure", "plain (2 seeds)", "merged", "Chance"] in rows
+    assert ["samples", "200", "200"] in rows and ["parameters", "\u2014", "\u2014"] in rows
+    assert ["time", "\u2014", "1.7 min"] in rows
+    assert ["retrieval \u00b7 a"] in rows
+    assert ["text to image R@1", "45.00 \u00b1 7.07 %", "70.00 %", "10.00 %"] in rows
+    assert f"merged: {tmp_path}/merged (clip, model.image.merging.rate=0.3)" in output
     comparison = json.loads((tmp_path / "comparison.json").read_text())
-    assert [column["label"] for column in comparison["columns"]] == [
-        "clip, rate=0.0 (2 seeds)",
-        "clip, rate=0.3",
-    ]
+    labels = [column["label"] for column in comparison["columns"]]
+    assert labels == ["plain (2 seeds)", "merged"]
     (figure,) = comparison["figures"].values()
     assert figure[0]["values"] == [0.4, 0.5] and figure[1]["deviation"] is None
     assert (
-        "| retrieval · a | text to image R@1 | 45.00 ± 7.07 % | 70.00 % | 10.00 % |"
+        "| retrieval \u00b7 a | text to image R@1 | 45.00 \u00b1 7.07 % | 70.00 % | 10.00 % |"
         in (tmp_path / "comparison.md").read_text()
     )
     assert "<td" in (tmp_path / "comparison.html").read_text()
-    (tmp_path / "merged" / "results.json").unlink()
-    assert door.main(command) == 2
-    assert "has no results: run evaluate --workdir=" in capsys.readouterr().err
+
+
+def test_what_a_run_lacks_is_a_dash(tmp_path, capsys):
+    run(tmp_path / "one", 0, 0.4, top1=0.2)
+    run(tmp_path / "two", 0, 0.5, rate=0.3)
+    run(tmp_path / "none", 0, 0.7, rate=0.5)
+    (tmp_path / "none" / "results.json").unlink()
+    command = f"--compare=first={tmp_path}/one,{tmp_path}/two,{tmp_path}/none"
+    assert door.main(["mlip", "evaluate", command]) == 0
+    output = capsys.readouterr().out
+    rows = table_lines(output)
+    assert ["Figure", "first", "two", "none", "Chance"] in rows
+    assert ["text to image R@1", "40.00 %", "50.00 %", "\u2014", "10.00 %"] in rows
+    assert ["top-1", "20.00 %", "\u2014", "\u2014", "10.00 %"] in rows
+    assert f"none has no results: run evaluate --workdir={tmp_path}/none" in output
+
+
+def test_no_name_is_dropped_at_80_columns(tmp_path, capsys):
+    names = [f"a_run_with_a_rather_long_name_number_{index}" for index in range(9)]
+    for index, name in enumerate(names):
+        run(tmp_path / name, 0, 0.1, rate=index / 10)
+    assert door.main(["mlip", "evaluate", f"--compare={tmp_path}/*"]) == 0
+    drawn = capsys.readouterr().out.partition(f"{names[0]}:")[0].splitlines()
+    assert max(map(len, drawn)) <= 80
+    assert sum(line.count("Chance") for line in drawn) > 1  # several tables, one below the other
+    heads = "".join(line for line in drawn if "\u2500" not in line and "%" not in line)
+    for index in range(9):
+        assert f"number_{index}" in re.sub(r"\s", "", heads) or f"_{index}" in heads
+    assert "\u2026" not in "".join(drawn)
+
+
+def test_results_under_other_prompts_and_rates_take_part(tmp_path, capsys):
+    run(tmp_path / "one", 0, 0.4)
+    results = Results(step=20)
+    results.add("retrieval", outcome("a", **{"text_to_image_recall@1": 0.3}))
+    for change in ("model.image.merging.rate=0.5", "evaluation.templates=clip_80"):
+        write_results(tmp_path / "one", results, results_name([change]))
+    assert door.main(["mlip", "evaluate", f"--compare={tmp_path}/one"]) == 0
+    rows = table_lines(capsys.readouterr().out)
+    assert ["text to image R@1", "40.00 %", "30.00 %", "30.00 %", "10.00 %"] in rows
+    labels = json.loads((tmp_path / "comparison.json").read_text())["columns"]
+    assert [column["label"] for column in labels] == [
+        "one",
+        "one, templates=clip_80",
+        "one, rate=0.5",
+    ]
+
+
+def test_different_templates_never_share_a_file():
+    templates = ["a photo of a {}", "a photo of a {}.", "a photo of a [{}]", "a photo of a_{}"]
+    names = [results_name([f"evaluation.templates={each}"]) for each in templates]
+    assert len(set(names)) == len(templates)
+    assert results_name(["evaluation.templates=clip_80"]) == (
+        "results,evaluation.templates=clip_80.json"
+    )
+
+
+def test_several_templates_at_once(workdir, families, capsys):
+    wanted = "--config.evaluation.templates=clip_7|clip_80|a drawing of {}"
+    assert evaluate(workdir, "--suite=zero_shot", wanted) == 0
+    files = sorted(path.name for path in workdir.glob("results,*.json"))
+    assert len(files) == 3 and files[1:] == [
+        "results,evaluation.templates=clip_7.json",
+        "results,evaluation.templates=clip_80.json",
+    ]
+    output = capsys.readouterr().out
+    assert "templates: clip_80" in output and f"--compare={workdir}" in output
+    assert evaluate(workdir, "--rates=0.25", wanted) == 2
+    assert "--rates goes with one name" in capsys.readouterr().err
+
+
+def test_families_without_labels_are_named(monkeypatch):
+    model = SimpleNamespace()
+    config = schema.default()
+    config.evaluation.linear_probe = ("validation",)
+    for name in EVALUATIONS:
+        kept = EVALUATIONS[name]
+        family = dataclasses.replace(kept, score=lambda sets, spec: None)
+        monkeypatch.setitem(EVALUATIONS._registered, name, family)
+    validation = SimpleNamespace(name="photos", __len__=lambda: 3)
+    results = suites.evaluate(model, config, validation=validation)
+    assert results.left_out["zero_shot"] == (
+        "photos lacks labels; add --config.evaluation.zero_shot=folder:DIR"
+    )
+    assert "photos lacks labels and a training split" in results.left_out["linear_probe"]
+    assert (
+        "photos lacks captions; add --config.evaluation.retrieval=jsonl:FILE"
+        in (results.left_out["retrieval"])
+    )
+    assert any("zero-shot is left out: photos lacks" in note for note in sheet(results, "").notes)
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
@@ -201,7 +303,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     results = read_results(tmp_path / "other")
     results.examples["retrieval/a/text_to_image_recall@1"] = 8
     write_results(tmp_path / "other", results)
-    runs = [compare._read(tmp_path / name) for name in ("one", "other")]
+    runs = [run for name in ("one", "other") for run in compare._read(tmp_path / name, name)]
     notes = compare.compare(compare.group(runs)).notes
     assert "Not to be compared" in notes[-1] and "text to image R@1" in notes[-1]
 

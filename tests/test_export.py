@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax import export as jax_export
+from PIL import Image
 from safetensors.numpy import load_file
 from test_foreign import (
     DATA,
@@ -32,7 +33,7 @@ from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mlip_jax.data.text.tokenizer import load_tokenizer
-from mlip_jax.export import own, programs
+from mlip_jax.export import hugging_face, open_clip, own, programs
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import building
@@ -451,3 +452,29 @@ def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path, monkeypatc
     bare = open_clip_folder(tmp_path / "bare")
     pretrained.adopt(schema.default(), str(bare))
     assert sys.modules.get("torch") is None
+
+
+def test_the_size_for_other_libraries_exports_to_them(tmp_path):
+    config = mlip_jax.config("clip:size=clip_hf,data=jsonl:x")
+    tokenizer = load_tokenizer(config.model.text.tokenizer)
+    network = building.build_for(config, tokenizer)
+    variables = jax.jit(lambda: building.initialise(network, config, jax.random.key(0)))()
+    model = Model(config, variables, tokenizer, Preprocessing.of(config))
+    one, texts = Image.fromarray(IMAGES[0][:, :40]), ["a red car", "a dog runs on grass"]
+    for form, write in (("hf_clip", hugging_face.write), ("open_clip", open_clip.write)):
+        folder = tmp_path / form
+        folder.mkdir()
+        write(folder, model)
+        again = mlip_jax.load(folder)
+        np.testing.assert_allclose(again.encode_text(texts), model.encode_text(texts), atol=1e-5)
+        np.testing.assert_allclose(again.encode_image([one]), model.encode_image([one]), atol=1e-4)
+    assert model.encode_text("a red car").shape == (1, 192)
+    np.testing.assert_array_equal(model.encode_text("a red car"), model.encode_text(["a red car"]))
+    np.testing.assert_array_equal(model.tokenize("a red car"), model.tokenize(["a red car"]))
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert repr(model) == (
+        "<Model clip: vit of 6 layers, 192 wide, 64 pixels; clip of 4 layers, 192 wide; "
+        f"{count:,} parameters; no step; perspectives spatial_global>"
+    )
+    model.step = 1250
+    assert "; step 1,250; " in repr(model)

@@ -12,6 +12,7 @@ import pytest
 
 from mlip_jax.core import files
 from mlip_jax.core.errors import UserError
+from mlip_jax.core.history import read_history
 from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare.readers import parse_object
 from mlip_jax.data.regions.base import open_regions
@@ -28,7 +29,6 @@ from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.verb import _read_draft
 from mlip_jax.interop import artefact, bert, hugging_face, model_folders, open_clip, tensors
 from mlip_jax.reports import report
-from mlip_jax.reports.history import read_history
 from mlip_jax.search.index import Index as SearchIndex
 from mlip_jax.storage import seal
 from mlip_jax.training import attention_choice

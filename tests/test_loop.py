@@ -402,10 +402,11 @@ def test_a_run_without_validation(train, tmp_path, capfd):
     run = tmp_path / "run"
     code, output = train(**{"data.validation": "", "checkpoint.every_samples": 0})
     assert code == 0 and "no figures" not in output
+    assert "--config.data.validation=5% with a new --workdir holds that share" in output
     assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8]
     assert json.loads((run / "results.json").read_text()) == {"step": 8}
     assert door.main(["mlip", "report", f"--workdir={run}"]) == 0
-    assert (run / "report.html").exists()
+    assert "--config.data.validation=5% with a new" in (run / "report.html").read_text()
     capfd.readouterr()
     assert door.main(["mlip", "evaluate", f"--workdir={run}"]) == 2
     assert "names no dataset to evaluate on: add --config.data.valid" in capfd.readouterr().err

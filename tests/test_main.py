@@ -348,7 +348,7 @@ def parameters(name):
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_every_flag_is_a_parameter_of_the_subcommand_and_the_other_way_round(name):
     subcommand_flags = {flag.keyword: flag for flag in flags.FLAGS if name in flag.uses}
-    for keyword in ("config", "workdir", "import", "help", "version"):
+    for keyword in ("config", "workdir", "from", "import", "help", "version"):
         subcommand_flags.pop(keyword, None)
     keyword_flags = {
         keyword: flag for keyword, flag in subcommand_flags.items() if not flag.variable

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mlip_jax.core.errors import RunError
-from mlip_jax.training.metrics import Clock, MetricWriter, cut_back, describe
+from mlip_jax.training.metrics import Clock, MetricWriter, Paces, cut_back, describe
 
 SCALARS = {
     "loss": 3.25,
@@ -137,7 +138,7 @@ def test_without_a_terminal_an_interval_is_a_line(tmp_path):
     first, second = console.file.getvalue().splitlines()
     assert first.startswith(
         "step 10/40  loss 3.250 (spatial_global 1.250, frequency_global 2.000)  "
-        "1,234 images/s  data wait 3 %  left 00:00:0"
+        "1,234 images/s  data wait 3 %  lr 1.0e-03  left 00:00:0"
     )
     assert second == "[saved]"
 
@@ -150,6 +151,53 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
         metrics.note("between")
     drawn = console.file.getvalue()
     assert "10/40" in drawn and "loss 3.250" in drawn and "between" in drawn
+
+
+def test_the_bar_leaves_lines_and_fits_into_80_columns(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with writer(tmp_path, console=console, total_steps=2343) as metrics:
+        metrics.on_step(1)
+        metrics.on_step(2)
+        metrics.begin(1, SCALARS)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "step 1/2343  loss 3.250 (spatial_global" in drawn  # a line that stays
+    bar = [line for line in re.split(r"[\r\n]", drawn) if "2/2343" in line][-1]
+    assert "loss 3.250" in bar and "images/s" in bar and "lr 1.0e-03" in bar and "\u2026" not in bar
+    assert not lines(tmp_path)
+
+
+def test_steps_that_stand_out_are_counted():
+    paces, moment = Paces(), 0.0
+    for step in range(40):
+        moment += 9.0 if step in (20, 30) else 1.0
+        paces.add(moment)
+    assert paces.take_slow() == (2, 9.0) and paces.take_slow() is None
+    paces.rest()
+    paces.add(moment + 1000)  # after an evaluation
+    assert paces.take_slow() is None and paces.last == 1.0
+    for _ in range(5):  # of few steps, none stands out
+        few = Paces()
+        for moment in (0.0, 1.0, 50.0):
+            few.add(moment)
+        assert few.take_slow() is None
+
+
+def test_slow_steps_are_in_the_line(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=200)
+    moments = iter([*range(12), 20.0])
+    with writer(tmp_path, console=console) as metrics:
+        monkeypatch.setattr(metrics._paces, "add", _feed(metrics._paces, moments))
+        for step in range(13):
+            metrics.on_step(step)
+        metrics.on_metrics(13, SCALARS)
+        metrics.on_metrics(14, SCALARS)
+    first, second = console.file.getvalue().splitlines()
+    assert "  1 slow step, up to 9.0 s  left" in first and "slow" not in second
+
+
+def _feed(paces, moments):
+    add = paces.add
+    return lambda _: add(float(next(moments)))
 
 
 def test_one_perspective_is_told_once():

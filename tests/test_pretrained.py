@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from mlip_jax import config as named
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.validation import validate
@@ -126,3 +127,65 @@ def test_nothing_is_read_where_nothing_is_named():
     config.model.text.pretrained = "somewhere"
     with pytest.raises(UserError, match="pretrained is for .*architecture='bert'"):
         validate(config)
+
+
+def run_folder(tmp_path, **changes):
+    """A workdir as far as a config that starts from it looks."""
+    config = named("mlip")
+    config.update_from_flattened_dict(changes)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(schema.to_json(config))
+    return tmp_path / "run"
+
+
+OWN = {
+    "perspectives.spatial_tokens.weight": 0.0,
+    "perspectives.frequency_tokens.weight": 0.1,
+    "perspectives.spatial_global.init_scale": 5.0,
+    "perspectives.spatial_global.warmup_samples": 9,
+    "optimizer.max_scale": 12.0,
+    "model.image.merging.rate": 0.5,
+}
+
+
+def test_a_run_of_the_same_config_keeps_what_it_was_trained_for(tmp_path):
+    folder = run_folder(tmp_path, **OWN)
+    config = named(f"mlip:pretrained={folder},data=jsonl:x")
+    kept = schema.flatten(config.to_dict())
+    wanted = OWN | {
+        "perspectives.spatial_global.warmup_samples": 0,
+        "model.image.merging.proportional_attention": False,
+        "evaluation.frequency_mix": 1.0,
+        "model.image.frequency.depth": 1,
+        "model.image.depth": 3,
+    }
+    assert {key: kept[key] for key in wanted} == wanted
+    config = named(f"mlip:pretrained={folder},data=jsonl:x,objective=sigmoid")
+    assert config.perspectives.spatial_global.loss == "sigmoid"
+    assert config.perspectives.spatial_tokens.weight == 0
+
+
+def test_a_run_of_another_config_brings_its_model_alone(tmp_path):
+    config = named(f"clip:pretrained={run_folder(tmp_path, **OWN)},data=jsonl:x")
+    used = [view for view, each in config.perspectives.items() if each.weight]
+    assert used == ["spatial_global"] and config.perspectives.spatial_global.init_scale > 14
+    assert config.optimizer.max_scale == 12
+
+
+def test_the_summary_counts_what_was_taken():
+    config = named("mlip")
+    config.model.pretrained = "somewhere"
+    network = building.build(config, vocab_size=60, start_id=2, end_id=3)
+    wanted = shapes(config, network)
+    whole = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), wanted)
+    count = len(jax.tree.leaves(wanted))
+    lines = pretrained.summary(config, whole, wanted)
+    assert lines == [
+        f"starts from somewhere: {count} of {count} tensors, 100.0 % of the parameters"
+    ]
+    down = whole["params"]["image_encoder"]["frequency_0"]["mlp"]["down"]
+    for name in down:
+        down[name] = np.zeros_like(down[name])  # as `read` fills them in
+    lines = pretrained.summary(config, whole, wanted)
+    assert lines[0].startswith(f"starts from somewhere: {count - 2} of {count} tensors")
+    assert lines[1] == "  new: image_encoder/frequency_0"

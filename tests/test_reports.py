@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.history import read_history, series
 from mlip_jax.core.schema import default
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Record
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations import Results, write_results
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.reports import write_report
+from mlip_jax.reports import style, write_report
+from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import gain, radial_profile
-from mlip_jax.reports.history import read_history, series
-from mlip_jax.reports.merged_tokens import is_merged
+from mlip_jax.reports.merged_tokens import draw_merging, is_merged
 from mlip_jax.reports.retrieval_sheet import evenly_by_rank
 
 SIZE, PATCH = 24, 6
@@ -203,3 +205,67 @@ def test_queries_are_spread_by_rank():
     assert evenly_by_rank(ranks, 10) == [2, 5, 4, 0, 3]
     assert evenly_by_rank(ranks, 3) == [2, 4, 3]
     assert is_merged(np.array([[0, 1, 1]])) and not is_merged(np.array([[0, 1, 2]]))
+
+
+def test_the_report_says_whose_run_it_is_what_it_started_from_and_how_long_it_took(tmp_path):
+    workdir = tmp_path / "my_photos"
+    workdir.mkdir()
+    write_metrics(workdir / "metrics.jsonl")
+    lines = ["starts from runs/a at step 8: weights and optimizer", "  samples: 64 -> 16"]
+    (workdir / "start.json").write_text(json.dumps(lines))
+    rows = [
+        {"rate": rate, "images_per_second": 9.0, "results": {"zero_shot/a/top1": 0.5}}
+        for rate in (0.0, 0.5)
+    ]
+    (workdir / "merging.json").write_text(json.dumps(rows))
+    page = Page(write_report(workdir, Model(), Drawings(), Drawings()).read_text())
+    assert tuple(page.ids) == (*SECTIONS[:2], "rates", *SECTIONS[2:])
+    words = " ".join(page.text.split())
+    assert words.startswith("my_photos: report")
+    assert "It starts from runs/a at step 8: weights and optimizer. samples: 64 -> 16." in words
+    # 990 steps of 8 samples at 100 a second, over 14 images.
+    letters = words.replace(" ", "")
+    assert "Trainingset14imagesofemojiPassesoverit566" in letters
+    assert "Trainingsteps0:01:19" in letters and "Waitingfordata10%of" in letters
+    assert "Evaluationsontheway1" in letters
+    assert (workdir / "report/rates.png").exists()
+    (workdir / "merging.json").write_text('[{"rate": 0.5}]')
+    with pytest.raises(UserError, match="merging.json is damaged"):
+        write_report(workdir, Model(), None)
+
+
+def test_lines_of_shares_stand_apart_by_colour_and_name(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl")
+    captions = {
+        f"retrieval/photos/{direction}_recall@{k}": 0.001 * k
+        for direction in ("text_to_image", "image_to_text")
+        for k in (1, 5, 10)
+    }
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps({"step": 1, "samples": 8, "time": 1.0} | captions) + "\n")
+    with style.style():
+        figure = draw_curves(read_history(tmp_path / "metrics.jsonl"))
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "Text to image, photos",
+        "Image to text, photos",
+    ]
+    for axes in panels:
+        assert axes.get_legend() is None
+        assert len({line.get_color() for line in axes.lines}) == 3
+        names = {text.get_text(): text.xy[1] for text in axes.texts}
+        assert list(names) == ["R@1", "R@5", "R@10"]
+        places = sorted(names.values())
+        assert min(np.diff(places)) > 0.08 * 0.01  # of the panel, whose top is at 1 %
+
+
+def test_a_fine_grid_is_drawn_large():
+    rng = np.random.default_rng(0)
+    for side, width in ((8, 150), (14, 350)):
+        images = rng.integers(0, 255, (2, side * 4, side * 4, 3), np.uint8)
+        source = rng.integers(0, side * side // 2, (2, side * side))
+        with style.style():
+            figure = draw_merging(images, source, rng.random(source.shape), (side, side))
+            figure.canvas.draw()
+        panel = figure.axes[0] if figure.axes else figure.subfigs[0].axes[0]
+        assert panel.get_window_extent().width * 144 / figure.dpi > width

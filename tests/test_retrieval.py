@@ -254,6 +254,11 @@ def test_a_set_is_scored_with_what_tells_how(monkeypatch):
     assert sets.texts == [3, 2]
     assert outcome.name == "birds"
     assert outcome.figures["image_to_text_recall@1"] == 3 / 4
+    assert not [key for key in outcome.figures if "actual" in key]
+    assert set(outcome.figures) == set(outcome.chance) == set(outcome.protocols)
+    sets.config = default()
+    sets.config.evaluation.actual_recall = True
+    outcome = retrieval.score(sets, "jsonl:birds.jsonl")
     assert outcome.figures["image_to_text_actual_recall@1"] == pytest.approx(2 / 4)
     assert outcome.figures["text_to_image_actual_recall@5"] == 1
     keys = set(outcome.figures)

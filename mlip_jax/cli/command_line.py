@@ -22,7 +22,7 @@ from mlip_jax.core.key_names import find_key
 from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
 from mlip_jax.recipes.config_files import import_file, load_config
-from mlip_jax.recipes.lengths import settle
+from mlip_jax.recipes.lengths import forget, settle
 
 _OF_ANY_MODEL = ("evaluate", "export", "search")  # subcommands that need no run, but a model
 _MODEL_FILES = ("mlip_config.json", "open_clip_config.json")
@@ -89,7 +89,13 @@ def parse(arguments: Sequence[str]) -> Command | str:
             )
         return Command(subcommand, None, None, options)
     file, folder = options.pop("config", None), options.pop("workdir", None)
-    config = _find_config(subcommand, subcommands.DEFAULT, file, folder)
+    source = options.pop("from", None)
+    if source:
+        _check_branch(source, folder)
+    config = _find_config(subcommand, subcommands.DEFAULT, file, source or folder)
+    if source:
+        config.start_from = source
+        forget(config)
     _override(config, remaining)
     validate(config)
     workdir = Path(folder or Path("runs") / config.name)
@@ -141,9 +147,10 @@ def _find_config(
 ) -> ConfigDict:
     if file:
         return load_config(file)
-    if subcommand == default:
+    if subcommand == default and not (workdir and (Path(workdir) / "config.json").is_file()):
         raise UserError(
-            "no config: say which experiment to run, such as --config=mlip (--help shows more)"
+            "no config: say which experiment to run, such as --config=mlip, or --workdir=DIR alone "
+            "with the folder of a run to go on with (--help shows more)"
         )
     if not workdir:
         raise UserError(
@@ -162,6 +169,18 @@ def _find_config(
     if not path.exists():
         raise UserError(f"{workdir} is no workdir of a run: it has no config.json; check --workdir")
     return read_config(path.parent)
+
+
+def _check_branch(source: str, workdir: str | None) -> None:
+    if not (Path(source) / "config.json").is_file():
+        raise UserError(f"--from={source} is no workdir of a run: it has no config.json")
+    if not workdir:
+        raise UserError(f"--from={source} starts a run of its own: add --workdir=DIR for it")
+    if Path(workdir).resolve() == Path(source).resolve():
+        raise UserError(
+            f"--from and --workdir are both {source}: a branch needs a folder of its own; to make "
+            f"the run itself longer, leave out --from"
+        )
 
 
 def _holds_model(folder: Path) -> bool:

@@ -114,8 +114,8 @@ FLAGS = (
             "train": Use(
                 Text(),
                 "DIR",
-                "the folder of the run; one that holds the run already is resumed (default: "
-                "runs/NAME with NAME from the config)",
+                "the folder of the run; one that holds the run already is resumed, and needs no "
+                "--config (default: runs/NAME with NAME from the config)",
             ),
             "evaluate": Use(
                 Text(),
@@ -131,6 +131,28 @@ FLAGS = (
             "benchmark": Use(
                 Text(), "DIR", "where the result is written (default: runs/NAME of the config)"
             ),
+        },
+    ),
+    Flag(
+        "from",
+        {
+            "train": Use(
+                Text(),
+                "RUN",
+                "start a branch in --workdir from the weights and the optimizer of this run, "
+                "under its config or --config, with overrides; its schedule starts anew",
+            )
+        },
+    ),
+    Flag(
+        "profile",
+        {
+            "train": Use(
+                Whole(1),
+                "STEPS",
+                "trace so many steps of this start into the folder profile of the workdir, for "
+                "TensorBoard and xprof",
+            )
         },
     ),
     Flag(

@@ -35,10 +35,16 @@ SUBCOMMANDS = {
         "mlip_jax.training.verb",
         "train",
         "train a model, evaluate it and write a report (default)",
-        ("--config=CONFIG [--workdir=DIR] [--config.KEY=VALUE ...]",),
+        (
+            "--config=CONFIG [--workdir=DIR] [--config.KEY=VALUE ...]",
+            "--workdir=DIR [--config.samples=MORE]",
+            "--from=RUN --workdir=DIR [--config.KEY=VALUE ...]",
+        ),
         (
             "Trains the model that a config describes, evaluates it and writes a report into the "
-            "workdir. The same command resumes a run that was stopped.",
+            "workdir. The same command resumes a run that was stopped, and so does --workdir "
+            "alone. A run of a schedule with a cooldown can be made longer; --from starts a branch "
+            "of any run.",
             "The exit code is 0 when the run is complete, 75 when it was told to stop and has "
             "saved everything, 1 when it failed and 2 for a mistake on the command line or in the "
             "config.",
@@ -47,6 +53,8 @@ SUBCOMMANDS = {
             "mlip train --config=mlip",
             "mlip train --config=mlip --workdir=runs/half --config.samples=100000",
             "mlip train --config=mlip:size=B/16,data=jsonl:pairs.jsonl",
+            "mlip train --from=runs/mlip --workdir=runs/lower \\\n"
+            "  --config.optimizer.learning_rate=1e-4",
         ),
     ),
     "evaluate": Subcommand(

@@ -137,6 +137,8 @@ SCHEDULES: Table[MakeSchedule] = Table(
     {
         "cosine": "mlip_jax.training.optimizer:cosine",
         "constant": "mlip_jax.training.optimizer:constant",
+        "wsd": "mlip_jax.training.optimizer:constant",
+        "rsqrt": "mlip_jax.training.optimizer:rsqrt",
     },
 )
 EVALUATIONS: Table[Family] = Table(

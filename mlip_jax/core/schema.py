@@ -82,6 +82,8 @@ def default() -> ConfigDict:
     # Passes over the training set, from which `samples` follows; 0: `samples` says it; -1: as many
     # as suit the size of the set, `samples` at most.
     config.epochs = 0.0
+    # A workdir whose weights and optimizer this run starts from, its step at 0; "": afresh.
+    config.start_from = ""
     config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
     # Of training, in a ViT and a "clip" text encoder: "plain", our own, or "xla" or "cudnn", JAX's;
     # "auto": what a probe finds the fastest on a GPU, else "plain". Evaluation is "plain".
@@ -92,7 +94,8 @@ def default() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.train = "emoji"  # a named set, KIND:PATH, or mix:SET*WEIGHT+SET*WEIGHT (docs/data.md)
-    data.validation = "auto"  # the same grammar; "auto": the training set's own split; "": none
+    # The same grammar; "auto": the training set's own split; "5%": that share of it; "": none
+    data.validation = "auto"
     data.cache_dir = ""  # "": $MLIP_JAX_CACHE, else ~/.cache/mlip_jax
     data.workers = -1  # processes that decode and augment; -1: by the number of cores
     # "exif": images are turned upright as their EXIF data say, which the recipes take; "ignore":
@@ -223,7 +226,12 @@ def default() -> ConfigDict:
         {
             # "muon": kernels get orthogonal updates, all else AdamW's; "sgd": with momentum
             "name": "adamw",
-            "schedule": "cosine",  # of the rate after the warm-up; or "constant"
+            # Of the rate after the warm-up: "cosine" falls to 0 at the end; "constant"; "wsd",
+            # constant, then a cooldown; "rsqrt", by the root of the samples, then a cooldown.
+            "schedule": "cosine",
+            # The last samples, over which the rate falls to 0 in a line, whatever the schedule;
+            # -1: a fifth of the run for "wsd" and "rsqrt", none for the others.
+            "cooldown_samples": -1,
             "learning_rate": 1e-3,
             # Shares of the learning rate; an encoder with 0 is frozen.
             "rates": {"image": 1.0, "text": 1.0, "heads": 1.0},
@@ -257,12 +265,16 @@ def default() -> ConfigDict:
             # Sets by the grammar of data.train; "validation" is the run's own.
             "retrieval": ("validation",),
             "zero_shot": ("validation",),  # sets with labels
+            # Of retrieval, beside hit recall, where a query has several right answers.
+            "actual_recall": False,
             "linear_probe": (),
             "few_shot": (),
             "svm": (),
             "grounding": (),  # "compositions", or sets of regions
             "concepts": (),  # "gender", or the path of a JSON file
-            "templates": "plain",  # prompts.json; "auto": those of a well-known set
+            # Of templates.json; "auto": those of a well-known set; or a template with {}. The
+            # subcommand evaluate takes several, with | between.
+            "templates": "plain",
             "class_names": "",  # "": the set's; names in prompts.json, or a JSON file
             "frequency_mix": 0.0,  # image embedding: spatial + this * frequency, normalised
             "probe": {

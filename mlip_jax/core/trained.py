@@ -14,6 +14,7 @@ from mlip_jax.core.registry import DATASETS
 
 ENVIRONMENT = "environment.json"  # of a workdir; its FOLDER is where the run was trained from
 FOLDER = "folder"
+START = "start.json"  # of a workdir: what the run started from, in lines
 _OF_REGIONS = ("refcoco", "regions")
 _SPEC = re.compile(r"(?P<kind>\w+):(?P<where>.+)", re.DOTALL)
 _OF_MIXTURE = re.compile(r"(?<=[:+])(?P<kind>\w+):(?P<where>[^*]+)(?=\*)")

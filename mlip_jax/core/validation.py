@@ -57,7 +57,10 @@ _RULES = (
     (r"data\.augment\.(affine|color)", "in [0, 2]"),
     (r"data\.workers", "at least -1"),
     (r"optimizer\.(weight_decay|clip_norm|rates\..*|lookahead\.period)", "at least 0"),
-    (r"(optimizer\.warmup|checkpoint\.every|evaluation\.every)_samples", "at least -1"),
+    (
+        r"(optimizer\.warmup|optimizer\.cooldown|checkpoint\.every|evaluation\.every)_samples",
+        "at least -1",
+    ),
     (r".*(_samples|_penalty|\.weight|\.depth)", "at least 0"),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import glob
 import json
+import os
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
+from mlip_jax.core.history import read_history, training_seconds
+from mlip_jax.core.tables import make_table
 from mlip_jax.evaluations.results import Results, read_results
-from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names, terminal
+from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names
+from mlip_jax.storage.checkpoint import count_parameters, saved_steps
 
 FILE_STEM = "comparison"
-_KEYS_SHOWN = 3
+_DASH = "\u2014"  # a figure that a column does not have
+_TRAINING = "Training"  # the rows above the figures
+_LABEL = 18  # characters of a label in a line; longer ones go on in the next
+_KEYS_SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Run:
-    """A workdir with results."""
+    """A workdir, or results of it under other prompts or rates."""
 
     workdir: Path
     config: ConfigDict
     results: Results
+    name: str  # the user's, or the folder's
+    variant: str = ""  # what an evaluation has changed, as its file's name says it
 
 
 @dataclass(frozen=True)
@@ -47,16 +59,16 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     """Prints the results of several workdirs side by side and writes comparison.{json,md,html}.
 
     Args:
-      workdirs: folders, or patterns such as "runs/mlip*".
+      workdirs: folders, or patterns such as "runs/mlip*"; "NAME=DIR" gives one a name.
       folder: where the files go; None: the folder that holds all the workdirs.
 
     Returns:
       0.
 
     Raises:
-      UserError: for a folder without results, or a pattern that no folder fits.
+      UserError: for a folder that holds no run, or a pattern that no folder fits.
     """
-    runs = [_read(path) for path in _expand(workdirs)]
+    runs = [run for path, name in _expand(workdirs) for run in _read(path, name)]
     columns = group(runs)
     comparison = compare(columns)
     if folder is None:
@@ -67,7 +79,9 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     write_atomically(path.with_suffix(".md"), markdown(comparison))
     write_atomically(path.with_suffix(".html"), html(comparison))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(terminal(comparison))
+    for drawn in tables(comparison, console.width):
+        console.print(drawn)
+    console.print("\n".join(comparison.notes))
     console.print(f"comparison: {path} (also .md, .html)")
     return 0
 
@@ -76,31 +90,46 @@ def group(runs: Sequence[Run]) -> list[Column]:
     """Puts runs whose configs differ in the seed alone, or in what moves no parameter, together."""
     groups: list[list[Run]] = []
     for run in runs:
-        column_runs = next((other for other in groups if not _differences(other[0], run)), None)
+        column_runs = next((other for other in groups if _belongs(run, other[0])), None)
         if column_runs is None:
             groups.append([run])
         else:
             column_runs.append(run)
-    return [Column(_label(column_runs, groups), tuple(column_runs)) for column_runs in groups]
+    labels = [_label(column_runs) for column_runs in groups]
+    return [
+        Column(label if labels.count(label) == 1 else f"{label} {number}", tuple(column_runs))
+        for number, (label, column_runs) in enumerate(zip(labels, groups, strict=True), 1)
+    ]
 
 
 def compare(columns: Sequence[Column]) -> Sheet:
     """The figures of the columns, mean and standard deviation over the runs of each."""
     runs = [run for column in columns for run in column.runs]
     keys = dict.fromkeys(key for run in runs for key in run.results.figures)
-    rows, unlike = [], []
-    for key in keys:
+    rows = [
+        (_TRAINING, words, *(_over_runs(measure, column) for column in columns), "")
+        for words, measure in (
+            ("samples", _samples),
+            ("parameters", _parameters),
+            ("time", _time),
+        )
+    ]
+    unlike = []
+    for key in sorted(keys, key=lambda key: list(dict.fromkeys(map(_set, keys))).index(_set(key))):
         chances = {run.results.chance.get(key) for run in runs if key in run.results.figures}
         expected = chances.pop() if len(chances) == 1 else None
         if not _alike(runs, key):
-            unlike.append(" · ".join(names(key)))
+            unlike.append(" \u00b7 ".join(names(key)))
         cells = [_cell(key, column.values(key)) for column in columns]
         rows.append((*names(key), *cells, "" if expected is None else formatted(key, expected)))
-    notes = [
-        f"{column.label}: {', '.join(str(run.workdir) for run in column.runs)}"
-        for column in columns
-    ]
-    notes.append("± is the standard deviation over runs that differ in their seed alone.")
+    notes = [f"{column.label}: {_described(column, columns)}" for column in columns]
+    if any(len(column.runs) > 1 for column in columns):
+        notes.append("\u00b1 is the standard deviation over runs that differ in their seed alone.")
+    for column in columns:
+        if not any(run.results.figures for run in column.runs):
+            notes.append(
+                f"{column.label} has no results: run evaluate --workdir={column.runs[0].workdir}"
+            )
     if unlike:
         notes.append(
             f"Not to be compared, for they rest on other examples or protocols: {'; '.join(unlike)}"
@@ -109,28 +138,78 @@ def compare(columns: Sequence[Column]) -> Sheet:
     return Sheet("Comparison", ("Dataset", "Figure", *labels, "Chance"), rows, notes)
 
 
-def _expand(workdirs: Sequence[str]) -> list[Path]:
-    paths: dict[Path, None] = {}
-    for pattern in workdirs:
+def tables(comparison: Sheet, width: int) -> list[Table]:
+    """The comparison as tables that are no wider than `width`, each with some of its columns."""
+    figures_width = max(len(row[1]) for row in comparison.rows) + 6  # indent, edges, space
+    needed = [
+        max(min(len(heading), _LABEL), *(len(row[place]) for row in comparison.rows)) + 3
+        for place, heading in enumerate(comparison.headings)
+    ]
+    blocks: list[list[int]] = [[]]
+    for place in range(2, len(comparison.headings) - 1):
+        taken = figures_width + sum(needed[column] for column in blocks[-1]) + needed[-1]
+        if blocks[-1] and taken + needed[place] > width:
+            blocks.append([])
+        blocks[-1].append(place)
+    return [_block(comparison, [*block, len(comparison.headings) - 1]) for block in blocks]
+
+
+def _block(comparison: Sheet, places: Sequence[int]) -> Table:
+    drawn = make_table(("Figure", *(comparison.headings[place] for place in places)))
+    last = None
+    for row in comparison.rows:
+        if row[0] != last:
+            if last is not None:
+                drawn.add_section()
+            drawn.add_row(Text(row[0], style="bold"))
+            last = row[0]
+        drawn.add_row(Text(f"  {row[1]}"), *(Text(row[place]) for place in places))
+    return drawn
+
+
+def _expand(workdirs: Sequence[str]) -> list[tuple[Path, str]]:
+    """The folders, each with what the user calls it or its own name."""
+    paths: dict[Path, str] = {}
+    for given in workdirs:
+        pattern, name = given, ""
+        if "=" in given and not glob.glob(str(Path(given).expanduser())):
+            name, _, pattern = given.partition("=")
         fitting = sorted(glob.glob(str(Path(pattern).expanduser())))
         if not fitting:
             raise UserError(f"--compare: there is no folder {pattern}")
-        paths |= dict.fromkeys(Path(path) for path in fitting if Path(path).is_dir())
-    if len(paths) < 2:
-        raise UserError("--compare needs at least two workdirs: --compare=runs/a,runs/b")
-    return list(paths)
+        for path in map(Path, fitting):
+            if path.is_dir():
+                paths.setdefault(path, name)
+    if not paths:
+        raise UserError("--compare needs workdirs: --compare=runs/a,runs/b")
+    return [(path, name or _own_name(path, list(paths))) for path, name in paths.items()]
 
 
-def _read(workdir: Path) -> Run:
+def _own_name(path: Path, others: Sequence[Path]) -> str:
+    """As many of a folder's last parts as tell it from the others."""
+    parts = path.absolute().parts
+    for count in range(1, len(parts)):
+        name = "/".join(parts[-count:])
+        if sum("/".join(other.absolute().parts[-count:]) == name for other in others) == 1:
+            return name
+    return str(path)
+
+
+def _read(workdir: Path, name: str) -> list[Run]:
+    """A workdir's own results, even if there are none, and those under other settings."""
     file = workdir / "config.json"
     if not file.is_file():
         raise UserError(f"--compare: {workdir} is no workdir of a run: it has no config.json")
-    results = read_results(workdir)
-    if not results.figures:
-        raise UserError(
-            f"--compare: {workdir} has no results: run evaluate --workdir={workdir} first"
-        )
-    return Run(workdir, schema.from_file(file), results)
+    config = schema.from_file(file)
+    runs = [Run(workdir, config, read_results(workdir), name)]
+    for changed in sorted(workdir.glob("results,*.json")):
+        variant = changed.name.removeprefix("results,").removesuffix(".json")
+        runs.append(Run(workdir, config, read_results(workdir, changed.name), name, variant))
+    return runs
+
+
+def _belongs(run: Run, other: Run) -> bool:
+    return run.variant == other.variant and not _differences(run, other)
 
 
 def _differences(one: Run, other: Run) -> list[str]:
@@ -138,22 +217,62 @@ def _differences(one: Run, other: Run) -> list[str]:
     return [line for line in lines if line.partition(":")[0] not in ("seed", "name")]
 
 
-def _label(column_runs: list[Run], groups: list[list[Run]]) -> str:
-    """The config's name, what sets it apart from others of that name, and how many seeds."""
-    config = column_runs[0].config
-    flat = schema.flatten(config.to_dict())
-    namesakes = [other[0] for other in groups if other[0].config.name == config.name]
+def _label(column_runs: Sequence[Run]) -> str:
+    """The runs' common name, what an evaluation has changed, and how many seeds."""
+    run_names = [run.name for run in column_runs]
+    shared = os.path.commonprefix(run_names) if len(set(run_names)) > 1 else run_names[0]
+    label = shared.rstrip("0123456789-_./ ") or run_names[0]
+    if len(column_runs) == 1:
+        label = run_names[0]
+    variant = column_runs[0].variant
+    if variant:
+        # Of "evaluation.templates=plain" the last word of the key says enough.
+        label += ", " + re.sub(r"(?:^|(?<=,))[\w.]*\.(\w+=)", r"\1", variant)
+    return f"{label} ({len(column_runs)} seeds)" if len(column_runs) > 1 else label
+
+
+def _described(column: Column, columns: Sequence[Column]) -> str:
+    """Its folders, and what sets its config apart from the first column's."""
+    folders = ", ".join(dict.fromkeys(str(run.workdir) for run in column.runs))
+    config = schema.flatten(column.runs[0].config.to_dict())
     keys = dict.fromkeys(
         line.partition(":")[0]
-        for other in namesakes
-        for line in _differences(column_runs[0], other)
+        for other in columns
+        for line in _differences(column.runs[0], other.runs[0])
     )
-    parts = [
-        config.name,
-        *(f"{key.split('.')[-1]}={flat[key]}" for key in list(keys)[:_KEYS_SHOWN]),
-    ]
-    seeds = f" ({len(column_runs)} seeds)" if len(column_runs) > 1 else ""
-    return ", ".join(parts) + seeds
+    words = [config["name"], *(f"{key}={config.get(key)}" for key in list(keys)[:_KEYS_SHOWN])]
+    more = ", ..." if len(keys) > _KEYS_SHOWN else ""
+    return f"{folders} ({', '.join(words)}{more})"
+
+
+def _set(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _over_runs(measure: Callable[[Run], float | None], column: Column) -> str:
+    values = [value for run in column.runs if (value := measure(run)) is not None]
+    if not values:
+        return _DASH
+    mean = statistics.fmean(values)
+    if measure is not _time:
+        return f"{mean:,.0f}"
+    return f"{mean / 3600:,.1f} h" if mean >= 3600 else f"{mean / 60:,.1f} min"
+
+
+def _samples(run: Run) -> float | None:
+    if run.results.step is not None:
+        return float(run.results.step * run.config.batch_size)
+    steps = saved_steps(run.workdir)
+    return float(steps[0] * run.config.batch_size) if steps else None
+
+
+def _parameters(run: Run) -> float | None:
+    return count_parameters(run.workdir)
+
+
+def _time(run: Run) -> float | None:
+    """Seconds of training, without evaluations and pauses."""
+    return training_seconds(read_history(run.workdir / "metrics.jsonl"))
 
 
 def _alike(runs: Sequence[Run], key: str) -> bool:
@@ -163,7 +282,7 @@ def _alike(runs: Sequence[Run], key: str) -> bool:
 
 def _cell(key: str, values: Sequence[float]) -> str:
     if not values:
-        return ""
+        return _DASH
     mean = formatted(key, statistics.fmean(values))
     if len(values) == 1:
         return mean
@@ -181,6 +300,7 @@ def _as_json(columns: Sequence[Column]) -> dict[str, object]:
             {
                 "label": column.label,
                 "workdirs": [str(run.workdir) for run in column.runs],
+                "changed": column.runs[0].variant,
                 "seeds": [run.config.seed for run in column.runs],
             }
             for column in columns

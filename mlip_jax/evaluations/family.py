@@ -26,6 +26,7 @@ class Family:
       check: (sets, spec), raises UserError for a dataset that it cannot be done on.
       default_set: its dataset in a suite where the config names none.
       at_intervals: whether it is fast enough to be repeated while training.
+      wants: what a validation set must have for it, and a dataset that has it.
       needs_joint_space: whether images and texts must lie in one space.
     """
 
@@ -34,3 +35,4 @@ class Family:
     default_set: str = "validation"
     at_intervals: bool = False
     needs_joint_space: bool = True
+    wants: tuple[str, str] = ("labels", "folder:DIR")

@@ -164,4 +164,9 @@ def _listed(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts))
 
 
-FAMILY = Family(score, check, needs_joint_space=False)
+FAMILY = Family(
+    score,
+    check,
+    needs_joint_space=False,
+    wants=("labels and a training split with labels", "folder:DIR"),
+)

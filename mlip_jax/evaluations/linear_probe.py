@@ -256,4 +256,9 @@ def _correct(
     return int((ranks(linear, features, labels) == 1).sum())
 
 
-FAMILY = Family(score, check, needs_joint_space=False)
+FAMILY = Family(
+    score,
+    check,
+    needs_joint_space=False,
+    wants=("labels and a training split with labels", "folder:DIR"),
+)

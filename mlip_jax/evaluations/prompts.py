@@ -45,6 +45,11 @@ def check(config: ConfigDict) -> None:
         _read_names(class_names)
 
 
+def several_templates(names: str) -> list[str]:
+    """The names of templates, or templates, between |: "plain|clip_80|a drawing of {}"."""
+    return [name.strip() for name in names.split("|") if name.strip()] or [names]
+
+
 def find_templates(name: str, set_name: str = "") -> tuple[str, ...]:
     """The prompt templates of a name, or one template.
 
@@ -67,7 +72,8 @@ def find_templates(name: str, set_name: str = "") -> tuple[str, ...]:
         valid = ("auto", *templates_by_name)
         raise UserError(
             f"config.evaluation.templates={name!r} is neither a list (auto, plain, simple, clip_7, "
-            "clip_80, or a dataset's such as cifar10) nor a template with {} where the class goes"
+            "clip_80, or a dataset's such as cifar10) nor a template with {} where the class goes; "
+            "several, with | between, go with the subcommand evaluate"
             f"{suggestion(name, valid)}"
         )
     return tuple(templates_by_name.get(name, (name,)))

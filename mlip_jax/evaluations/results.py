@@ -26,6 +26,7 @@ class Results:
         default_factory=dict
     )  # "family/dataset" -> what was done and left out
     step: int | None = None  # of the checkpoint
+    left_out: dict[str, str] = field(default_factory=dict)  # family -> why; not kept in the file
     done: list[str] = field(default_factory=list)  # "family=spec", figures found or not
 
     def add(self, family: str, outcome: Outcome) -> None:
@@ -65,6 +66,7 @@ class Results:
         self.examples |= other.examples
         self.protocols |= other.protocols
         self.notes |= other.notes
+        self.left_out |= other.left_out
 
 
 def write_results(

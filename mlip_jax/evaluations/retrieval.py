@@ -264,11 +264,14 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     )
     assert embedded.embeddings is not None  # `evaluation` was asked for them
     values = recall(embedded.embeddings[images], text_embeddings, pairs, progress=sets.progress)
+    if not sets.config.evaluation.actual_recall:
+        values = {key: value for key, value in values.items() if "_actual_recall@" not in key}
+    expected = chance(pairs, len(images), len(texts))
     queries = {"text_to_image": len(texts), "image_to_text": len(np.unique(pairs[:, 0]))}
     return Outcome(
         embedded.name,
         values,
-        chance(pairs, len(images), len(texts)),
+        {key: expected[key] for key in values},
         {key: queries[direction] for direction in DIRECTIONS for key in values if direction in key},
         {key: _protocol(key) for key in values},
         f"{len(images):,} images, {len(texts):,} distinct captions, all ranked against all; ties "
@@ -332,4 +335,4 @@ def _expected_recall(positives: Int[np.ndarray, " queries"], candidates: int, k:
     return float(1 - np.average(missed, weights=counts))
 
 
-FAMILY = Family(score, check, at_intervals=True)
+FAMILY = Family(score, check, at_intervals=True, wants=("captions", "jsonl:FILE"))

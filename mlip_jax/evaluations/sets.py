@@ -14,9 +14,12 @@ from ml_collections import ConfigDict
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.progress import track
 from mlip_jax.data.batches.training import evaluation_batches
+from mlip_jax.data.sets.held_out import overlap
 from mlip_jax.data.sets.opening import (
+    held_out_share,
     open_evaluation,
     open_source,
+    open_training,
     open_validation,
     own_set,
     split_spec,
@@ -151,16 +154,16 @@ class Sets:
         if (spec, "training") not in self._opened:
             opened = None
             is_validation = spec == "validation"
-            if not is_validation or self.config.data.validation == "auto":
+            if is_validation and held_out_share(self.config.data):
+                opened = open_training(self.config.data, self.config.model.text.cleaning)
+            elif not is_validation or self.config.data.validation == "auto":
                 training_spec = own_set(self.config.data) if is_validation else split_spec(spec)[0]
                 try:
                     opened = open_source(training_spec, "train", **self._how)
                 except MissingSplit:
                     opened = None
             evaluation = self.source(spec)
-            if opened is not None and set(opened.parts) & set(
-                evaluation.parts if evaluation else ()
-            ):
+            if opened is not None and overlap(opened.parts, evaluation.parts if evaluation else ()):
                 opened = None  # what is evaluated on is not for training
             self._opened[spec, "training"] = opened
         return self._opened[spec, "training"]

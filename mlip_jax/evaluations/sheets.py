@@ -41,6 +41,9 @@ def sheet(results: Results, title: str) -> Sheet:
             )
         )
     notes = [f"{_group(group)}: {note}" for group, note in results.notes.items()]
+    notes += [
+        f"{family.replace('_', '-')} is left out: {why}" for family, why in results.left_out.items()
+    ]
     return Sheet(title, _HEADINGS, rows, notes)
 
 

@@ -21,6 +21,12 @@ SUITES = {
     "clip_lite": ("retrieval", "zero_shot", "linear_probe", "svm", "grounding", "concepts"),
 }
 ALL = "all"
+# What a run that was evaluated on nothing says at its end, and in its report.
+WITHOUT_VALIDATION = (
+    "Nothing was evaluated: the run has no validation set. --config.data.validation=5% with a new "
+    "--workdir holds that share of the training set out; mlip evaluate --workdir=DIR "
+    "--config.data.validation=KIND:PATH evaluates this run on another dataset."
+)
 
 
 def at_intervals() -> list[str]:
@@ -58,6 +64,12 @@ def apply_suite(config: ConfigDict, suite: str) -> None:
             config.evaluation[name] = ()
         elif not config.evaluation[name]:
             config.evaluation[name] = (EVALUATIONS[name].default_set,)
+
+
+def _why_left_out(family: str, validation: Source | None) -> str:
+    wanted, example = EVALUATIONS[family].wants
+    lack = f"{validation.name} lacks {wanted}" if validation else "there is no validation set"
+    return f"{lack}; add --config.evaluation.{family}={example}"
 
 
 def check(config: ConfigDict) -> None:
@@ -121,6 +133,8 @@ def evaluate(
             outcome = EVALUATIONS[name].score(sets, spec)
             if outcome is not None:
                 results.add(name, outcome)
+            elif spec == "validation":
+                results.left_out[name] = _why_left_out(name, sets.source(spec))
             results.done.append(place)
             if keep is not None:
                 keep(results)

@@ -202,4 +202,9 @@ def _note(
     return note
 
 
-FAMILY = Family(score, check, needs_joint_space=False)
+FAMILY = Family(
+    score,
+    check,
+    needs_joint_space=False,
+    wants=("labels and a training split with labels", "folder:DIR"),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from mlip_jax.core.registry import EVALUATIONS
 from mlip_jax.devices import cluster
 from mlip_jax.evaluations import merging_rates
 from mlip_jax.evaluations.compare import compare_workdirs
+from mlip_jax.evaluations.prompts import several_templates
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
 from mlip_jax.evaluations.sheets import html, markdown, sheet, table
 from mlip_jax.evaluations.suites import apply_suite, check, evaluate
@@ -76,20 +78,34 @@ def evaluate_workdir(
 def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[float]) -> int:
     if suite:
         apply_suite(config, suite)
-    check(config)
+    for templates in several_templates(config.evaluation.templates):
+        one = copy.deepcopy(config)
+        one.evaluation.templates = templates
+        check(one)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     trained, _ = model_folders.settings(workdir)
     home = workdir
     if model_folders.kind(workdir) not in ("workdir", "exported"):
         home = Path("runs") / "foreign" / trained.name
         home.mkdir(parents=True, exist_ok=True)
+    prompts = several_templates(config.evaluation.templates)
+    if rates and len(prompts) > 1:
+        raise UserError(
+            "--rates goes with one name in config.evaluation.templates, not with several"
+        )
     if not rates:
-        model = load(workdir, config=config)
-        for sentence in model.about.get("lost", ()):
-            console.print(f"note: lost when this model was exported: {sentence}")
-        results, path = _score(model, config, trained, home, console)
-        console.print(table(results))
-        console.print(f"results: {path} (also .md, .html)")
+        for templates in prompts:
+            config.evaluation.templates = templates
+            model = load(workdir, config=config)
+            for sentence in model.about.get("lost", ()):
+                console.print(f"note: lost when this model was exported: {sentence}")
+            results, path = _score(model, config, trained, home, console)
+            if len(prompts) > 1:
+                console.print(f"templates: {templates}")
+            console.print(table(results))
+            console.print(f"results: {path} (also .md, .html)")
+        if len(prompts) > 1:
+            console.print(f"side by side: mlip evaluate --compare={home}")
         return 0
 
     def loaded(changed: ConfigDict) -> Model:
@@ -158,7 +174,11 @@ def _read_draft(draft: Path, step: int | None) -> Results:
 def changes(trained: ConfigDict, config: ConfigDict) -> list[str]:
     """Every key that moves a figure and differs from how the run was trained: "key=value"."""
     # The families' keys name datasets, and figures carry the datasets' names.
-    moves_none = {"evaluation.batch_size", *(f"evaluation.{family}" for family in EVALUATIONS)}
+    moves_none = {
+        "evaluation.batch_size",
+        "evaluation.actual_recall",
+        *(f"evaluation.{family}" for family in EVALUATIONS),
+    }
     before, now = schema.flatten(trained.to_dict()), schema.flatten(config.to_dict())
     return [
         f"{key}={now[key]}"
@@ -171,8 +191,10 @@ def results_name(changed: list[str]) -> str:
     """The file for the results under these changes; results.json when there are none."""
     if not changed:
         return FILE_NAME
-    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed))
-    if len(name.encode()) > _LONGEST_NAME:
-        digest = hashlib.sha256(",".join(changed).encode()).hexdigest()[:8]
+    whole = ",".join(changed)
+    name = re.sub(r"[^\w.,=+-]+", "_", whole)
+    # What is cut, or written by other characters, may be like what another change comes to.
+    if len(name.encode()) > _LONGEST_NAME or name != whole:
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
         name = f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')},{digest}"
     return f"results,{name}.json"

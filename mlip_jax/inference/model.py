@@ -75,6 +75,21 @@ class Model:
         self.step: int | None = None
         self.about: Mapping[str, Any] = {}
 
+    def __repr__(self) -> str:
+        """What it is, in a line: config, sizes, parameters, step, perspectives."""
+        image, text = self.config.model.image, self.config.model.text
+        count = sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
+        trained_on = [view for view, each in self.config.perspectives.items() if each.weight > 0]
+        parts = [
+            f"{image.architecture} of {image.depth} layers, {image.width} wide, "
+            f"{image.image_size} pixels",
+            f"{text.architecture} of {text.depth} layers, {text.width} wide",
+            f"{count:,} parameters",
+            "no step" if self.step is None else f"step {self.step:,}",
+            f"perspectives {', '.join(trained_on)}",
+        ]
+        return f"<Model {self.config.name}: {'; '.join(parts)}>"
+
     def with_variables(self, variables: Any) -> Model:
         """The model with other variables, placed as the former; nothing is compiled again."""
         other = copy.copy(self)

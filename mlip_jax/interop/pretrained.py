@@ -116,16 +116,19 @@ _TEXT_SIZES = (
 )
 
 
-def adopt(config: ConfigDict, path: str) -> None:
+def adopt(config: ConfigDict, path: str) -> ConfigDict | None:
     """Makes the config's model the one in a folder, to train on from there.
 
     Sizes, tokenizer, pixel mean and deviation become the model's, the learning rate a tenth: what
     is learned already moves less (a choice of ours). Logit scales may reach CLIP's 100, where such
-    models have theirs. Objectives and data stay the config's.
+    models have theirs. Objectives and data stay the config's; `keep_own` brings a run's own back.
 
     Args:
       config: a recipe's.
       path: any folder that `mlip_jax.load` takes.
+
+    Returns:
+      The config of a model of this project; None for another library's.
 
     Raises:
       UserError: for a folder that holds no model, or whose normalisation has no name here.
@@ -147,6 +150,33 @@ def adopt(config: ConfigDict, path: str) -> None:
     config.model.pretrained = path
     config.optimizer.learning_rate *= 0.1
     config.optimizer.max_scale = 100.0
+    return pretrained if model_folders.kind(folder) in ("workdir", "exported") else None
+
+
+def keep_own(config: ConfigDict, own: ConfigDict | None) -> bool:
+    """Keeps what a run was trained for, where it is one of the config's own method.
+
+    That is its perspectives with their losses, weights and scales, and its merging. Another config
+    is another objective: of a run under that only the bound of the scales stays.
+
+    Args:
+      config: after `adopt`, with the objectives of its method.
+      own: what `adopt` returned; None: nothing happens.
+
+    Returns:
+      Whether the run is of the same method.
+    """
+    if own is None:
+        return False
+    config.optimizer.max_scale = own.optimizer.max_scale
+    if own.name != config.name:
+        return False
+    for view, perspective in own.perspectives.items():
+        config.perspectives[view].update(perspective)
+        config.perspectives[view].warmup_samples = 0  # it has been through that
+    config.model.image.merging.update(own.model.image.merging)
+    config.evaluation.frequency_mix = own.evaluation.frequency_mix
+    return True
 
 
 def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
@@ -160,6 +190,10 @@ def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
         f"{folder}: its pixels are normalised by {values['mean']} and {values['std']}, which is "
         f"none of {', '.join(NORMALIZATIONS)}: it can be evaluated, not trained on"
     )
+
+
+# The last layers of Frequency Stages that a model goes without.
+_STARTS_AT_ZERO = re.compile(r"/frequency_\d+/mlp/down/")
 
 
 def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -187,7 +221,7 @@ def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict
                 f"{folder}: {key} has shape {has[key].shape}, the config's model wants "
                 f"{leaf.shape}: see interop.pretrained.adopt, which sets the sizes"
             )
-        elif re.search(r"/frequency_\d+/mlp/down/", key):
+        elif _STARTS_AT_ZERO.search(key):
             start_values[key] = np.zeros(leaf.shape, np.float32)
     if not any("image_encoder/spatial_0/" in key for key in start_values):
         raise UserError(f"{folder}: the config's model shares no block of its image encoder")
@@ -209,8 +243,8 @@ def summary(
     wanted_leaves = traverse_util.flatten_dict(dict(wanted), sep="/")
     has = {
         key
-        for key in traverse_util.flatten_dict(dict(variables), sep="/")
-        if not re.search(r"/frequency_\d+/mlp/down/", key)
+        for key, value in traverse_util.flatten_dict(dict(variables), sep="/").items()
+        if not (_STARTS_AT_ZERO.search(key) and not np.any(value))
     }
     new = wanted_leaves.keys() - has
     sizes = {key: math.prod(leaf.shape) for key, leaf in wanted_leaves.items()}

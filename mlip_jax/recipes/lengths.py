@@ -22,6 +22,8 @@ _PASSES_OF_FEW, _PASSES_OF_MANY = 60, 32
 _LONGEST_WARMUP = 2500 * 4096  # samples, CLIP's
 _LONGEST_UNSAVED = 1000 * 4096
 _WARMUP_SHARE = 20  # a twentieth of the run
+_COOLING = ("wsd", "rsqrt")  # schedules that end in a cooldown by themselves
+_COOLDOWN_SHARE = 5  # a fifth of the run
 _EVALUATIONS = 20  # at most, and none before a whole pass
 
 
@@ -35,13 +37,14 @@ def suitable_epochs(pairs: int) -> int:
     return round(_PASSES_OF_FEW + share * (_PASSES_OF_MANY - _PASSES_OF_FEW))
 
 
-def resolve(config: ConfigDict, pairs: int) -> ConfigDict:
+def resolve(config: ConfigDict, pairs: int, before: ConfigDict | None = None) -> ConfigDict:
     """A copy of the config in which all lengths are numbers of samples, and config.epochs is 0.
 
     Args:
       config: validated. With epochs above 0, samples follows from it; with `BY_SET`, samples is the
         most that the run may take.
       pairs: of the training set.
+      before: the config of a run that goes on: its warm-up stays, whatever the new length.
 
     Raises:
       UserError: when that many epochs are less than a batch, or more steps than a run may have.
@@ -53,6 +56,9 @@ def resolve(config: ConfigDict, pairs: int) -> ConfigDict:
     elif config.epochs == BY_SET:
         config.samples = max(min(suitable_epochs(pairs) * pairs, config.samples), config.batch_size)
     config.epochs = 0.0
+    settings = config.optimizer
+    if before is not None and settings.warmup_samples == BY_SET:
+        settings.warmup_samples = before.optimizer.warmup_samples
     interval = max(pairs, config.samples // _EVALUATIONS)
     lengths = {
         "optimizer.warmup_samples": min(_LONGEST_WARMUP, config.samples // _WARMUP_SHARE),
@@ -63,7 +69,23 @@ def resolve(config: ConfigDict, pairs: int) -> ConfigDict:
         section, _, name = key.partition(".")
         if config[section][name] == BY_SET:
             config[section][name] = lengths[key]
+    if settings.cooldown_samples == BY_SET and settings.schedule in _COOLING:
+        settings.cooldown_samples = config.samples // _COOLDOWN_SHARE
+    left = config.samples - settings.warmup_samples
+    if settings.cooldown_samples > left:
+        raise UserError(
+            f"config.optimizer.cooldown_samples={settings.cooldown_samples:,} is longer than the "
+            f"{max(left, 0):,} samples that are left of {config.samples:,} after the warm-up"
+        )
     return config
+
+
+def forget(config: ConfigDict) -> None:
+    """Lets warm-up, cooldown and intervals follow from the length again, in place; 0 stays 0."""
+    for key in (*INTERVALS, "optimizer.cooldown_samples"):
+        section, _, name = key.partition(".")
+        if config[section][name] > 0:
+            config[section][name] = BY_SET
 
 
 def settle(config: ConfigDict, overridden: Collection[str]) -> None:

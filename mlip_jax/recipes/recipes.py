@@ -27,7 +27,7 @@ def recipe(size: str, data: str) -> ConfigDict:
     """A CLIP config of that size on that data; what the quick start and the large runs share.
 
     Args:
-      size: one of `presets.SIZES`.
+      size: one of `sizes.SIZES`.
       data: a dataset as `config.data.train` takes it.
 
     Raises:
@@ -40,7 +40,7 @@ def recipe(size: str, data: str) -> ConfigDict:
     config.epochs = float(BY_SET)
     config.optimizer.warmup_samples = BY_SET
     config.checkpoint.every_samples = config.evaluation.every_samples = BY_SET
-    if size == sizes.QUICK:
+    if size in sizes.SMALL:
         _quick(config)
     else:
         _large(config)
@@ -49,7 +49,7 @@ def recipe(size: str, data: str) -> ConfigDict:
         if size == sizes.QUICK:
             _samples(config, 160_000, warmup=10_000, every=32_000)
     elif data in _PAIRS:
-        _named(config, data, schedule=size != sizes.QUICK)
+        _named(config, data, schedule=size not in sizes.SMALL)
     return config
 
 
@@ -57,7 +57,7 @@ def clip_lite(size: str, data: str) -> ConfigDict:
     """The config of CLIP-Lite: one perspective by the Jensen-Shannon bound, small batches.
 
     Args:
-      size: one of `presets.SIZES`.
+      size: one of `sizes.SIZES`.
       data: a dataset as `config.data.train` takes it.
 
     Raises:

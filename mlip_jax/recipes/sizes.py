@@ -21,15 +21,18 @@ _LARGE = {
 # Layers of the image encoder; the text encoder is BERT-base from scratch, as in CLIP-Lite.
 _RESNETS = {"RN18": 18, "RN50": 50, "RN101": 101, "RN152": 152}
 QUICK = "quick"
-SIZES = (QUICK, *_LARGE, *_RESNETS)
+CLIP_HF = "clip_hf"
+SMALL = (QUICK, CLIP_HF)  # for two CPU cores or one GPU
+SIZES = (*SMALL, *_LARGE, *_RESNETS)
 
 
 def apply(config: ConfigDict, size: str) -> None:
     """Sets the sizes of both encoders.
 
-    "quick" is made for two CPU cores: 32 pixels, 16 patches after a convolutional stem. The others
-    take 224 pixels: the ViTs of the literature with CLIP's text encoders (context 77), or ResNets
-    with a BERT (context 30).
+    "quick" is made for two CPU cores: 32 pixels, 16 patches after a convolutional stem. "clip_hf"
+    has only the parts of CLIP that Hugging Face's and open_clip's layouts hold: 64 pixels, 64
+    patches, a norm before the blocks, causal texts. The others take 224 pixels: the ViTs of the
+    literature with CLIP's text encoders (context 77), or ResNets with a BERT (context 30).
 
     Raises:
       UserError: for an unknown name.
@@ -40,6 +43,13 @@ def apply(config: ConfigDict, size: str) -> None:
         _set(config.model.text, tokenizer="clip_8k", context_length=32)
         _set(config.model.text, width=128, depth=1, heads=2, causal=False, pooling="mean")
         _set(config.model, embed_dim=128, token_dim=64)
+        return
+    if size == CLIP_HF:
+        _set(config.model.image, image_size=64, patch_size=8, width=192, depth=6, heads=3)
+        _set(config.model.image, stem="patch", pre_norm=True)
+        _set(config.model.text, tokenizer="clip_8k", context_length=32, causal=True)
+        _set(config.model.text, width=192, depth=4, heads=3, pooling="last")
+        _set(config.model, embed_dim=192, token_dim=64)
         return
     if size in _RESNETS:
         resnet_and_bert(config, image_size=224, layers=_RESNETS[size], stem="imagenet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from mlip_jax.reports.history import History, Line, keys, series
+from mlip_jax.core.history import History, Line, keys, series
 from mlip_jax.reports.style import INK, PERSPECTIVES, QUIET, SERIES
 
 COLUMNS = 3
+_LABEL_HEIGHT = 0.085  # of a panel: names at the ends of lines keep that distance
 
 
 def draw_curves(history: History) -> Figure | None:
@@ -28,12 +30,8 @@ def draw_curves(history: History) -> Figure | None:
         metric_keys = keys(training, prefix)
         if metric_keys:
             panels.append((title, functools.partial(_lines, lines=training, names=metric_keys)))
-    for family, title in (("retrieval/", "Retrieval"), ("zero_shot/", "Zero-shot")):
-        metric_keys = [key for key in keys(evaluation, family) if not key.endswith("rank")]
-        for name in dict.fromkeys(key.split("/")[1] for key in metric_keys):
-            dataset_keys = [key for key in metric_keys if key.split("/")[1] == name]
-            draw_shares = functools.partial(_shares, lines=evaluation, names=dataset_keys)
-            panels.append((f"{title}, {name}", draw_shares))
+    for title, metric_keys in _share_panels(evaluation):
+        panels.append((title, functools.partial(_shares, lines=evaluation, names=metric_keys)))
     for key, title in (
         ("learning_rate", "Learning rate"),
         ("gradient_norm", "Gradient norm"),
@@ -63,6 +61,20 @@ def draw_curves(history: History) -> Figure | None:
     return figure
 
 
+def _share_panels(evaluation: list[Line]) -> list[tuple[str, list[str]]]:
+    """Title and keys of each panel of shares: of retrieval, one a dataset and direction."""
+    panels: dict[str, list[str]] = {}
+    for family in ("retrieval/", "zero_shot/"):
+        for key in keys(evaluation, family):
+            _, name, figure = key.split("/", 2)
+            direction, is_recall, _ = figure.partition("_recall@")
+            if figure.endswith("rank"):
+                continue
+            words = direction.replace("_", " ").capitalize() if is_recall else "Zero-shot"
+            panels.setdefault(f"{words}, {name}", []).append(key)
+    return list(panels.items())
+
+
 def _lines(axes: Axes, lines: list[Line], names: list[str]) -> None:
     for position, name in enumerate(names):
         samples, values = series(lines, name)
@@ -85,29 +97,34 @@ def _lines(axes: Axes, lines: list[Line], names: list[str]) -> None:
 
 
 def _shares(axes: Axes, lines: list[Line], names: list[str]) -> None:
-    directions = list(dict.fromkeys(name.split("/")[-1].split("_recall")[0] for name in names))
+    """Each line with its name at its end, apart from the others' names."""
+    ends: list[tuple[float, float, str, str]] = []
     for position, name in enumerate(names):
         samples, values = series(lines, name)
         figure = name.split("/")[-1]
-        direction, separator, k = figure.partition("_recall@")
-        if separator:
-            dash = "-" if directions.index(direction) == 0 else (0, (4, 1.5))
-            color = SERIES[{"1": 0, "5": 2, "10": 4}.get(k, 3)]
-            label = f"{direction.replace('_', ' ')} R@{k}"
-        else:
-            dash, color, label = "-", SERIES[position % len(SERIES)], figure.replace("_", " ")
-        axes.plot(
-            samples, values, color=color, linestyle=dash, marker="o", markersize=3, label=label
-        )
+        _, is_recall, k = figure.partition("_recall@")
+        label = f"R@{k}" if is_recall else figure.replace("top", "top-").replace("_", " ")
+        color = SERIES[position % len(SERIES)]
+        axes.plot(samples, values, color=color, marker="o", markersize=3, label=label)
+        ends.append((float(values[-1]), float(samples[-1]), label, color))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     highest = max(axes.dataLim.y1, 0.01)
     ticks = MaxNLocator(5).tick_values(0, highest)
     axes.set_yticks([tick for tick in ticks if tick <= min(1, 1.1 * highest)])
-    # The legend stands above the lines, where none can run.
-    axes.set_ylim(0, highest * (1.08 + 0.13 * -(-len(names) // 2)))
-    axes.legend(
-        ncols=2, loc="upper left", fontsize=7, handlelength=1.6, columnspacing=1, labelspacing=0.3
-    )
+    axes.set_ylim(0, 1.08 * highest)
+    above = -math.inf
+    for value, last, label, color in sorted(ends):
+        above = max(value, above + _LABEL_HEIGHT * highest)
+        axes.annotate(
+            label,
+            (last, above),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=color,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def _wait(axes: Axes, lines: list[Line]) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from mlip_jax.reports.style import picture
 
 _ACROSS = 2  # images a row
+COARSE_GRID = 10  # patches a side: of more, an image has a row to itself
 _TINT = 0.38
 
 
@@ -40,10 +41,10 @@ def draw_merging(
       grid: rows and columns of patches.
     """
     panels = 2 if importance is None else 3
-    rows = -(-len(images) // _ACROSS)
-    across = min(_ACROSS, len(images))
+    across = min(1 if max(grid) > COARSE_GRID else _ACROSS, len(images))
+    rows = -(-len(images) // across)
     panel_width = 11.5 / (across * (panels + 0.15))
-    figure = Figure(figsize=(11.5, rows * (panel_width + 0.42)), layout="constrained")
+    figure = Figure(figsize=(11.5, rows * (panel_width + 0.5)), layout="constrained")
     blocks = np.ravel(figure.subfigures(rows, across, squeeze=False, wspace=0.03))
     for number, (image, token_of_patch) in enumerate(zip(images, source, strict=True)):
         row = blocks[number].subplots(1, panels)

@@ -16,8 +16,10 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import versions
 from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.history import History, read_history, series, training_seconds
 from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
-from mlip_jax.data.sets.opening import open_source, open_validation
+from mlip_jax.core.trained import START
+from mlip_jax.data.sets.opening import open_training, open_validation
 from mlip_jax.data.sets.records import Source
 from mlip_jax.devices import cluster
 from mlip_jax.evaluations import grounding
@@ -25,20 +27,22 @@ from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
 from mlip_jax.evaluations.sheets import page_template, sheet
+from mlip_jax.evaluations.suites import WITHOUT_VALIDATION
 from mlip_jax.inference import load
 from mlip_jax.models import building
 from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
 from mlip_jax.reports.grounding import draw_grounding
-from mlip_jax.reports.history import History, read_history
-from mlip_jax.reports.merged_tokens import draw_merging, is_merged
+from mlip_jax.reports.merged_tokens import COARSE_GRID, draw_merging, is_merged
+from mlip_jax.reports.rates import draw_rates, read_rates
 from mlip_jax.reports.retrieval_sheet import make_sheet
 
 FILE_NAME = "report.html"
 PICTURE_FOLDER = "report"
 IMAGES_AT_MOST = 5000  # candidates of the retrieval sheet; more would not change what it shows
 MERGED_IMAGES = 12
+FINE_MERGED_IMAGES = 6  # of grids with many patches, which are drawn larger
 GROUNDED_QUERIES = 18
 
 
@@ -65,7 +69,10 @@ class Picture:
 
 
 def write_report(
-    workdir: str | os.PathLike[str], model: Inspectable, source: Source | None
+    workdir: str | os.PathLike[str],
+    model: Inspectable,
+    source: Source | None,
+    training: Source | None = None,
 ) -> Path:
     """Writes workdir/report.html, a page that needs no other file, and workdir/report/*.png.
 
@@ -76,6 +83,7 @@ def write_report(
       workdir: of a run.
       model: the run's model.
       source: the images and captions to show; None leaves those sections out.
+      training: the training set; None leaves out what there is to say of its size.
 
     Returns:
       The page's path.
@@ -103,19 +111,25 @@ def write_report(
         curves = _curves(history, pictures)
         merging = None if embedded is None else _merging(model, embedded, pictures)
         filters = _filters(model, pictures)
+        rates = _rates(workdir, pictures)
         grounded = _grounding(model, source, pictures)
     page = page_template(Path(__file__).with_name("page.html")).render(
-        name=config.name,
+        name=workdir.resolve().name,
+        method=config.name,
         written=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         headline=_headline(results.figures, results.chance),
         facts=_facts(config, history),
+        data=[*_data(config, source, training, history), *_time(history)],
+        start=read_json(workdir / START, list, missing=[]),
         environment=_environment(workdir),
         config_json=json.dumps(config.to_dict(), indent=2),
         results=sheet(results, "Results"),
+        without_results=WITHOUT_VALIDATION if results.step else "No results yet: evaluate the run.",
         curves=curves,
         retrieval=None if embedded is None else make_sheet(model, embedded),
         merging=merging,
         filters=filters,
+        rates=rates,
         grounding=grounded,
         set_name="" if embedded is None else embedded.name,
         attribution="" if source is None else source.attribution,
@@ -137,10 +151,9 @@ def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
 def _report(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
     model = load(workdir, config=config)
     cleaning = config.model.text.cleaning
-    source = open_validation(config.data, cleaning) or open_source(
-        config.data.train, "train", cache_dir=config.data.cache_dir, cleaning=cleaning
-    )
-    print(f"report: {write_report(workdir, model, source)}")
+    training = open_training(config.data, cleaning)
+    source = open_validation(config.data, cleaning) or training
+    print(f"report: {write_report(workdir, model, source, training)}")
     return 0
 
 
@@ -152,14 +165,15 @@ def _curves(history: History, folder: Path) -> Picture | None:
 
 
 def _merging(model: Inspectable, embedded: EmbeddedSet, folder: Path) -> Picture | None:
-    chosen = np.linspace(0, len(embedded.indices) - 1, min(MERGED_IMAGES, len(embedded.indices)))
+    side, seen = building.grid(model.config), building.seen(model.config)
+    shown = MERGED_IMAGES if side <= COARSE_GRID else FINE_MERGED_IMAGES
+    chosen = np.linspace(0, len(embedded.indices) - 1, min(shown, len(embedded.indices)))
     records = [embedded.source[int(embedded.indices[i])] for i in chosen.round().astype(int)]
     images = np.stack([model.preprocess(record.image) for record in records])
     inside = model.inspect(images)
     source, importance = inside["source"], inside.get("importance")
     if source is None or not is_merged(source):
         return None
-    side, seen = building.grid(model.config), building.seen(model.config)
     figure = draw_merging(images[:, :seen, :seen], source, importance, (side, side))
     return Picture(
         style.save(figure, folder / "merging.png"),
@@ -229,8 +243,8 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         for name, perspective in config.perspectives.items()
         if perspective.weight > 0
     ]
-    facts = [
-        ("Training set", config.data.train),
+    return [
+        ("Method", config.name),
         (
             "Samples seen",
             f"{samples_seen:,.0f} of {config.samples:,}" if samples_seen else "not recorded",
@@ -243,14 +257,60 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         ("Embedding", f"{config.model.embed_dim} wide, {config.model.head.replace('_', ' ')}"),
         ("Perspectives", "; ".join(perspectives)),
         ("Optimizer", config.optimizer.name),
-        ("Learning rate", f"{config.optimizer.learning_rate:g}"),
+        ("Learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
         ("Weight decay", f"{config.optimizer.weight_decay:g}"),
         ("Seed", str(config.seed)),
     ]
-    rates = [line["images_per_second"] for line in history.training if "images_per_second" in line]
-    if rates:
-        facts.append(("Throughput", f"{np.median(rates):,.0f} images a second (median)"))
-    return facts
+
+
+def _data(
+    config: ConfigDict, source: Source | None, training: Source | None, history: History
+) -> list[tuple[str, str]]:
+    """The sets: how many images, how often each was seen."""
+    if training is None:
+        rows = [("Training set", config.data.train)]
+    else:
+        seen = max([line["samples"] for line in history.training], default=0)
+        rows = [
+            ("Training set", f"{len(training):,} images of {config.data.train}"),
+            ("Passes over it", f"{seen / len(training):,.3g}"),
+        ]
+    validation = "none"
+    if source is not None and source is not training:
+        validation = f"{len(source):,} images of {source.name}"
+    return [*rows, ("Validation set", validation)]
+
+
+def _time(history: History) -> list[tuple[str, str]]:
+    """How long it took, and on what."""
+    seconds = training_seconds(history)
+    if seconds is None:
+        return []
+    lines = history.training
+    rates, waits = series(lines, "images_per_second")[1], series(lines, "data_wait")[1]
+    moments = [line["time"] for line in (*lines, *history.evaluation) if "time" in line]
+    rows = [("Training steps", _duration(seconds))]
+    if moments:
+        rows.append(
+            ("First to last line", f"{_duration(max(moments) - min(moments))}, with pauses")
+        )
+    rows.append(("Throughput", f"{np.median(rates):,.0f} images a second (median)"))
+    if waits.size:
+        rows.append(("Waiting for data", f"{100 * np.mean(waits):.0f} % of the steps' time"))
+    return [*rows, ("Evaluations on the way", f"{len(history.evaluation):,}")]
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _rates(workdir: Path, folder: Path) -> Picture | None:
+    figure = draw_rates(read_rates(workdir))
+    if figure is None:
+        return None
+    return Picture(
+        style.save(figure, folder / "rates.png"), "Results and speed over the rate of merging"
+    )
 
 
 def _loss(perspective: ConfigDict) -> str:

@@ -46,6 +46,7 @@ class Checkpoints:
         keep_last: int = 2,
         keep_best: int = 0,
         best: str = "",
+        keep_step: int = 0,
     ) -> None:
         """Opens or makes `workdir/checkpoints`; clears what an interrupted save left there.
 
@@ -54,6 +55,7 @@ class Checkpoints:
           keep_last: how many of the newest checkpoints stay.
           keep_best: how many of the best stay besides, of those saved with the metric `best`.
           best: name of a metric of which more is better; "": none.
+          keep_step: a step whose checkpoint stays too; 0: none.
 
         Raises:
           UserError: if keep_last is less than 1.
@@ -67,6 +69,8 @@ class Checkpoints:
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
+        if keep_step:
+            policies.append(ocp.checkpoint_managers.CustomSteps([keep_step]))
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         state, extras = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
         registry.add("state", ocp.args.StandardSave, state)
@@ -224,34 +228,83 @@ class Checkpoints:
         self._manager.reload()
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
-        """Compares names, shapes and types: Orbax's own errors name no tensor."""
         tree = self._manager.item_metadata(step)["state"].tree
-        fields = getattr(abstract_state, "__dataclass_fields__", abstract_state)
-        if lacking := sorted(set(fields) - set(tree)):
+        _check_tensors(self._folder / str(step), tree, abstract_state)
+
+
+def _check_tensors(path: Path, tree: Any, abstract_state: Any) -> None:
+    """Compares names, shapes and types: Orbax's own errors name no tensor."""
+    fields = getattr(abstract_state, "__dataclass_fields__", abstract_state)
+    if lacking := sorted(set(fields) - set(tree)):
+        raise UserError(
+            f"checkpoint {path} keeps no {', '.join(lacking)}: an older mlip_jax wrote it; train "
+            "it on with that version, or evaluate it with this one"
+        )
+    saved = _tensors(tree)
+    wanted = _tensors(abstract_state)
+    other = f"checkpoint {path} is of another model"
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name not in saved or name not in wanted:
+            place = "the checkpoint" if name not in saved else "this config's model"
+            raise UserError(f"{other}: {place} has no tensor {name}")
+        if saved[name] != wanted[name]:
             raise UserError(
-                f"checkpoint {self._folder / str(step)} keeps no {', '.join(lacking)}: an older "
-                "mlip_jax wrote it; train it on with that version, or evaluate it with this one"
+                f"{other}: tensor {name} is {saved[name]} there and {wanted[name]} in this "
+                "config's model"
             )
-        saved = _tensors(tree)
-        wanted = _tensors(abstract_state)
-        other = f"checkpoint {self._folder / str(step)} is of another model"
-        for name in sorted(saved.keys() | wanted.keys()):
-            if name not in saved or name not in wanted:
-                place = "the checkpoint" if name not in saved else "this config's model"
-                raise UserError(f"{other}: {place} has no tensor {name}")
-            if saved[name] != wanted[name]:
-                raise UserError(
-                    f"{other}: tensor {name} is {saved[name]} there and {wanted[name]} in this "
-                    "config's model"
-                )
 
 
 def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
     """Whether a run has saved anything in a workdir, which need not exist."""
-    return bool(_saved_steps(workdir))
+    return bool(saved_steps(workdir))
 
 
-def _saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+def set_aside(workdir: str | os.PathLike[str], steps: Sequence[int]) -> None:
+    """Renames checkpoints to "replaced-STEP", the newest first; the run no longer counts them."""
+    folder = Path(workdir).absolute() / FOLDER
+    for step in sorted(steps, reverse=True):
+        aside = folder / f"replaced-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / str(step)).rename(aside)
+
+
+def check_state(workdir: str | os.PathLike[str], abstract_state: Any) -> Path:
+    """The folder of the newest good checkpoint of another run, whose state must be such a one.
+
+    Raises:
+      UserError: when it holds no checkpoint, or one of another model: it names the tensor.
+      RunError: when all are damaged.
+    """
+    _, extras = restore_fields(workdir, ("step",))
+    path = Path(workdir).absolute() / FOLDER / str(extras["step"])
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    _check_tensors(path, handler.metadata(path / "state").tree, abstract_state)
+    return path
+
+
+def restore_state(workdir: str | os.PathLike[str], abstract_state: Any) -> tuple[Any, int]:
+    """The newest good state of another run, which may be training right now. Changes nothing there.
+
+    All processes of a run call it together.
+
+    Args:
+      workdir: the other run's folder.
+      abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      The state, placed as asked, and its step.
+
+    Raises:
+      UserError, RunError: as `check_state`.
+    """
+    path = check_state(workdir, abstract_state)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        state = checkpointer.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
+    return state, int(path.name)
+
+
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps of a run's checkpoints, the newest first."""
     folder = Path(workdir).absolute() / FOLDER
     return sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
 
@@ -274,7 +327,7 @@ def restore_fields(
       RunError: if every candidate is damaged.
     """
     folder = Path(workdir).absolute() / FOLDER
-    steps = _saved_steps(workdir)
+    steps = saved_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, or check the path")
     if step is not None and step not in steps:
@@ -314,6 +367,22 @@ def _alone() -> ocp.options.MultiprocessingOptions:
         active_processes={process},
         barrier_sync_key_prefix=f"alone-{process}",
     )
+
+
+def count_parameters(workdir: str | os.PathLike[str]) -> int | None:
+    """Parameters of a run's newest checkpoint, of which only the shapes are read; None without one.
+
+    Of what a damaged one does not tell, too.
+    """
+    steps = saved_steps(workdir)
+    if not steps:
+        return None
+    path = Path(workdir).absolute() / FOLDER / str(steps[0]) / "state"
+    try:
+        tree = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()).metadata(path).tree
+    except (OSError, ValueError):
+        return None
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree["params"]))
 
 
 def served(fields: Mapping[str, Any]) -> dict[str, Any]:

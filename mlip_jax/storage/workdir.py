@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
-from mlip_jax.core.trained import ENVIRONMENT, FOLDER
+from mlip_jax.core.trained import ENVIRONMENT, FOLDER, read_config
 from mlip_jax.devices import processes
 
 TOKENIZER = "tokenizer.json"
@@ -31,8 +31,24 @@ _LOCK = ".lock"
 _SHARED_SECONDS = 60
 
 
+# Of the folder, its config and the new one; see `open_workdir`.
+Accept = Callable[[Path, ConfigDict, ConfigDict], None]
+
+
+def refuse_changes(folder: Path, old: ConfigDict, new: ConfigDict) -> None:
+    """Raises UserError unless a run may go on under the new config as it is."""
+    changed = schema.differences(old, new)
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another config ({'; '.join(changed)}): give another "
+            "--workdir, or the old values to go on"
+        )
+
+
 @contextlib.contextmanager
-def open_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Iterator[Path]:
+def open_workdir(
+    workdir: str | os.PathLike[str], config: ConfigDict, accept: Accept = refuse_changes
+) -> Iterator[Path]:
     """Makes or reopens a run's folder and holds its lock, so that one run at a time writes there.
 
     Writes config.json and environment.json. Keys that may change at a resume take their new
@@ -40,18 +56,24 @@ def open_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Iterato
 
     All processes of a run open it together; process 0 holds the lock and writes.
 
+    Args:
+      workdir: the run's folder.
+      config: the run's.
+      accept: called in process 0 where the folder holds a run already; it raises UserError when
+        that run cannot go on under this config, and may change the folder so that it can.
+
     Raises:
       UserError: if another run trains there, a run of another config is kept there, or not all
         processes see the folder.
     """
     folder = Path(workdir)
     with contextlib.ExitStack() as held:
-        holder = processes.by_first(lambda: _take(folder, config, held))
+        holder = processes.by_first(lambda: _take(folder, config, held, accept))
         _check_shared(folder, holder)
         yield folder
 
 
-def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
+def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack, accept: Accept) -> str:
     """Locks the folder until `held` is closed, writes what it is, and returns who holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,13 +83,7 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
     _lock(lock, folder)
     path = folder / "config.json"
     if path.exists():
-        old = schema.from_file(path)
-        changed = schema.differences(old, config)
-        if changed:
-            raise UserError(
-                f"{folder} holds a run of another config ({'; '.join(changed)}): give another "
-                "--workdir, or the old values to go on"
-            )
+        accept(folder, read_config(folder), config)
     write_atomically(path, schema.to_json(config))
     recorded = {**environment(), FOLDER: str(Path.cwd())}
     write_atomically(folder / ENVIRONMENT, json.dumps(recorded, indent=2))

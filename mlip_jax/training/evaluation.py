@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlip_jax.core.waiting import announced
 from mlip_jax.devices import processes
 from mlip_jax.evaluations import Results, evaluate, suites, table
 from mlip_jax.evaluations.verb import file_results
@@ -44,8 +45,11 @@ def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Res
     results.step = done
     path = file_results(run.folder, results)
     model = run.model.with_variables(variables)
-    report = write_report(run.folder, model, run.validation or run.source)
+    with announced("writing the report", run.console.print):
+        report = write_report(run.folder, model, run.validation or run.source, run.source)
     run.console.print(table(results))
+    if not results.figures:
+        run.console.print(suites.WITHOUT_VALIDATION)
     run.console.print(f"results: {path}\nreport:  {report}")
     return results
 

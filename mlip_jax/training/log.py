@@ -34,6 +34,10 @@ class Log:
         """Takes the metrics of one step, on the devices."""
         self._steps.append(metrics)
 
+    def first(self) -> dict[str, float]:
+        """The metrics of the first step since the last interval, which must have been done."""
+        return {key: float(value) for key, value in jax.device_get(self._steps[0]).items()}
+
     def interval(self, done: int, speed: dict[str, float]) -> None:
         """Ends an interval at step `done` and tells of the one before.
 

@@ -24,11 +24,13 @@ from mlip_jax.training.callbacks import Callback, Callbacks
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
 from mlip_jax.training.log import Log
 from mlip_jax.training.metrics import Clock, MetricWriter
+from mlip_jax.training.optimizer import last_step_before_cooldown
 from mlip_jax.training.run import Run
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.start import start
 from mlip_jax.training.state import TrainState
 from mlip_jax.training.step import Metrics, Step
+from mlip_jax.training.watch import Watchdog
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def run_steps(
       The state, which is saved, and its results if the last thing done was to evaluate it.
     """
     config = run.config
+    keep_step = last_step_before_cooldown(config)
     clock = Clock(config.batch_size)
     skipped = SkipCounter(run.source, config.data.max_skipped_share)
     batches = train_batches(
@@ -108,6 +111,7 @@ def run_steps(
         rows=parallel.local_rows(run.mesh, config.batch_size),
     )
     with (
+        Watchdog().watching() as watchdog,
         contextlib.closing(batches),
         MetricWriter(
             run.folder,
@@ -137,9 +141,14 @@ def run_steps(
             skipped.update(unread)
             log.add(metrics)
             callbacks.tell("on_step", done)
+            watchdog.alive()
+            if (
+                done == start + 2 and log.pending == 2
+            ):  # the first step is done, and the second one tells its speed
+                writer.begin(start + 1, log.first())
 
             evaluates = done == run.steps or run.due(done, config.evaluation.every_samples)
-            saves = evaluates or run.due(done, config.checkpoint.every_samples)
+            saves = evaluates or run.due(done, config.checkpoint.every_samples) or done == keep_step
             if stops:
                 run.stop.asked = True  # by a process that may be another one
             pauses = saves or stops
@@ -147,6 +156,7 @@ def run_steps(
                 counts = samples_by_set(run.source, done * config.batch_size)
                 log.interval(done, clock.lap(log.pending) | counts)
             if pauses:
+                watchdog.rest()
                 log.flush()
                 results = evaluate_unless_stopped(run, state) if evaluates else None
                 if results and results.figures:

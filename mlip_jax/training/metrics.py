@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -9,7 +10,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +28,10 @@ from tensorboardX.summary import scalar
 from mlip_jax.core.errors import RunError
 from mlip_jax.core.files import decode_json, write_atomically
 from mlip_jax.training.callbacks import Callback
+
+_PACES = 100  # steps whose median is the measure
+_FEWEST_PACES = 10
+_OUTLIER = 3.0
 
 
 class Clock:
@@ -67,6 +73,48 @@ class Clock:
         return measured
 
 
+class Slow(NamedTuple):
+    """Steps that took far longer than their like."""
+
+    steps: int
+    longest: float  # seconds
+
+
+class Paces:
+    """The times of steps, and which of them stand out: more than three times the median."""
+
+    def __init__(self) -> None:
+        self._before: float | None = None
+        self._recent: collections.deque[float] = collections.deque(maxlen=_PACES)
+        self._slow: list[float] = []
+
+    @property
+    def last(self) -> float | None:
+        """Seconds of the newest step; None before two have followed each other."""
+        return self._recent[-1] if self._recent else None
+
+    def add(self, moment: float) -> None:
+        """Takes when a step was done."""
+        if self._before is not None:
+            seconds = moment - self._before
+            if len(self._recent) >= _FEWEST_PACES and seconds > _OUTLIER * median(self._recent):
+                self._slow.append(seconds)
+            self._recent.append(seconds)
+        self._before = moment
+
+    def rest(self) -> None:
+        """The next step follows a pause: its time says nothing."""
+        self._before = None
+
+    def take_slow(self) -> Slow | None:
+        """The outliers since the last call; None without any."""
+        if not self._slow:
+            return None
+        slow = Slow(len(self._slow), max(self._slow))
+        self._slow = []
+        return slow
+
+
 class MetricWriter(Callback):
     """Writes what the loop measured; only process 0 writes, on the others every call is empty.
 
@@ -102,6 +150,7 @@ class MetricWriter(Callback):
             return
         self._batch_size, self._total, self._start = batch_size, total_steps, start_step
         self._started = time.monotonic()
+        self._paces = Paces()
         self._console = console or Console(stderr=True)
         self._path = Path(workdir) / "metrics.jsonl"
         with _writing(self._path):
@@ -135,9 +184,20 @@ class MetricWriter(Callback):
         self.close()
 
     def on_step(self, step: int) -> None:
-        """Moves the bar."""
-        if self._active and self._bar:
+        """Moves the bar, and times the step."""
+        if not self._active:
+            return
+        self._paces.add(time.monotonic())
+        if self._bar:
             self._bar.update(self._task, completed=step)
+
+    def begin(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the first step of this start, whose interval is still to come; writes no file."""
+        if not self._active:
+            return
+        pace = self._paces.last
+        speed = {"images_per_second": self._batch_size / pace} if pace else {}
+        self._show(step, {**metrics, **speed})
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one interval's training metrics and prints a line about them.
@@ -148,10 +208,21 @@ class MetricWriter(Callback):
         if not self._active:
             return
         self._write(step, metrics)
+        self._show(step, metrics)
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """The pause before the next step is none of its time."""
+        del step, folder
+        if self._active:
+            self._paces.rest()
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         text = describe(metrics)
+        if slow := self._paces.take_slow():
+            plural = "s" if slow.steps > 1 else ""
+            text += f"  {slow.steps} slow step{plural}, up to {slow.longest:.1f} s"
         if self._bar:
-            self._bar.update(self._task, description=text)
-            return
+            self._bar.update(self._task, description=brief(metrics))
         rate = (time.monotonic() - self._started) / max(step - self._start, 1)
         left = time.strftime("%H:%M:%S", time.gmtime(rate * max(self._total - step, 0)))
         self._print(f"step {step}/{self._total}  {text}  left {left}")
@@ -242,10 +313,22 @@ def describe(scalars: Mapping[str, float]) -> str:
         parts.append(f"{scalars['images_per_second']:,.0f} images/s")
     if "data_wait" in scalars:
         parts.append(f"data wait {100 * scalars['data_wait']:.0f} %")
+    if "learning_rate" in scalars:
+        parts.append(f"lr {scalars['learning_rate']:.1e}")
     sets = {key[8:]: count for key, count in scalars.items() if key.startswith("samples/")}
     if sets:
         parts.append("of " + ", ".join(f"{name} {count:,.0f}" for name, count in sets.items()))
     return "  ".join(parts)
+
+
+def brief(scalars: Mapping[str, float]) -> str:
+    """What stands beside the bar, which leaves few columns of 80."""
+    parts = [f"loss {scalars['loss']:.3f}"] if "loss" in scalars else []
+    if "images_per_second" in scalars:
+        parts.append(f"{scalars['images_per_second']:,.0f} images/s")
+    if "learning_rate" in scalars:
+        parts.append(f"lr {scalars['learning_rate']:.1e}")
+    return " ".join(parts)
 
 
 @contextlib.contextmanager

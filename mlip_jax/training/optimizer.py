@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, Muon or SGD with a decay mask, warm-up and cosine; clipped logit scales."""
+"""The optimizer: AdamW, Muon or SGD with a decay mask and a schedule; clipped logit scales."""
 
 from __future__ import annotations
 
@@ -28,18 +28,31 @@ MakeOptimizer = Callable[
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then config.optimizer.schedule; a function of the step.
+    """Linear warm-up, then config.optimizer.schedule, then a linear cooldown; by the step.
 
     The first step has a rate above 0: at step s the rate is that of s + 1 finished batches.
     """
     peak, warmup = config.optimizer.learning_rate, _floating(config.optimizer.warmup_samples)
     share = SCHEDULES[config.optimizer.schedule](config)
+    end, cooldown = _floating(config.samples), config.optimizer.cooldown_samples
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
         seen = (step.astype(jnp.float32) + 1.0) * config.batch_size
-        return peak * jnp.minimum(seen / warmup, 1.0) * share(seen)
+        rate = peak * jnp.minimum(seen / warmup, 1.0) * share(seen)
+        if cooldown > 0:
+            rate = rate * jnp.clip((end - seen) / _floating(cooldown), 0.0, 1.0)
+        return rate
 
     return schedule
+
+
+def last_step_before_cooldown(config: ConfigDict) -> int:
+    """Steps after which a run can still be made longer; 0 for one without a cooldown."""
+    cooldown = config.optimizer.cooldown_samples
+    if cooldown <= 0:
+        return 0
+    # One less than there are: samples are counted in float32.
+    return max((config.samples - cooldown) // config.batch_size - 1, 0)
 
 
 def _floating(samples: int) -> float:
@@ -63,6 +76,12 @@ def constant(config: ConfigDict) -> Callable[[Float[Array, ""]], Float[Array, ""
     """Always 1."""
     del config
     return jnp.ones_like
+
+
+def rsqrt(config: ConfigDict) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
+    """1 at the end of the warm-up, then by 1 / sqrt(samples), whatever the length of the run."""
+    warmup = _floating(config.optimizer.warmup_samples)
+    return lambda seen: jnp.sqrt(warmup / jnp.maximum(seen, warmup))
 
 
 def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:

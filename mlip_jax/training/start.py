@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import versions
+from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
+from mlip_jax.core.waiting import announced
 from mlip_jax.data.images.preprocessing import Preprocessing
-from mlip_jax.data.sets.opening import open_training, open_validation
+from mlip_jax.data.sets.held_out import Share, take
+from mlip_jax.data.sets.opening import held_out_share, open_training, open_validation
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mlip_jax.devices import parallel
@@ -31,7 +33,7 @@ from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
-from mlip_jax.training import attention_choice, pace, repeatability, summary
+from mlip_jax.training import attention_choice, going_on, pace, repeatability, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
@@ -76,12 +78,14 @@ def start(
         return opened.run, state, None
     step = _compile(opened)
     if state is None:
-        state = _initialise(opened)
         if repeatability.is_probed(opened.run.mesh):
             line = repeatability.probe(opened.run, step, lambda: _fresh(opened))
             opened.run.console.print(line)
         if pace.is_worth_it(opened.run):
-            opened.run.console.print(pace.forecast(opened.run, step, lambda: _fresh(opened)))
+            with announced("timing the training step", _say(opened.run)):
+                line = pace.forecast(opened.run, step, lambda: _fresh(opened))
+            opened.run.console.print(line)
+        state = _initialise(opened)
     return opened.run, state, step
 
 
@@ -93,17 +97,23 @@ def _open(
     source: Source | None,
     callbacks: Sequence[Callback],
 ) -> Opened:
+    quiet = jax.process_index() > 0
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
     mesh = parallel.make_mesh(config.mesh, config.batch_size)
     if mesh.size == 1 or jax.default_backend() != "cpu":
         keep_compiled(config.data.cache_dir)
     # Before the workdir is taken: a mistake in a path leaves none behind.
     cleaning = config.model.text.cleaning
-    source = open_training(config.data, cleaning) if source is None else source
-    config = lengths.resolve(config, len(source))
-    validation = open_validation(config.data, cleaning)
+    with announced(f"reading {config.data.train}", console.print):
+        source, validation = _data(config.data, cleaning, source)
+    goes_on = has_checkpoints(workdir)
+    before = Path(workdir) / "config.json"
+    is_kept = goes_on and before.is_file()
+    config = lengths.resolve(config, len(source), schema.from_file(before) if is_kept else None)
     suites.check(config)
     attention_choice.check(config, mesh)
-    tokenizer = _tokenizer(config, source, Path(workdir))
+    with announced("preparing the tokenizer", console.print):
+        tokenizer = _tokenizer(config, source, Path(workdir))
     network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
@@ -111,13 +121,23 @@ def _open(
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     # A run that goes on has its weights, and its files may be gone by then.
-    weights = {} if has_checkpoints(workdir) else pretrained.read(config, abstract.evaluated)
-    folder = stack.enter_context(open_workdir(workdir, config))
+    if config.start_from and not goes_on:
+        going_on.check_branch(config, abstract)
+    starts_with_weights = not (goes_on or config.start_from)
+    weights = pretrained.read(config, abstract.evaluated) if starts_with_weights else {}
+
+    def accept(folder: Path, old: ConfigDict, new: ConfigDict) -> None:
+        going_on.accept(folder, old, new, console)
+
+    folder = stack.enter_context(open_workdir(workdir, config, accept))
     keep = config.checkpoint
     checkpoints = Checkpoints(
-        folder, keep_last=keep.keep_last, keep_best=keep.keep_best, best=SCORE
+        folder,
+        keep_last=keep.keep_last,
+        keep_best=keep.keep_best,
+        best=SCORE,
+        keep_step=optimizers.last_step_before_cooldown(config),
     )
-    quiet = jax.process_index() > 0
     run = Run(
         config=config,
         folder=folder,
@@ -129,7 +149,7 @@ def _open(
         home=home,
         model=model,
         checkpoints=stack.enter_context(checkpoints),
-        console=Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet),
+        console=console,
         stop=stop,
         channel=Channel(mesh),
         callbacks=() if quiet else tuple(callbacks),
@@ -143,10 +163,23 @@ def _open(
     return Opened(run, network, optimizer, abstract, weights)
 
 
+def _data(data: ConfigDict, cleaning: str, given: Source | None) -> tuple[Source, Source | None]:
+    """The training set, or what of the given one is not held out, and the validation set."""
+    if given is None:
+        return open_training(data, cleaning), open_validation(data, cleaning)
+    share = held_out_share(data)
+    if not share:
+        return given, open_validation(data, cleaning)
+    return take(given, Share().without_last(share)), take(given, Share().last(share))
+
+
 def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
     """The run's tokenizer; a vocabulary, trained or read, is the workdir's from then on."""
-    text, saved = config.model.text, workdir / TOKENIZER
-    if text.tokenizer.startswith(("wordpiece", "folder:")) and saved.is_file():
+    text = config.model.text
+    for folder in (workdir, *([Path(config.start_from).expanduser()] if config.start_from else ())):
+        saved = folder / TOKENIZER
+        if not (text.tokenizer.startswith(("wordpiece", "folder:")) and saved.is_file()):
+            continue
         try:
             return Tokenizer.from_json(saved.read_text(encoding="utf-8"))
         except Exception as error:  # whatever the library raises
@@ -162,7 +195,8 @@ def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
 def _restore(opened: Opened) -> TrainState | None:
     """The state of the newest checkpoint, or None; says where the run stands."""
     run = opened.run
-    restored = run.checkpoints.restore(opened.abstract)
+    with announced("reading the checkpoint", _say(run)):
+        restored = run.checkpoints.restore(opened.abstract)
     if restored is None:
         return None
     state: TrainState
@@ -183,10 +217,12 @@ def _restore(opened: Opened) -> TrainState | None:
 def _compile(opened: Opened) -> Step:
     """The compiled step; prints the model, its memory and how it is sharded."""
     run, config = opened.run, opened.run.config
-    chosen = attention_choice.choose(config, run.mesh, run.folder)
+    with announced("choosing a form of attention", _say(run)):
+        chosen = attention_choice.choose(config, run.mesh, run.folder)
     network = building.with_attention(opened.network, chosen.forms)
     train_step = make_train_step(network, opened.optimizer, config, run.preprocessing, run.mesh)
-    step = compile_step(train_step, run, opened.abstract)
+    with announced("compiling the training step", _say(run)):
+        step = compile_step(train_step, run, opened.abstract)
     summary.print_compiled(
         run.console,
         opened.network,
@@ -199,6 +235,10 @@ def _compile(opened: Opened) -> Step:
     return step
 
 
+def _say(run: Run) -> Callable[[str], None]:
+    return run.console.print
+
+
 def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages.Compiled:
     """Compiles the step before any data is read; the state is donated."""
     more = run.channel.shapes(run.config.batch_size)
@@ -208,10 +248,16 @@ def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages
 
 def _initialise(opened: Opened) -> TrainState:
     """A fresh state on the run's devices; says what it starts from."""
-    state = _fresh(opened)
     run, weights = opened.run, opened.pretrained
-    for line in pretrained.summary(run.config, weights, opened.abstract.evaluated):
+    if run.config.start_from:
+        state, lines = going_on.branch(run.config, opened.abstract)
+    else:
+        state = _fresh(opened)
+        lines = pretrained.summary(run.config, weights, opened.abstract.evaluated)
+    for line in lines:
         run.console.print(line)
+    if lines and not jax.process_index():
+        going_on.record_start(run.folder, lines)
     return state
 
 

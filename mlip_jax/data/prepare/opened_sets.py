@@ -12,6 +12,7 @@ import numpy as np
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import brief, whole, wrong_path, wrong_text
 from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader, image_at, split_of_file
+from mlip_jax.data.sets import held_out
 from mlip_jax.data.sets.coco_json import (
     CocoAnnotation,
     CocoImage,
@@ -113,7 +114,8 @@ class OpenedSet(Reader):
         base, pinned = split_spec(spec)
         if pinned:
             source = open_source(spec, "train", max_skipped_share=1.0)
-            self._parts.append((split or canonical(pinned) or pinned, source))
+            whole = held_out.parse(pinned)[0] or "train"
+            self._parts.append((split or canonical(whole) or whole, source))
         else:
             self._open_all(base, split)
         source = self._parts[0][1]

@@ -7,14 +7,15 @@ into the processes that decode, and images are read when asked for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.registry import DATASETS
-from mlip_jax.data.sets import mixtures, public
+from mlip_jax.data.sets import held_out, mixtures, public
+from mlip_jax.data.sets.held_out import Share
 from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted, canonical
@@ -22,6 +23,10 @@ from mlip_jax.data.text.captions import check_cleaning
 
 SPLITS = ("train", "validation")
 _MAX_SKIPPED_SHARE = 0.01
+
+
+def _same(share: Share) -> Share:
+    return share
 
 
 def named() -> list[str]:
@@ -42,7 +47,8 @@ def open_source(
 
     Args:
       spec: one of `named`, or KIND:PATH with a KIND of `registry.DATASETS` (docs/data.md). With
-        #SPLIT after it, that split is opened, whatever `split` says; #all is every split together.
+        #SPLIT after it, that split is opened, whatever `split` says; #all is every split together,
+        and #SPLIT[:95%] and #SPLIT[95%:] are shares of one.
         For training also mix:SPEC*WEIGHT+SPEC*WEIGHT.
       split: "train" or "validation". Datasets that name no splits are all "train".
       cache_dir: where datasets named by one word lie; "" is $MLIP_JAX_CACHE or ~/.cache/mlip_jax.
@@ -91,14 +97,22 @@ def split_spec(spec: str) -> tuple[str, str]:
     return base, split
 
 
-def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str) -> Source:
+def _open(
+    spec: str,
+    role: str,
+    cache_dir: str,
+    max_skipped_share: float,
+    cleaning: str,
+    part: Callable[[Share], Share] = _same,
+) -> Source:
     check_cleaning(cleaning)
     if mixtures.is_mixture(spec):
         return _open_mixture(spec, role, cache_dir, max_skipped_share, cleaning)
-    base, name = split_spec(spec)
+    base, marked = split_spec(spec)
+    name, share = held_out.parse(marked)
     wanted = Wanted(role, name)
     kind, colon, where = base.partition(":")
-    if base != spec and not name:
+    if base != spec and not marked:
         raise UserError(f"dataset {spec!r}: expected a split after #, such as {base}#test")
     if base in public.PLACES:
         kind, where = public.find(base, cache_dir)
@@ -109,14 +123,16 @@ def _open(spec: str, role: str, cache_dir: str, max_skipped_share: float, cleani
         source = DATASETS[kind].open(where, opening)
     except UserError as error:
         hint = (
-            missing_path(where, name) if kind in DATASETS and DATASETS[kind].where == "PATH" else ""
+            missing_path(where, marked)
+            if kind in DATASETS and DATASETS[kind].where == "PATH"
+            else ""
         )
         if not hint:
             raise
         raise UserError(f"{error}{hint}") from None
     if not len(source):
         raise UserError(f"the {source.split} split of the dataset {spec!r} is empty")
-    return source
+    return held_out.take(source, part(share), where)
 
 
 def missing_path(where: str, split: str) -> str:
@@ -136,12 +152,21 @@ def missing_path(where: str, split: str) -> str:
 
 
 def _open_mixture(
-    spec: str, role: str, cache_dir: str, max_skipped_share: float, cleaning: str
+    spec: str,
+    role: str,
+    cache_dir: str,
+    max_skipped_share: float,
+    cleaning: str,
+    first: Callable[[Share], Share] = _same,
 ) -> Source:
+    """A mixture; `first` says which share of its first dataset is opened."""
     if role != "train":
         raise UserError(f"the mixture {spec!r} is for training: name one dataset to evaluate on")
     parts = mixtures.parse(spec)
-    opened = [_open(part.spec, role, cache_dir, max_skipped_share, cleaning) for part in parts]
+    opened = [
+        _open(part.spec, role, cache_dir, max_skipped_share, cleaning, _same if place else first)
+        for place, part in enumerate(parts)
+    ]
     if len(opened) == 1:
         return opened[0]
     return mixtures.Mixture(opened, [part.weight for part in parts])
@@ -159,16 +184,40 @@ def _unknown(spec: str, kind: str, colon: str) -> UserError:
 def open_training(config_data: ConfigDict, cleaning: str = "none") -> Source:
     """The training split of what `config.data.train` names; its captions are cleaned.
 
+    Without the share of it that `config.data.validation` holds out, such as "5%": of a mixture, of
+    its first dataset.
+
     Raises:
       UserError: as `open_source`.
     """
-    return open_source(
-        config_data.train,
-        "train",
-        cache_dir=config_data.cache_dir,
-        max_skipped_share=config_data.max_skipped_share,
-        cleaning=cleaning,
-    )
+    how = (config_data.cache_dir, config_data.max_skipped_share, cleaning)
+    share = held_out_share(config_data)
+    if not share:
+        return _open(config_data.train, "train", *how)
+
+    def kept(part: Share) -> Share:
+        return part.without_last(share)
+
+    if mixtures.is_mixture(config_data.train):
+        return _open_mixture(config_data.train, "train", *how, first=kept)
+    return _open(config_data.train, "train", *how, part=kept)
+
+
+def held_out_share(config_data: ConfigDict) -> float:
+    """The share of the training split that is held out for validation; 0.0 where none is.
+
+    Raises:
+      UserError: for one that leaves a side empty.
+    """
+    share = held_out.percent(config_data.validation)
+    if share is None:
+        return 0.0
+    if not 0 < share < 1:
+        raise UserError(
+            f"config.data.validation={config_data.validation!r} leaves nothing on one side: hold "
+            "out more than 0% and less than 100%, such as 5%"
+        )
+    return share
 
 
 def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source | None:
@@ -177,7 +226,8 @@ def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source |
     "auto" is the training set's own validation split, None when it has none or when training is
     pinned to another split than its training split; of a mixture, that of its first dataset that
     has one; "" is None; of any other dataset it is the validation split, or what `open_evaluation`
-    opens where it has none. Captions are cleaned as by `open_source`.
+    opens where it has none; "5%" is that share of the training split, by a hash of the records'
+    names, of a mixture that of its first dataset. Captions are cleaned as by `open_source`.
 
     Raises:
       UserError: as `open_source`.
@@ -185,6 +235,18 @@ def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source |
     how = {"cache_dir": config_data.cache_dir, "cleaning": cleaning}
     if not config_data.validation:
         return None
+    if share := held_out_share(config_data):
+        is_mixture = mixtures.is_mixture(config_data.train)
+        spec = mixtures.parse(config_data.train)[0].spec if is_mixture else config_data.train
+        skipped = config_data.max_skipped_share
+        return _open(
+            spec,
+            "train",
+            config_data.cache_dir,
+            skipped,
+            cleaning,
+            part=lambda part: part.last(share),
+        )
     if config_data.validation != "auto":
         # Where there are both, the split for validation: the test is not for choosing a checkpoint.
         try:
@@ -216,5 +278,5 @@ def _own_sets(train: str) -> Iterator[str]:
     parts = mixtures.parse(train) if mixtures.is_mixture(train) else ()
     for spec in [part.spec for part in parts] or [train]:
         base, pinned = split_spec(spec)
-        if not pinned or canonical(pinned) == "train":
+        if not pinned or canonical(held_out.parse(pinned)[0]) == "train":
             yield base

@@ -47,6 +47,17 @@ def read_history(path: str | os.PathLike[str]) -> History:
     return history
 
 
+def training_seconds(history: History) -> float | None:
+    """How long the steps took, evaluations and pauses left out; None where no speed is recorded."""
+    seconds = before = 0.0
+    for line in history.training:
+        rate = line.get("images_per_second")
+        if isinstance(rate, int | float) and rate > 0:
+            seconds += (line["samples"] - before) / rate
+        before = line["samples"]
+    return seconds or None
+
+
 def series(
     lines: list[Line], key: str
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
