@@ -467,6 +467,11 @@ REFUSED = [
     ),
     ({"checkpoint.keep_last": 0}, "keep_last=0 must be at least 1"),
     ({"compute_dtype": "float23"}, "did you mean 'float32'"),
+    ({"accumulation": 5}, "is no multiple of config.accumulation=5 parts"),
+    ({"data.workers": 1000, "batch_size": 2**20, "samples": 2**21}, "needs .* MiB of /dev/shm"),
+    ({"checkpoint.best": "foo"}, "checkpoint.best='foo' is no figure .* FAMILY/SET/FIGURE"),
+    ({"checkpoint.best": "svm/pairs/map"}, "with a family of retrieval, zero_shot"),
+    ({"name": ""}, "config.name='' must be a name"),
 ]
 
 

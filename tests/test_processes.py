@@ -329,6 +329,7 @@ def test_flags_stand_for_the_variables(tiny, tmp_path, capfd, monkeypatch):
 
 MISTAKES = [
     ({cluster.PROCESSES: ""}, "MLIP_COORDINATOR, MLIP_PROCESS_ID without MLIP_PROCESSES: set all"),
+    ({cluster.COORDINATOR: "127.0.0.1:99999"}, "='127.0.0.1:99999': expected host:port"),
     ({cluster.COORDINATOR: "127.0.0.1"}, "MLIP_COORDINATOR='127.0.0.1': expected host:port"),
     ({cluster.PROCESSES: "two"}, "MLIP_PROCESSES='two': expected a whole number"),
     ({cluster.PROCESS_ID: "2"}, "MLIP_PROCESS_ID=2 of MLIP_PROCESSES=2: the processes are 0 to 1"),

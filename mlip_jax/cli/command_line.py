@@ -196,13 +196,6 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
         raise UserError(
             f"unexpected argument {extra[0]!r}: the subcommand comes first, flags after it"
         )
-    for key, value in schema.flatten(config.to_dict()).items():
-        # A tuple's flag takes any elements; the default's elements say which are meant.
-        if key in keys and isinstance(value, tuple) and known[key]:
-            kind = type(known[key][0])
-            kinds = (int, float) if kind is float else (kind,)
-            if not all(type(element) in kinds for element in value):
-                raise UserError(_wrong_type(key, str(value), known))
     settle(config, keys)
 
 

@@ -21,6 +21,7 @@ SUITES = {
     "clip_lite": ("retrieval", "zero_shot", "linear_probe", "svm", "grounding", "concepts"),
 }
 ALL = "all"
+PAIRS = "pairs"  # of models that score pairs, and have no joint space
 
 
 def at_intervals() -> list[str]:
@@ -111,7 +112,7 @@ def evaluate(
         source = sets.source("validation") if "retrieval" in families else None
         if source is not None:
             scorer = cast(pairs.PairScorer, model)  # as the config's critic says
-            results.add("pairs", pairs.score(scorer, source, config.evaluation.batch_size))
+            results.add(PAIRS, pairs.score(scorer, source, config.evaluation.batch_size))
         families = [name for name in families if not EVALUATIONS[name].needs_joint_space]
     for name in families:
         for spec in config.evaluation[name]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from mlip_jax.core import versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
+from mlip_jax.data.batches.training import workers_for
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.opening import open_training, open_validation
 from mlip_jax.data.sets.records import Source
@@ -31,11 +32,11 @@ from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
-from mlip_jax.training import attention_choice, pace, repeatability, summary
+from mlip_jax.training import accumulation, attention_choice, pace, repeatability, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
-from mlip_jax.training.run import SCORE, Run
+from mlip_jax.training.run import SCORE, Run, check_best
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.state import TrainState, abstract_state, initial_state
 from mlip_jax.training.step import Step, compile_lowered, lower_step, make_train_step
@@ -102,6 +103,9 @@ def _open(
     config = lengths.resolve(config, len(source))
     validation = open_validation(config.data, cleaning)
     suites.check(config)
+    check_best(config)
+    accumulation.check(config.batch_size, config.accumulation, mesh)
+    workers_for(config, len(parallel.local_rows(mesh, config.batch_size)))
     attention_choice.check(config, mesh)
     tokenizer = _tokenizer(config, source, Path(workdir))
     network = building.build_for(config, tokenizer)
