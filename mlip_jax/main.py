@@ -19,6 +19,8 @@ from mlip_jax.core import versions
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
+_LONGEST = 300  # characters of a path in a message
+
 
 def main(argv: Sequence[str]) -> int:
     """Does what the command line asks; returns the exit code.
@@ -38,9 +40,12 @@ def main(argv: Sequence[str]) -> int:
     except MemoryError:
         return _fail(1, "out of memory: lower config.batch_size or the size of the model")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            file = error.filename or "a file"
+            return _fail(1, f"no space left on the disk: {file} was not written")
+        if error.filename is None:
             raise
-        return _fail(1, f"no space left on the disk: {error.filename or 'a file'} was not written")
+        return _fail(1, f"cannot use {str(error.filename)[:_LONGEST]}: {error.strerror}")
 
 
 def run() -> NoReturn:

@@ -182,7 +182,9 @@ USAGE = [
     ("evaluate --compare=a,b --process-id=0", "takes no --process-id"),
     ("benchmark --config=tried.py --compare='x", "--compare='x: No closing quotation"),
     ("evaluate --workdir=.", "no workdir of a run: it has no config.json"),
-    ("report --workdir=tried.py", "no workdir of a run"),
+    ("report --workdir=tried.py", "cannot use tried.py as --workdir: it is no folder"),
+    (f"evaluate --workdir={'x' * 300}", "cannot use x+ as --workdir: File name too long"),
+    (f"--config=tried.py --workdir={'x' * 300}", "cannot use x+ as --workdir: File name too long"),
 ]
 
 
@@ -227,6 +229,8 @@ ENDS = [
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 1, "out of memory"),
     (OSError(errno.ENOSPC, "No space left on device", "events"), 1, "no space left.* events"),
+    (OSError(errno.EROFS, "Read-only file system", "runs/a"), 1, "cannot use runs/a: Read-only"),
+    (FileExistsError(errno.EEXIST, "File exists", "a/report"), 1, "cannot use a/report: File exi"),
 ]
 
 
@@ -253,7 +257,7 @@ USES = [(flag, name) for flag in flags.FLAGS for name in flag.uses]
 IDS = [f"{name}-{flag.name}" for flag, name in USES]
 WRONG = {
     kinds.Text: [""],
-    kinds.Whole: ["", "x", "1.5", "-1", "99999999999999999999999999"],
+    kinds.Whole: ["", "x", "1.5", "-1", "99999999999999999999999999x"],
     kinds.Address: ["", "host", "host:", ":1", "host:0", "host:99999", "a b:1"],
     kinds.Share: ["", "x", "-0.1", "1.1", "nan"],
     kinds.Shares: ["", ",", "0.5,", "0.5,x", "0.99"],

@@ -17,7 +17,7 @@ from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import read_json
+from mlip_jax.core.files import check_name, read_json
 from mlip_jax.core.key_names import find_key
 from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str]) -> Command | str:
     _override(config, remaining)
     validate(config)
     workdir = Path(folder or Path("runs") / config.name)
+    check_name(workdir, "--workdir")
     if subcommand == "benchmark":
         options["title"] = file or str(workdir)
         options["compare"] = [_another(text, remaining) for text in options.get("compare", ())]
@@ -150,6 +151,7 @@ def _find_config(
             f"{subcommand} needs a run to look at: add --workdir=DIR (or --config=FILE)"
         )
     path = Path(workdir) / "config.json"
+    check_name(path.parent, "--workdir")
     if _holds_model(Path(workdir)):
         if subcommand not in _OF_ANY_MODEL:
             raise UserError(

@@ -15,7 +15,7 @@ from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
 from mlip_jax.core import versions
-from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
 from mlip_jax.data.sets.opening import open_source, open_validation
 from mlip_jax.data.sets.records import Source
@@ -31,7 +31,7 @@ from mlip_jax.reports import style
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
 from mlip_jax.reports.grounding import draw_grounding
-from mlip_jax.reports.history import History, read_history
+from mlip_jax.reports.history import History, read_history, series
 from mlip_jax.reports.merged_tokens import draw_merging, is_merged
 from mlip_jax.reports.retrieval_sheet import make_sheet
 
@@ -135,6 +135,7 @@ def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
 
 
 def _report(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
+    check_writable(Path(workdir), "--workdir")
     model = load(workdir, config=config)
     cleaning = config.model.text.cleaning
     source = open_validation(config.data, cleaning) or open_source(
@@ -247,8 +248,8 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         ("Weight decay", f"{config.optimizer.weight_decay:g}"),
         ("Seed", str(config.seed)),
     ]
-    rates = [line["images_per_second"] for line in history.training if "images_per_second" in line]
-    if rates:
+    rates = series(history.training, "images_per_second")[1]
+    if rates.size:
         facts.append(("Throughput", f"{np.median(rates):,.0f} images a second (median)"))
     return facts
 
