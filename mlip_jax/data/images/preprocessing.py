@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,6 +41,13 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 RESIZES = ("shortest", "longest", "squash")
+MOST_PIXELS = 8192  # along a side of what a model sees
+_WORDS = {
+    "transparency": ("drop", "white", "drop_first"),
+    "interpolation": tuple(INTERPOLATIONS),
+    "resize": RESIZES,
+    "crop": ("round", "floor"),
+}
 
 # A file of a few kilobytes can unfold to gigabytes: Pillow's warning about it becomes the error by
 # which such a file counts as unreadable.
@@ -259,8 +267,32 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`, from JSON too."""
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """The inverse of `to_dict`, from JSON too.
+
+        Raises:
+          ValueError, TypeError, KeyError: for values that `to_dict` cannot have given.
+        """
+        prepared = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        check_image_size(prepared.image_size)
+        if not 0 <= prepared.short_side <= MOST_PIXELS:
+            raise ValueError(f"short_side {prepared.short_side} is not from 0 to {MOST_PIXELS:,}")
+        for name in ("mean", "std"):
+            numbers = getattr(prepared, name)
+            finite = all(math.isfinite(number) for number in numbers)
+            if len(numbers) != 3 or not finite or (name == "std" and min(numbers) <= 0):
+                raise ValueError(f"{name} {list(numbers)} is none of three channels")
+        for name, words in _WORDS.items():
+            if getattr(prepared, name) not in words:
+                raise ValueError(
+                    f"{name} {getattr(prepared, name)!r} is none of {', '.join(words)}"
+                )
+        return prepared
+
+
+def check_image_size(size: Any) -> None:
+    """Raises ValueError for what no image's side can be."""
+    if type(size) is not int or not 1 <= size <= MOST_PIXELS:
+        raise ValueError(f"image_size {size!r} is no whole number from 1 to {MOST_PIXELS:,}")
 
 
 def _cut_centre(

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.data.text.encoders import read_encoder
 
 # By tokenizer_class, without "Fast": the special tokens that transformers 5 takes where the files
 # do not say. All but the first three are built by the class, whatever else tokenizer.json says.
@@ -180,7 +181,7 @@ def _encoder(folder: Path, settings: dict[str, Any]) -> _Encoder:
     )
     try:
         if tokenizer_file.is_file():
-            return _Encoder.from_str(tokenizer_file.read_text(encoding="utf-8"))
+            return read_encoder(tokenizer_file.read_text(encoding="utf-8"))
         if words.is_file() and merges.is_file():
             settings.setdefault("tokenizer_class", "CLIPTokenizer")
             lines = merges.read_text(encoding="utf-8").split("\n")
