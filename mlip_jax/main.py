@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mlip_jax.cli import command_line
-from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.core import versions
+from mlip_jax.cli.subcommands import DEFAULT
+from mlip_jax.core import stopping, versions
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
@@ -30,11 +29,11 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         with versions.named_in_errors():
-            return _act(command_line.parse(argv[1:]))
+            return _act(argv[1:])
     except UserError as error:
         return _fail(2, str(error))
     except RunError as error:
-        return _fail(1, str(error))
+        return _fail(error.code, str(error))
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except MemoryError:
@@ -50,14 +49,23 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> NoReturn:
     """The console script `mlip`."""
+    words = [word for word in sys.argv[1:2] if not word.startswith("-")]
+    if words in ([], [DEFAULT]):
+        stopping.listen_early()
+    stopping.let_come()
     restart_with_huge_pages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
-    sys.exit(main(sys.argv))
+    stopping.end(main(sys.argv))
 
 
-def _act(command: command_line.Command | str) -> int:
+def _act(arguments: Sequence[str]) -> int:
+    # Here: signals are listened to before these are imported.
+    from mlip_jax.cli import command_line
+    from mlip_jax.cli.subcommands import SUBCOMMANDS
+
+    command = command_line.parse(arguments)
     if isinstance(command, str):
         print(command, end="")
         return 0

@@ -1,6 +1,8 @@
 """Checkpoints: bit for bit, whole or not at all, and the right ones kept."""
 
+import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -501,6 +503,16 @@ def test_saving_does_not_wait_for_the_disk(tmp_path):
         assert steps_of(tmp_path) == []
         checkpoints.wait()
         assert steps_of(tmp_path) == [1]
+
+
+def test_the_tasks_of_a_failed_save_say_nothing(tmp_path, caplog):
+    with Checkpoints(tmp_path):
+        pass
+    full, other = OSError(errno.ENOSPC, "No space left on device"), ValueError("another")
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).error("never retrieved", exc_info=full)
+        logging.getLogger(name).error("never retrieved", exc_info=other)
+    assert [record.exc_info[1] for record in caplog.records] == [other] * 2
 
 
 def test_a_write_that_outlasts_its_failed_save_says_nothing(monkeypatch):

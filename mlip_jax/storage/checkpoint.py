@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
 _LEAVES_LATE_WRITES_ALONE = "leaves_late_writes_alone"
+_LOOP_CLOSED = "Event loop is closed"
 _CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.ESTALE),  # the folder is gone
@@ -388,11 +390,19 @@ def _leave_late_writes_alone() -> None:
 
     def hook(unraisable: Any) -> None:
         error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        if not (isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED):
             former(unraisable)
 
     setattr(hook, _LEAVES_LATE_WRITES_ALONE, True)
     sys.unraisablehook = hook
+    # Each write of a save is a task, whose error is told again where nobody has asked for it.
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(_is_no_late_write)
+
+
+def _is_no_late_write(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return not (_cannot_write(error) or str(error) == _LOOP_CLOSED)
 
 
 def _cannot_write(error: BaseException | None) -> str:

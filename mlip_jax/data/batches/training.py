@@ -348,7 +348,8 @@ def evaluation_batches(
             return f"{source.name_of(index)} ({error})"
 
     starts = range(0, len(source), batch_size)
-    with ThreadPoolExecutor(min(_MAX_THREADS, cores())) as pool:
+    pool = ThreadPoolExecutor(min(_MAX_THREADS, cores()))
+    try:
         ahead = None
         for start in starts:
             loading = pool.map(load, range(start, min(start + batch_size, len(source))))
@@ -357,6 +358,8 @@ def evaluation_batches(
             ahead = start, loading
         if ahead is not None:
             yield _evaluation_batch(*ahead, preprocessing.image_size, batch_size)
+    finally:  # without a wait for a disk that does not answer
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _evaluation_batch(
