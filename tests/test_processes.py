@@ -434,3 +434,8 @@ def test_jaxs_private_state_is_where_it_is_looked_for(monkeypatch):
     monkeypatch.setattr("jax._src.distributed.global_state", object())
     with pytest.raises(RunError, match="several processes cannot run with JAX .*no client or pro"):
         processes._state()
+
+
+def test_a_peer_that_is_gone_while_this_one_compiles_is_lost():
+    error = ValueError("UNKNOWN: Gloo context initialization failed: Connect timeout [127.0.0.1]")
+    assert processes._is_lost(error) and not processes._is_lost(ValueError("a bug"))

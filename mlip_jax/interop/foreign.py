@@ -143,6 +143,19 @@ def preprocessing_of(values: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing.from_dict(values)
 
 
+def checked(file: Path, preprocessing: Preprocessing) -> Preprocessing:
+    """A preprocessing that a file describes.
+
+    Raises:
+      UserError: where no model's images are prepared so.
+    """
+    try:
+        preprocessing.check()
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    return preprocessing
+
+
 def base_config(folder: Path) -> ConfigDict:
     """What configs of other libraries' models share: plain ViTs, merged, if at all, as by ToMe."""
     config = schema.default()

@@ -265,6 +265,20 @@ class Preprocessing:
         """As plain values, for JSON."""
         return asdict(self)
 
+    def check(self) -> None:
+        """Raises ValueError for values that no model's images are prepared by."""
+        check_image_size(self.image_size)
+        if not 0 <= self.short_side <= MOST_PIXELS:
+            raise ValueError(f"short_side {self.short_side} is not from 0 to {MOST_PIXELS:,}")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            finite = all(math.isfinite(number) for number in numbers)
+            if len(numbers) != 3 or not finite or (name == "std" and min(numbers) <= 0):
+                raise ValueError(f"{name} {list(numbers)} is none of three channels")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(words)}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`, from JSON too.
@@ -273,19 +287,7 @@ class Preprocessing:
           ValueError, TypeError, KeyError: for values that `to_dict` cannot have given.
         """
         prepared = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        check_image_size(prepared.image_size)
-        if not 0 <= prepared.short_side <= MOST_PIXELS:
-            raise ValueError(f"short_side {prepared.short_side} is not from 0 to {MOST_PIXELS:,}")
-        for name in ("mean", "std"):
-            numbers = getattr(prepared, name)
-            finite = all(math.isfinite(number) for number in numbers)
-            if len(numbers) != 3 or not finite or (name == "std" and min(numbers) <= 0):
-                raise ValueError(f"{name} {list(numbers)} is none of three channels")
-        for name, words in _WORDS.items():
-            if getattr(prepared, name) not in words:
-                raise ValueError(
-                    f"{name} {getattr(prepared, name)!r} is none of {', '.join(words)}"
-                )
+        prepared.check()
         return prepared
 
 
