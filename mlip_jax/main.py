@@ -19,6 +19,8 @@ from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
 _LONGEST = 300  # characters of a path in a message
+# What the system says of a file that is open: it names none.
+_OF_DISKS = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,9 +44,10 @@ def main(argv: Sequence[str]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             file = error.filename or "a file"
             return _fail(1, f"no space left on the disk: {file} was not written")
-        if error.filename is None:
+        if error.filename is None and error.errno not in _OF_DISKS:
             raise
-        return _fail(1, f"cannot use {str(error.filename)[:_LONGEST]}: {error.strerror}")
+        file = str(error.filename or "a file")[:_LONGEST]
+        return _fail(1, f"cannot use {file}: {error.strerror}")
 
 
 def run() -> NoReturn:

@@ -229,6 +229,7 @@ ENDS = [
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 1, "out of memory"),
     (OSError(errno.ENOSPC, "No space left on device", "events"), 1, "no space left.* events"),
+    (OSError(errno.EFBIG, "File too large"), 1, "cannot use a file: File too large"),
     (OSError(errno.EROFS, "Read-only file system", "runs/a"), 1, "cannot use runs/a: Read-only"),
     (FileExistsError(errno.EEXIST, "File exists", "a/report"), 1, "cannot use a/report: File exi"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +34,7 @@ class Stop:
         self._heard = 0  # the signal that came where there was nothing to save
         self._count = 0
         self._saved = False
+        self._left = threading.Event()
 
     def ask(self) -> None:
         """Asks the run to save and stop, as a signal would, from within."""
@@ -88,8 +89,7 @@ class Stop:
             processes.leave(_INTERRUPTED)
         elif self._saved and stopping.owns_process() and jax.process_count() == 1:
             # The main thread may be in a compiler, or wait for a disk.
-            time.sleep(_GRACE)
-            if self._saved:
+            if not self._left.wait(_GRACE):
                 os.write(2, b"stopped by a signal; everything is saved\n")
                 processes.leave(STOPPED)
 
@@ -119,6 +119,7 @@ class Stop:
             what a library made of it.
         """
         self._interrupts = True
+        self._left.clear()
         try:
             if self.asked:
                 raise Stopped
@@ -130,6 +131,7 @@ class Stop:
             raise Stopped from error
         finally:
             self._interrupts = self._saved = False
+            self._left.set()
 
 
 def _leave(number: int) -> None:
