@@ -36,6 +36,7 @@ _LONGEST_NAME = 255  # bytes of a folder's name
 # None of them holds for NaN.
 _RANGES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda value: value > 0,
+    "at least -1": lambda value: value >= -1,
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 2 (a contrastive loss compares pairs)": lambda value: value >= 2,
