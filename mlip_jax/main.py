@@ -13,12 +13,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mlip_jax.cli import command_line
-from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.core import versions
+from mlip_jax.cli.subcommands import DEFAULT
+from mlip_jax.core import stopping, versions
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.waiting import announced
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
+
+_LONGEST = 300  # characters of a path in a message
+# What the system says of a file that is open: it names none.
+_OF_DISKS = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,31 +32,44 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         with versions.named_in_errors():
-            return _act(command_line.parse(argv[1:]))
+            return _act(argv[1:])
     except UserError as error:
         return _fail(2, str(error))
     except RunError as error:
-        return _fail(1, str(error))
+        return _fail(error.code, str(error))
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except MemoryError:
         return _fail(1, "out of memory: lower config.batch_size or the size of the model")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            file = error.filename or "a file"
+            return _fail(1, f"no space left on the disk: {file} was not written")
+        if error.filename is None and error.errno not in _OF_DISKS:
             raise
-        return _fail(1, f"no space left on the disk: {error.filename or 'a file'} was not written")
+        file = str(error.filename or "a file")[:_LONGEST]
+        return _fail(1, f"cannot use {file}: {error.strerror}")
 
 
 def run() -> NoReturn:
     """The console script `mlip`."""
+    words = [word for word in sys.argv[1:2] if not word.startswith("-")]
+    if words in ([], [DEFAULT]):
+        stopping.listen_early()
+    stopping.let_come()
     restart_with_huge_pages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
-    sys.exit(main(sys.argv))
+    stopping.end(main(sys.argv))
 
 
-def _act(command: command_line.Command | str) -> int:
+def _act(arguments: Sequence[str]) -> int:
+    # Here: signals are listened to before these are imported.
+    from mlip_jax.cli import command_line
+    from mlip_jax.cli.subcommands import SUBCOMMANDS
+
+    command = command_line.parse(arguments)
     if isinstance(command, str):
         print(command, end="")
         return 0

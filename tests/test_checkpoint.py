@@ -1,12 +1,16 @@
 """Checkpoints: bit for bit, whole or not at all, and the right ones kept."""
 
+import errno
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax
@@ -176,7 +180,28 @@ def damage_seal(path):
     (path / "files.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_bit, damage_length, damage_missing, damage_seal])
+def written(name, content):
+    def damage(path):
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+DAMAGES = [
+    damage_bit,
+    damage_length,
+    damage_missing,
+    damage_seal,
+    written("metrics/metrics", b'{"scor'),  # Orbax reads it of all checkpoints at its start
+    written("metrics/metrics", b"[]"),
+    written("files.json", b"{}"),
+    written("files.json", b"[]"),
+    written("files.json", b"null"),
+    written("files.json", b'{"state/_METADATA": 5}'),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_falls_back_and_says_so(workdir, saved, capfd, damage):
     damage(workdir / "checkpoints" / "2")
     params = restore_fields(workdir)[0]["params"]
@@ -193,11 +218,58 @@ def test_a_damaged_newest_falls_back_and_says_so(workdir, saved, capfd, damage):
     assert (workdir / "checkpoints" / "damaged-2").is_dir()
 
 
+def odd_metadata(path):
+    (path / "2" / "_CHECKPOINT_METADATA").write_bytes(b"[]")
+
+
+ODD = [
+    odd_metadata,
+    lambda path: (path / "2" / "_CHECKPOINT_METADATA").write_bytes(b'{"init_timestamp_nsecs": {}}'),
+    lambda path: (path / "\u00b2").mkdir(),
+    lambda path: (path / "007").mkdir(),
+    lambda path: (path / "-5").mkdir(),
+    lambda path: (path / "11").touch(),
+    lambda path: (path / "step_3").mkdir(),
+]
+
+
+@pytest.mark.parametrize("make_odd", ODD)
+def test_what_is_no_checkpoint_is_passed_over(workdir, saved, capfd, make_odd):
+    make_odd(workdir / "checkpoints")
+    assert restore_fields(workdir)[1]["step"] == 2
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.restore(abstract(saved[1]))[1]["step"] == 2
+    assert not capfd.readouterr().err
+
+
+def test_an_older_one_with_a_damaged_file_does_not_keep_a_run_from_going_on(workdir, saved, capfd):
+    (workdir / "checkpoints" / "1" / "metrics" / "metrics").write_bytes(b"\xff")
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.restore(abstract(saved[1]))[1]["step"] == 2
+    assert "checkpoints/1 is damaged (metrics/metrics has changed" in capfd.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path, capfd):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="cannot use .*checkpoints: File exists"):
+        Checkpoints(tmp_path)
+    assert not capfd.readouterr().err
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(workdir, saved):
+    with Checkpoints(workdir) as checkpoints:
+        shutil.rmtree(workdir)
+        checkpoints.save(3, saved[1], {})
+    assert restore_fields(workdir)[1]["step"] == 3
+
+
 def test_all_damaged_is_an_error_and_no_fresh_start(workdir, saved):
     for step in "12":
         damage_bit(workdir / "checkpoints" / step)
     with pytest.raises(RunError, match="all are damaged"):
         restore_fields(workdir)
+    with Checkpoints(workdir) as checkpoints, pytest.raises(RunError, match="every checkpoint"):
+        checkpoints.restore(abstract(saved[1]))
     with Checkpoints(workdir) as checkpoints, pytest.raises(RunError, match="every checkpoint"):
         checkpoints.restore(abstract(saved[1]))
 
@@ -352,6 +424,63 @@ def test_a_workdir_with_a_damaged_config_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["[]", "5", "null", '{"model": 5}', '{"seed": null}'])
+def test_a_config_of_another_kind_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with (
+        pytest.raises(UserError, match="config.json.*mend it or remove it"),
+        open_workdir(tmp_path, schema.default()),
+    ):
+        pass
+
+
+def impossible_names(folder):
+    (folder / "a_file").touch()
+    (folder / "lock" / ".lock").mkdir(parents=True)
+    (folder / "config" / "config.json").mkdir(parents=True)
+    (folder / "victim").write_text("precious")
+    (folder / "link").mkdir()
+    (folder / "link" / ".lock").symlink_to(folder / "victim")
+    (folder / "looped").symlink_to(folder / "looped")
+    return (
+        Path("/proc/x"),
+        *(folder / name for name in ("x" * 300, "a_file", "a_file/run", "a\0b", "looped/run")),
+        *(folder / name for name in ("lock", "config", "link")),
+    )
+
+
+def test_an_impossible_workdir_is_one_line(tmp_path):
+    for name in impossible_names(tmp_path):
+        with (
+            pytest.raises(UserError, match=r"cannot (use|read) (?s:.*)"),
+            open_workdir(name, schema.default()),
+        ):
+            pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_workdir_that_cannot_be_written_in_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root
+    with (
+        pytest.raises(UserError, match="cannot write in .*: give another --workdir"),
+        open_workdir(tmp_path, schema.default()),
+    ):
+        pass
+
+
+def test_what_a_killed_process_left_is_cleared_at_the_next_start(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    number = int(ended.stdout)
+    left = [f".results.md.{number}", f".report.html.{number}", f"report/.curves.png.{number}"]
+    kept = [f".results.json.{os.getpid()}", ".results.json.partial", "notes.7"]
+    (tmp_path / "report").mkdir()
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    with open_workdir(tmp_path, schema.default()):
+        pass
+    assert [(tmp_path / name).exists() for name in (*left, *kept)] == [False] * 3 + [True] * 3
+
+
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with (
@@ -374,6 +503,16 @@ def test_saving_does_not_wait_for_the_disk(tmp_path):
         assert steps_of(tmp_path) == []
         checkpoints.wait()
         assert steps_of(tmp_path) == [1]
+
+
+def test_the_tasks_of_a_failed_save_say_nothing(tmp_path, caplog):
+    with Checkpoints(tmp_path):
+        pass
+    full, other = OSError(errno.ENOSPC, "No space left on device"), ValueError("another")
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).error("never retrieved", exc_info=full)
+        logging.getLogger(name).error("never retrieved", exc_info=other)
+    assert [record.exc_info[1] for record in caplog.records] == [other] * 2
 
 
 def test_a_write_that_outlasts_its_failed_save_says_nothing(monkeypatch):

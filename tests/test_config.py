@@ -37,10 +37,36 @@ MISTAKES = [
     ("optimizer.learning_rate", 0.0, "config.optimizer.learning_rate=0.0 must be above 0"),
     ("optimizer.learning_rate", math.nan, "config.optimizer.learning_rate=nan must be"),
     ("optimizer.ema", 1.5, r"must be in \[0, 1\)"),
-    ("model.image.image_size", 0, "must be at least 1"),
+    ("model.image.image_size", 0, "must be from 1 to 8,192"),
     ("model.text.context_length", 2, "a text has a start, a word and an end"),
     ("data.augment.crop", (0.9, 0.1), "the smaller first"),
-    ("data.workers", -2, "must be at least -1"),
+    ("data.workers", -2, "must be from -1 to 1,024"),
+    ("data.workers", 100_000, "must be from -1 to 1,024"),
+    ("perspectives.spatial_global.init_bias", math.nan, "init_bias=nan must be finite"),
+    ("perspectives.spatial_global.init_scale", math.inf, "init_scale=inf must be finite"),
+    ("optimizer.weight_decay", math.inf, "weight_decay=inf must be finite"),
+    ("optimizer.rates.image", math.inf, "rates.image=inf must be finite"),
+    ("optimizer.learning_rate", 1e300, "must be finite, and at most 3.4e"),
+    ("evaluation.frequency_mix", math.inf, "frequency_mix=inf must be finite"),
+    ("data.augment.crop", (math.nan, 1.0), "must be finite"),
+    ("data.augment.crop", ("a", "b"), "expected a value of type tuple of float"),
+    ("evaluation.probe.shots", (1, 2.5), "expected a value of type tuple of int"),
+    ("evaluation.probe.shots", (), "must be numbers of images a class"),
+    ("evaluation.retrieval", ("validation", ""), "has an empty element"),
+    ("name", "", "config.name='' must be a name that a folder can have"),
+    ("name", "a/../b", "must be a name that a folder can have"),
+    ("name", "x" * 300, "must be a name that a folder can have"),
+    ("name", "a\0b", "a character that no path can have"),
+    ("data.train", "jsonl:\ud800", "a character that no path can have"),
+    ("seed", 99999999999999999999, "config.seed has a value of more than 9,223,372"),
+    ("seed", -1, "config.seed=-1 must be at least 0"),
+    ("batch_size", True, "config.batch_size=True: expected a value of type int"),
+    ("batch_size", 2**40, "config.batch_size has a value of more than 2,147,483,647"),
+    ("model.image.mlp_ratio", 0.0001, "mlp_ratio=0.0001 leaves nothing of the width 192"),
+    ("model.text.mlp_ratio", 1e9, "must be above 0 and at most 1,000"),
+    ("model.image.depth", 1_000_000, "must be from 1 to 1,000"),
+    ("model.image.image_size", 10_000_000, "must be from 1 to 8,192"),
+    ("model.image.merging.rate", math.nan, "must be finite"),
 ]
 
 
@@ -49,6 +75,23 @@ def test_a_mistake_is_named(config, key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
         validate(config)
+
+
+def test_null_is_no_value(config):
+    with pytest.raises(UserError, match="config.model.image.width=None: leave it out"):
+        schema.set_key(config, "model.image.width", None)
+    with pytest.raises(TypeError, match="model.image.width must not be null"):
+        schema.from_json('{"model": {"image": {"width": null}}}')
+
+
+def test_the_largest_seed_is_one(config):
+    config.seed = 2**63 - 1
+    validate(config)
+
+
+def test_a_name_may_be_of_a_folder_in_a_folder(config):
+    config.name = "clip/B 32"
+    validate(config)
 
 
 def test_frequency_guidance_needs_a_frequency_stage(config):

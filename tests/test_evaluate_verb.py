@@ -17,7 +17,7 @@ from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
 from mlip_jax.evaluations.sheets import html, markdown, sheet
-from mlip_jax.evaluations.verb import file_results, results_name
+from mlip_jax.evaluations.verb import _read_draft, file_results, results_name
 
 
 def outcome(name, **figures):
@@ -116,6 +116,43 @@ def test_results_of_another_checkpoint_are_not_mixed(tmp_path):
     file_results(tmp_path, old)
     file_results(tmp_path, new)
     assert set(read_results(tmp_path).figures) == {"svm/b/top1"}
+
+
+DAMAGED_RESULTS = [
+    ("[]", "expected a JSON object, found a list"),
+    ("5", "expected a JSON object, found a number"),
+    ("null", "expected a JSON object, found null"),
+    ('{"step": "8"}', "step is a text, not a whole number"),
+    ('{"figure": 0.5}', "'figure' is no FAMILY/DATASET/FIGURE"),
+    ('{"a/b/c": "0.5"}', "'a/b/c' of figures is a text"),
+    ('{"a/b/c": null}', "'a/b/c' of figures is null"),
+    ('{"a/b/c": true}', "'a/b/c' of figures is a truth value"),
+    ('{"examples/a/b/c": [5]}', "'a/b/c' of examples is a list"),
+    ('{"note/a/b": 5}', "'a/b' of notes is a number"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), DAMAGED_RESULTS)
+def test_damaged_results_are_one_line(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=f"results.json: {message}; mend it or remove it"):
+        read_results(tmp_path)
+
+
+def test_damaged_results_do_not_cost_those_that_were_just_found(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"a/b/c": [')
+    found = Results(step=4)
+    found.add("svm", outcome("b", top1=0.2))
+    file_results(tmp_path, found)
+    assert set(read_results(tmp_path).figures) == {"svm/b/top1"}
+    assert (tmp_path / "damaged-results.json").read_text() == '{"a/b/c": ['
+    assert capsys.readouterr().err.rstrip().endswith("set aside as damaged-results.json")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"figures": 5}', '{"step": 4, "done": [[]]}', '{"x": 1}'])
+def test_a_damaged_draft_of_results_is_passed_over(tmp_path, text):
+    (tmp_path / "draft").write_text(text)
+    assert _read_draft(tmp_path / "draft", 4) == Results(step=4)
 
 
 def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys):
@@ -312,8 +349,20 @@ def test_tables_show_what_a_set_is_called(tmp_path):
     results = Results()
     results.add("zero_shot", outcome("a|b<c>", top1=0.25, text_to_image_median_rank=3.0))
     results_sheet = sheet(results, "Results")
-    assert "| zero-shot · a\\|b<c> | top-1 | 25.00 % | 10.00 % | 7 | p |" in markdown(results_sheet)
+    assert "| zero-shot · a\\|b\\<c\\> | top-1 | 25.00 % | 10.00 % | 7 | p |" in markdown(
+        results_sheet
+    )
     assert "a|b&lt;c&gt;" in html(results_sheet) and "Note." in html(results_sheet)
+
+
+def test_names_are_no_markup(tmp_path):
+    found = Results(step=1)
+    found.add("svm", outcome("<img src=x onerror=alert(1)>|`[a](b)", top1=0.2))
+    file_results(tmp_path, found)
+    for suffix in (".md", ".html"):
+        text = (tmp_path / "results.json").with_suffix(suffix).read_text()
+        assert "onerror" in text and "<img" not in text.replace(r"\<img", "")
+    assert r"\<img src=x onerror=alert(1)\>\|\`\[a\](b)" in (tmp_path / "results.md").read_text()
 
 
 def test_prompts_and_class_names_are_data(tmp_path):

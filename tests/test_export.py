@@ -1,5 +1,6 @@
 """Models out: what is written is read again, or run, and gives the same embeddings."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_foreign import (
     DATA,
     hugging_face_folder,
@@ -313,10 +314,70 @@ def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
     refused(config | {"format": 2}, "format 2 is not known here")
     refused({"format": 1}, "damaged: KeyError")
     refused(config | {"config": {"no_such": 1}}, "unknown config key")
+
+    def changed(section, **values):
+        inner = copy.deepcopy(config["config"])
+        inner["model"][section] |= values
+        return config | {"config": inner}
+
+    for values in ({"width": 0}, {"width": -1}, {"heads": 7}, {"depth": 0}, {"depth": 1_000_000}):
+        refused(changed("image", **values), "config.model.image.")
+    refused(changed("image", width=None), "must not be null")
+    refused(changed("image", depth=999), "it has .* tensors, and this config's model has")
+    refused(changed("text", width=0), "config.model.text.width=0 must be from 1")
+    for values, message in (
+        ({"interpolation": "x"}, "interpolation 'x' is none of nearest"),
+        ({"short_side": 10_000_000}, "short_side 10000000 is not from 0 to 8,192"),
+        ({"image_size": -1}, "image_size -1 is no whole number"),
+        ({"std": [0.0, 1.0, 1.0]}, "std .* is none of three channels"),
+        ({"mean": [float("nan")] * 3}, "mean .* is none of three channels"),
+        ({"crop": 5}, "crop 5 is none of round, floor"),
+    ):
+        prepared = config["preprocessing"] | values
+        refused(config | {"preprocessing": prepared}, message)
+    refused(config | {"step": "x"}, "damaged: step or about")
     (out / "mlip_config.json").write_text(json.dumps(config))
     (out / "mlip_tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"mlip_tokenizer\.json: damaged"):
         mlip_jax.load(out)
+
+
+def test_weights_that_are_no_weights_are_told(clip, tmp_path):
+    out = tmp_path / "out"
+    exported(clip, out, "mlip")
+    file = out / "model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    broken = np.array(tensors[name])
+    broken.flat[-1] = np.nan
+    infinite = np.array(tensors[name])
+    infinite.flat[0] = -np.inf
+    for changes, message in (
+        ({name: broken}, f"tensor {name} holds NaN or infinity"),
+        ({name: infinite}, f"tensor {name} holds NaN or infinity"),
+        ({"params": broken}, "holds no params"),
+        ({"other/x": broken}, "holds 'other', which is no part of a model"),
+    ):
+        save_file(tensors | changes, file)
+        with pytest.raises(UserError, match=message):
+            mlip_jax.load(out)
+
+
+def test_token_ids_that_have_no_row_are_told(clip):
+    model = mlip_jax.load(clip)
+    rows = model.tokenizer.vocab_size
+    context = model.config.model.text.context_length
+    whole = np.zeros((1, context), np.int64)
+    assert np.isfinite(model.encode_token_ids(whole)).all()
+    for token in (rows, 4_000_000_000, -1):
+        ids = whole.copy()
+        ids[0, 0] = token
+        with pytest.raises(UserError, match=r"token id"):
+            model.encode_token_ids(ids)
+        with pytest.raises(UserError, match=r"token id"):
+            model.encode_token_ids(ids.tolist())
+    with pytest.raises(UserError, match="token ids are whole numbers"):
+        model.encode_token_ids(whole + 0.5)
 
 
 def test_stablehlo_runs_without_the_package(clip, tmp_path, capsys):

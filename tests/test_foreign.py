@@ -233,6 +233,9 @@ def test_hugging_faces_preprocessing(tmp_path):
     write_preprocessor(folder, size={"shortest_edge": 16})
     with pytest.raises(UserError, match="the model takes squares of 32"):
         mlip_jax.load(folder)
+    write_preprocessor(folder, size={"shortest_edge": 10_000_000})
+    with pytest.raises(UserError, match="short_side 10000000 is not from 0 to 8,192"):
+        mlip_jax.load(folder)
     write_preprocessor(folder, do_rescale=False)
     with pytest.raises(UserError, match=r"preprocessor\.do_rescale is False"):
         mlip_jax.load(folder)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -299,6 +300,49 @@ def heard_interrupt():
     signal.signal(signal.SIGINT, before)
 
 
+def test_an_error_after_a_signal_is_a_stop():
+    with Stop().listening() as stop:
+        with pytest.raises(ValueError), stop.interrupting():
+            raise ValueError("of its own")
+        with pytest.raises(Stopped), stop.interrupting():
+            stop.ask()
+            raise ValueError("what a library made of it")
+
+
+def late(monkeypatch, after, act):
+    """Has the input stall at a batch; `act` is called first."""
+    original, release = loop.train_batches, threading.Event()
+
+    def batches(*arguments, **options):
+        for number, batch in enumerate(original(*arguments, **options)):
+            if number == after:
+                act()
+                release.wait()
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", batches)
+    monkeypatch.setattr("mlip_jax.data.batches.feed._FAREWELL", 0.1)
+    monkeypatch.setattr("mlip_jax.core.stopping._leaves", False)
+    return release
+
+
+def test_input_that_does_not_come_is_said_and_costs_no_step(train, trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        release = late(patch, 3, lambda: None)
+        patch.setenv("MLIP_INPUT_SECONDS", "1")
+        code, output = train()
+        release.set()
+    assert code == 1 and steps_of(tmp_path / "run")[-1] == 3
+    assert re.search("no batch came within 1 s .*everything is saved at step 3", one_line(output))
+    with monkeypatch.context() as patch:
+        release = late(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        code, output = train()
+        release.set()
+    assert code == 75 and "everything is saved at step 5" in output
+    assert train()[0] == 0
+    assert_same_state(trained, tmp_path / "run")
+
+
 @pytest.mark.usefixtures("heard_interrupt")
 def test_signals():
     former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -468,6 +512,11 @@ REFUSED = [
     ),
     ({"checkpoint.keep_last": 0}, "keep_last=0 must be at least 1"),
     ({"compute_dtype": "float23"}, "did you mean 'float32'"),
+    ({"accumulation": 5}, "is no multiple of config.accumulation=5 parts"),
+    ({"data.workers": 1000, "batch_size": 2**20, "samples": 2**21}, "needs .* MiB of /dev/shm"),
+    ({"checkpoint.best": "foo"}, "checkpoint.best='foo' is no figure .* FAMILY/SET/FIGURE"),
+    ({"checkpoint.best": "svm/pairs/map"}, "with a family of retrieval, zero_shot"),
+    ({"name": ""}, "config.name='' must be a name"),
 ]
 
 

@@ -163,8 +163,15 @@ USAGE = [
     ("prepare --out=x --chek", "unknown flag --chek; did you mean 'check'"),
     ("prepare --out=x y", "prepare takes no 'y'"),
     ("prepare --out=x --config.seed=1", "prepare takes no '--config.seed=1'"),
-    ("prepare --out=x --workers=0", "--workers=0: expected a whole number, at least 1"),
-    ("prepare --out=x --workers=x", "--workers=x: expected a whole number, at least 1"),
+    ("prepare --out=x --workers=0", "--workers=0: expected a whole number from 1 to 1024"),
+    ("prepare --out=x --workers=100000", "expected a whole number from 1 to 1024"),
+    ("--config=tried.py --coordinator=localhost:99999", "coordinator=localhost:99999: expected h"),
+    ("--config=tried.py --config.seed=99999999999999999999", "config.seed has a value of more"),
+    ("--config=tried.py --config.optimizer.weight_decay=inf", "weight_decay=inf must be finite"),
+    ("--config=tried.py --config.name=", "config.name='' must be a name"),
+    ("--config=tried.py --config.evaluation.probe.shots=0.5", "shots=.*0.5.*tuple of int"),
+    ("benchmark --config=tried.py --compare=", "--compare=: expected"),
+    ("prepare --out=x --workers=x", "--workers=x: expected a whole number from 1 to 1024"),
     ("prepare", "prepare needs a folder to write to: add --out=DIR"),
     ("export --workdir=x", "export needs a folder to write: add --out=DIR"),
     ("export --format=", "--format=: expected mlip, hf_clip, .* or onnx"),
@@ -175,7 +182,9 @@ USAGE = [
     ("evaluate --compare=a,b --process-id=0", "takes no --process-id"),
     ("benchmark --config=tried.py --compare='x", "--compare='x: No closing quotation"),
     ("evaluate --workdir=.", "no workdir of a run: it has no config.json"),
-    ("report --workdir=tried.py", "no workdir of a run"),
+    ("report --workdir=tried.py", "cannot use tried.py as --workdir: it is no folder"),
+    (f"evaluate --workdir={'x' * 300}", "cannot use x+ as --workdir: File name too long"),
+    (f"--config=tried.py --workdir={'x' * 300}", "cannot use x+ as --workdir: File name too long"),
 ]
 
 
@@ -220,6 +229,9 @@ ENDS = [
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 1, "out of memory"),
     (OSError(errno.ENOSPC, "No space left on device", "events"), 1, "no space left.* events"),
+    (OSError(errno.EFBIG, "File too large"), 1, "cannot use a file: File too large"),
+    (OSError(errno.EROFS, "Read-only file system", "runs/a"), 1, "cannot use runs/a: Read-only"),
+    (FileExistsError(errno.EEXIST, "File exists", "a/report"), 1, "cannot use a/report: File exi"),
 ]
 
 
@@ -247,6 +259,7 @@ IDS = [f"{name}-{flag.name}" for flag, name in USES]
 WRONG = {
     kinds.Text: [""],
     kinds.Whole: ["", "x", "1.5", "-1", "99999999999999999999999999x"],
+    kinds.Address: ["", "host", "host:", ":1", "host:0", "host:99999", "a b:1"],
     kinds.Share: ["", "x", "-0.1", "1.1", "nan"],
     kinds.Shares: ["", ",", "0.5,", "0.5,x", "0.99"],
     kinds.Choice: ["", "nonsense"],

@@ -259,6 +259,7 @@ def test_clocks_follow_from_peaks():
         ({"topology": "v5e:2x5"}, r"'v5e:2x5' is not known: expected v5e:1x1, .*did you mean"),
         ({"topology": "v9:2x4"}, r"'v9:2x4' is not known: .*v4:.*v5e:.*v5p:.*v6e:.*cpu:N"),
         ({"topology": "cpu:0"}, "'cpu:0' is not known"),
+        ({"topology": "cpu:100000000"}, "is not known: .*cpu:N, N at most 1,024"),
         ({"topology": "cpu:999"}, "XLA_FLAGS=--xla_force_host_platform_device_count=999"),
         ({"topology": "cpu:8", "mesh": "data:4,model:2"}, "'model' is none of the axes data"),
         ({"topology": "cpu:8", "mesh": "data:x"}, "'data:x' is not AXIS:SIZE"),

@@ -435,6 +435,8 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, capsys):
         ((), "add --out=DIR"),
         (("--out=x",), "add --source=KIND:PATH"),
         (("--out=x", "--source=webdatset:a"), "did you mean 'webdataset:'"),
+        (("--out=x", "--source=webdataset:/no/" + 40 * "{a,b}"), "no such file: /no/aaaa"),
+        (("--out=x", "--source=parquet:/no/{0..99999999999}"), "no such file: /no/0"),
         (("--out=x", "--source=webdataset:/no/*.tar"), "no such file: /no/*.tar"),
         (("--out=x", "--source=webdataset:{9..1}.tar"), "the second number must be the larger"),
         (("--out=x", "--source=csv:/no/t.csv"), "cannot read /no/t.csv"),

@@ -329,6 +329,7 @@ def test_flags_stand_for_the_variables(tiny, tmp_path, capfd, monkeypatch):
 
 MISTAKES = [
     ({cluster.PROCESSES: ""}, "MLIP_COORDINATOR, MLIP_PROCESS_ID without MLIP_PROCESSES: set all"),
+    ({cluster.COORDINATOR: "127.0.0.1:99999"}, "='127.0.0.1:99999': expected host:port"),
     ({cluster.COORDINATOR: "127.0.0.1"}, "MLIP_COORDINATOR='127.0.0.1': expected host:port"),
     ({cluster.PROCESSES: "two"}, "MLIP_PROCESSES='two': expected a whole number"),
     ({cluster.PROCESS_ID: "2"}, "MLIP_PROCESS_ID=2 of MLIP_PROCESSES=2: the processes are 0 to 1"),
@@ -433,3 +434,8 @@ def test_jaxs_private_state_is_where_it_is_looked_for(monkeypatch):
     monkeypatch.setattr("jax._src.distributed.global_state", object())
     with pytest.raises(RunError, match="several processes cannot run with JAX .*no client or pro"):
         processes._state()
+
+
+def test_a_peer_that_is_gone_while_this_one_compiles_is_lost():
+    error = ValueError("UNKNOWN: Gloo context initialization failed: Connect timeout [127.0.0.1]")
+    assert processes._is_lost(error) and not processes._is_lost(ValueError("a bug"))

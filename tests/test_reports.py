@@ -180,6 +180,21 @@ def test_history_takes_the_last_word_of_a_resumed_run(tmp_path):
     assert read_history(tmp_path / "absent.jsonl").training == []
 
 
+def test_damaged_lines_of_a_history_are_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "samples": 8, "loss": 2.0, "images_per_second": 5}'
+    odd = ["[]", "5", "null", '{"step": 2', "\0", '{"step": "2", "samples": 8, "loss": 1.0}']
+    odd += ['{"step": 2, "samples": [8], "loss": 1.0}', '{"step": 2, "samples": 1e999, "loss": 1}']
+    odd += ['{"step": null, "samples": 8}', "[" * 100_000]
+    part = '{"step": 2, "samples": 16, "loss": null, "images_per_second": "fast", "lr": [1]}'
+    path.write_text("\n".join([whole, *odd, part]) + "\n")
+    history = read_history(path)
+    assert [line["step"] for line in history.training] == [1, 2]
+    assert history.training[1] == {"step": 2, "samples": 16, "loss": None}
+    assert series(history.training, "images_per_second")[1].tolist() == [5]
+    assert not history.evaluation
+
+
 @pytest.mark.parametrize("height,width", [(4, 4), (5, 7), (6, 5)])
 def test_gain_is_what_the_filter_does(height, width):
     rng = np.random.default_rng(0)

@@ -6,8 +6,11 @@ import io
 import json
 import re
 import shutil
+import socket
 import threading
+import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import browser
 import numpy as np
@@ -17,7 +20,8 @@ from PIL import Image
 import mlip_jax
 from mlip_jax import main as door
 from mlip_jax.core.errors import UserError
-from mlip_jax.search.answers import Answers
+from mlip_jax.search import server
+from mlip_jax.search.answers import Answer, Answers
 from mlip_jax.search.collection import open_collection
 from mlip_jax.search.index import Index
 from mlip_jax.search.server import MOST_BYTES, make_server
@@ -43,11 +47,11 @@ def port(photos, trained, tmp_path_factory):
     command = [f"--workdir={trained}", f"--images={photos}", f"--index={folder}"]
     assert door.main(["mlip", "search", *command]) == 0
     answers = Answers(Index(folder), open_collection(str(photos)), mlip_jax.load(trained), 10)
-    with make_server(answers, 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
+    with make_server(answers, 0) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
         thread.start()
-        yield server.server_port
-        server.shutdown()
+        yield listening.server_port
+        listening.shutdown()
         thread.join()
 
 
@@ -180,6 +184,79 @@ def test_an_image_that_is_gone(ask, photos):
     finally:
         (photos / "9").rename(photos / "9.png")
     assert status == 404 and "cannot be read any more" in json.loads(content)["error"]
+
+
+class Pages:
+    """Stands in for answers: says how many bytes came, when it may."""
+
+    def __init__(self):
+        self.may, self.now, self.most = threading.Event(), 0, 0
+        self.lock = threading.Lock()
+
+    def get(self, path, values):
+        return Answer(200, "text/plain", b"here")
+
+    def search_like(self, content, values):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.may.wait(60)
+        with self.lock:
+            self.now -= 1
+        return Answer(200, "text/plain", str(len(content)).encode())
+
+
+@pytest.fixture
+def pages():
+    answers = Pages()
+    with make_server(answers, 0) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield answers, listening.server_port
+        answers.may.set()
+        listening.shutdown()
+        thread.join()
+
+
+def raw(port, text):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(text.replace("PORT", str(port)).encode())
+        return connection.makefile("rb").read()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_address_that_is_none_is_refused(pages, capfd, method):
+    host = "Host: 127.0.0.1:PORT\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    answer = raw(pages[1], f"{method} http://[ HTTP/1.1\r\n{host}")
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"this is no address" in answer
+    assert not capfd.readouterr().err
+
+
+def test_images_wait_before_they_are_read(pages):
+    answers, port = pages
+    head = "POST /search HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nConnection: close\r\n"
+    asked = f"{head}Content-Length: 5\r\n\r\nimage"
+    with ThreadPoolExecutor(6) as pool:
+        sent = [pool.submit(raw, port, asked) for _ in range(6)]
+        while answers.now < 2:
+            time.sleep(0.01)
+        answers.may.set()
+        assert all(each.result().endswith(b"5") for each in sent)
+    assert answers.most <= 2
+
+
+def test_connections_are_bounded(pages, monkeypatch):
+    _, port = pages
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+        assert raw(port, "").startswith(b"HTTP/1.1 503 ")
+
+
+def test_an_image_that_does_not_come_is_not_waited_for(pages, monkeypatch):
+    monkeypatch.setattr(server, "_LATEST", -1)
+    head = "POST /search HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nContent-Length: 5\r\n\r\nima"
+    assert raw(pages[1], head).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_port_that_is_taken(port):

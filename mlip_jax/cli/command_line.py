@@ -17,7 +17,7 @@ from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import read_json
+from mlip_jax.core.files import check_name, read_json
 from mlip_jax.core.key_names import find_key
 from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
@@ -99,6 +99,7 @@ def parse(arguments: Sequence[str]) -> Command | str:
     _override(config, remaining)
     validate(config)
     workdir = Path(folder or Path("runs") / config.name)
+    check_name(workdir, "--workdir")
     if subcommand == "benchmark":
         options["title"] = file or str(workdir)
         options["compare"] = [_another(text, remaining) for text in options.get("compare", ())]
@@ -157,6 +158,7 @@ def _find_config(
             f"{subcommand} needs a run to look at: add --workdir=DIR (or --config=FILE)"
         )
     path = Path(workdir) / "config.json"
+    check_name(path.parent, "--workdir")
     if _holds_model(Path(workdir)):
         if subcommand not in _OF_ANY_MODEL:
             raise UserError(
@@ -215,13 +217,6 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
         raise UserError(
             f"unexpected argument {extra[0]!r}: the subcommand comes first, flags after it"
         )
-    for key, value in schema.flatten(config.to_dict()).items():
-        # A tuple's flag takes any elements; the default's elements say which are meant.
-        if key in keys and isinstance(value, tuple) and known[key]:
-            kind = type(known[key][0])
-            kinds = (int, float) if kind is float else (kind,)
-            if not all(type(element) in kinds for element in value):
-                raise UserError(_wrong_type(key, str(value), known))
     settle(config, keys)
 
 

@@ -10,6 +10,7 @@ from absl import flags
 
 from mlip_jax.cli.kinds import (
     ON,
+    Address,
     Choice,
     Kind,
     Registered,
@@ -263,7 +264,7 @@ FLAGS = (
         "resize",
         {
             "prepare": Use(
-                Whole(0),
+                Whole(0, 65535),
                 "PIXELS",
                 "make larger images smaller, to this length of their shorter side; 0: keep all "
                 "sizes",
@@ -277,7 +278,11 @@ FLAGS = (
     ),
     Flag(
         "workers",
-        {"prepare": Use(Whole(1), "N", "how many processes work (default: one for each core)")},
+        {
+            "prepare": Use(
+                Whole(1, 1024), "N", "how many processes work (default: one for each core)"
+            )
+        },
     ),
     Flag(
         "max-skipped-share",
@@ -346,7 +351,9 @@ FLAGS = (
         "top",
         {
             "search": Use(
-                Whole(1), "N", "how many images are found (default: 10, and 48 on the page)"
+                Whole(1, 1_000_000),
+                "N",
+                "how many images are found (default: 10, and 48 on the page)",
             )
         },
     ),
@@ -420,17 +427,23 @@ FLAGS = (
             )
         },
     ),
-    Flag("steps", {"benchmark": Use(Whole(1), "N", "how many steps are timed", default=20)}),
-    Flag("warmup", {"benchmark": Use(Whole(1), "N", "how many steps come before", default=3)}),
+    Flag(
+        "steps",
+        {"benchmark": Use(Whole(1, 1_000_000), "N", "how many steps are timed", default=20)},
+    ),
+    Flag(
+        "warmup",
+        {"benchmark": Use(Whole(1, 1_000_000), "N", "how many steps come before", default=3)},
+    ),
     _process(
         "coordinator",
-        Text("host:port, such as 10.0.0.1:8476", r"\S+:\d{1,5}"),
+        Address(),
         "HOST:PORT",
         "where process 0 of several processes of one run listens; docs/launch.md describes such "
         "runs",
     ),
-    _process("processes", Whole(1), "N", "how many processes the run has"),
-    _process("process-id", Whole(0), "I", "which of them this one is, from 0"),
+    _process("processes", Whole(1, 1_000_000), "N", "how many processes the run has"),
+    _process("process-id", Whole(0, 999_999), "I", "which of them this one is, from 0"),
     _page("help", "print this page"),
     _page("version", "print the versions of mlip_jax, jax and Python"),
 )

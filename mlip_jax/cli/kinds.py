@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlip_jax.core.schema import ADDRESS, is_address
+
 ON = "true"  # a switch that is given without a value
 _SWITCHED = {ON: True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
@@ -96,6 +98,18 @@ class Shares(Kind):
 
     def read(self, text: str) -> tuple[float, ...]:
         return tuple(map(Share(self.most).read, text.split(",")))
+
+
+@dataclass(frozen=True)
+class Address(Kind):
+    """Where a process listens."""
+
+    expected: str = ADDRESS
+
+    def read(self, text: str) -> str:
+        if not is_address(text):
+            raise ValueError(text)
+        return text
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on for a reason outside the config: shown as one line, exit code 1."""
+    """A run that cannot go on for a reason outside the config: shown as one line, exit code 1.
+
+    Attributes:
+      code: 75 where the run was asked to stop, and a scheduler is to start it again.
+    """
+
+    code = 1
 
 
 def suggestion(word: str, valid: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from mlip_jax.core.texts import brief
 MOST_BYTES = 256 * 2**20  # of an image, and of a JSON file of settings or figures
 _MOST_DEPTH = 100  # of lists and objects in each other; what programs write has some ten
 _DRAFT = re.compile(r"\..+\.[0-9]+")  # .NAME.PROCESS, as `_draft` makes it
+_LONGEST = 200  # characters of a path in a message
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _KINDS = {
     dict: "an object",
@@ -122,13 +123,50 @@ def is_draft(path: Path) -> bool:
     return bool(_DRAFT.fullmatch(path.name))
 
 
-def remove_drafts(folder: Path) -> None:
-    """Removes what killed processes left in a folder, in which no other process may write now."""
+def remove_drafts(folder: Path, *, others_write: bool = False) -> None:
+    """Removes what killed processes left in a folder.
+
+    Args:
+      folder: which need not exist.
+      others_write: whether other processes may write there now: the drafts of those that live stay.
+    """
     for path in filter(is_draft, folder.glob(".*")):
+        if others_write and _lives(int(path.name.rpartition(".")[2])):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def check_name(folder: Path, flag: str) -> None:
+    """Raises UserError, naming the flag, for what is no folder and can be none."""
+    try:
+        if stat.S_ISDIR(folder.stat().st_mode):
+            return
+        reason = "it is no folder"
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # such as a name that is too long, or a zero byte in it
+        reason = getattr(error, "strerror", "") or str(error)
+    raise UserError(f"cannot use {str(folder)[:_LONGEST]} as {flag}: {reason}") from None
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises UserError, naming the flag, for a folder that cannot be written in or made."""
+    check_name(folder, flag)
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write in {folder}: give another {flag}, or the right to write")
 
 
 def _draft(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mlip_jax.core.files import decode_json
+from mlip_jax.core.files import NotJson, decode_json
 
 Line = dict[str, Any]
 
@@ -27,7 +28,8 @@ def read_history(path: str | os.PathLike[str]) -> History:
     """Reads metrics.jsonl; an absent file is an empty history.
 
     A resumed run writes again what lay past its checkpoint, so a line removes all earlier lines of
-    its kind at its step or later. A line cut short by a kill does not parse and is passed over.
+    its kind at its step or later. A line that is damaged, such as one cut short by a kill, is
+    passed over, and so is a value that is no number; null stands for one that is not finite.
     """
     history = History()
     path = Path(path)
@@ -35,11 +37,12 @@ def read_history(path: str | os.PathLike[str]) -> History:
         return history
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = decode_json(text)
-            step = line["step"]
-            line["samples"] = float(line["samples"])
-        except (ValueError, KeyError, TypeError):
+            line = {key: value for key, value in decode_json(text).items() if _is_value(value)}
+        except NotJson:
             continue
+        if line.get("step") is None or line.get("samples") is None:
+            continue
+        step = line["step"]
         lines = history.training if "loss" in line else history.evaluation
         while lines and lines[-1]["step"] >= step:
             lines.pop()
@@ -56,6 +59,11 @@ def training_seconds(history: History) -> float | None:
             seconds += (line["samples"] - before) / rate
         before = line["samples"]
     return seconds or None
+
+
+def _is_value(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and abs(value) <= sys.float_info.max)
 
 
 def series(

@@ -8,6 +8,7 @@ Keys are fixed here: an override of a key that does not exist is refused with th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ PROCESS_VARIABLES = {
     "processes": "MLIP_PROCESSES",
     "process-id": "MLIP_PROCESS_ID",
 }
+ADDRESS = "host:port, such as 10.0.0.1:8476"  # of a coordinator, in words
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
 _FREE_AT_RESUME = (
     "mesh",
@@ -330,6 +332,12 @@ def views_of(config: ConfigDict, perspective: str) -> int:
     return 2 if config.perspectives[perspective].weight > 0 else 1
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is `ADDRESS`, with a port that there is: 1 to 65535."""
+    match = re.fullmatch(r"\S+:(\d{1,5})", text)
+    return match is not None and 1 <= int(match[1]) <= 65535
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -389,6 +397,8 @@ def _update(config: Any, values: Any, prefix: str) -> None:
             raise UserError(f"unknown config key {prefix}{key}{suggestion(key, config.keys())}")
         if isinstance(value, Mapping) or isinstance(config[key], ConfigDict):
             _update(config[key], value, f"{prefix}{key}.")
+        elif value is None:
+            raise TypeError(f"{prefix}{key} must not be null")
         else:
             config[key] = tuple(value) if isinstance(value, list) else value
 
@@ -418,6 +428,8 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
             raise _unknown_key(config, key)
     if last not in node:
         raise _unknown_key(config, key)
+    if value is None:  # which would pass for any type
+        raise UserError(f"config.{key}=None: leave it out, or give a value")
     try:
         node[last] = value
     except TypeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,18 +24,30 @@ from mlip_jax.core.schema import (
     IMAGE_VIEWS,
     NORMALIZATIONS,
     PROBES,
+    default,
     flatten,
 )
 
+_LARGEST_FLOAT = 3.4e38  # of float32, in which the parameters are trained
+_LARGEST_INT = 2**31 - 1
+_LARGEST_LONG = 2**63 - 1
+_LONGEST_NAME = 255  # bytes of a folder's name
+
 # None of them holds for NaN.
 _RANGES: dict[str, Callable[[float], bool]] = {
-    "above 0": lambda value: 0 < value < math.inf,
+    "above 0": lambda value: value > 0,
     "at least -1": lambda value: value >= -1,
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 2 (a contrastive loss compares pairs)": lambda value: value >= 2,
     "at least 3 (a text has a start, a word and an end)": lambda value: value >= 3,
     "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "above 0 and at most 1,000": lambda value: 0 < value <= 1000,
+    "from -1 to 1,024": lambda value: -1 <= value <= 1024,
+    "from 0 to 1,000": lambda value: 0 <= value <= 1000,
+    "from 1 to 1,000": lambda value: 1 <= value <= 1000,
+    "from 1 to 8,192": lambda value: 1 <= value <= 8192,
+    "from 1 to 1,000,000": lambda value: 1 <= value <= 1_000_000,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 2]": lambda value: 0 <= value <= 2,
@@ -43,19 +55,26 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 # A pattern of keys and what their values must be; the first pattern that fits a key counts.
 _RULES = (
     (r"batch_size", "at least 2 (a contrastive loss compares pairs)"),
+    (r"seed", "at least 0"),
     (r"model\.text\.context_length", "at least 3 (a text has a start, a word and an end)"),
     (r"samples|log_every|token_chunk|evaluation\.batch_size|checkpoint\.keep_last", "at least 1"),
     (r"accumulation|evaluation\.probe\.draws", "at least 1"),
     (r"evaluation\.box_threshold", "in [0, 1)"),
-    (r"model\..*(width|heads|_size|_dim)|model\.image\.depth", "at least 1"),
+    # Beyond any model: of a stranger's config, they would take all memory, or minutes.
+    (r"model\.image\.(image|patch)_size", "from 1 to 8,192"),
+    (r"model\.image\.depth", "from 1 to 1,000"),
+    (r"model\.(image\.frequency|text)\.depth", "from 0 to 1,000"),
+    (r"model\..*(width|heads|_dim)", "from 1 to 1,000,000"),
+    (r"model\.text\.vocab_size", "at least 1"),
+    (r"model\..*\.mlp_ratio", "above 0 and at most 1,000"),
     (r"optimizer\.max_scale|.*\.init_scale", "at least 1"),
-    (r"optimizer\.(learning_rate|eps)|model\..*\.(mlp_ratio|norm_epsilon)", "above 0"),
+    (r"optimizer\.(learning_rate|eps)|model\..*\.norm_epsilon", "above 0"),
     (r"optimizer\.lookahead\.alpha", "above 0 and at most 1"),
     (r"optimizer\.(b1|b2|ema|momentum)|model\..*(dropout|drop_path|prior_weight)", "in [0, 1)"),
     (r"data\.caption\..*|data\.augment\.(flip|trim|grayscale|blur|morphology)", "in [0, 1]"),
-    (r"data\.max_skipped_share|model\.image\.merging\..*_mix", "in [0, 1]"),
+    (r"data\.max_skipped_share|model\.image\.merging\.(.*_mix|rate)", "in [0, 1]"),
     (r"data\.augment\.(affine|color)", "in [0, 2]"),
-    (r"data\.workers", "at least -1"),
+    (r"data\.workers", "from -1 to 1,024"),
     (r"optimizer\.(weight_decay|clip_norm|rates\..*|lookahead\.period)", "at least 0"),
     (
         r"(optimizer\.warmup|optimizer\.cooldown|checkpoint\.every|evaluation\.every)_samples",
@@ -64,6 +83,7 @@ _RULES = (
     (r".*(_samples|_penalty|\.weight|\.depth)", "at least 0"),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
+_LONG = re.compile(r"seed|(.*_)?samples")  # whole numbers that may be large
 
 _MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 
@@ -74,9 +94,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: one line that names the key, its value and what it may be.
     """
-    for key, value in flatten(config.to_dict()).items():
-        _check_range(key, value)
-    if not (0 <= config.epochs < math.inf or config.epochs == -1):
+    validate_model(config)
+    if not (config.epochs >= 0 or config.epochs == -1):
         raise UserError(
             f"config.epochs={config.epochs:g} must be above 0, 0 (config.samples says it) or -1 "
             "(by the size of the set)"
@@ -96,15 +115,15 @@ def validate(config: ConfigDict) -> None:
             "config.attention='cudnn' computes in bfloat16 only, not in config.compute_dtype="
             "'float32': set config.attention='auto'"
         )
-    choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
     choose("data.decode", config.data.decode, ("fast", "exact"))
     choose("data.orientation", config.data.orientation, ("ignore", "exif"))
     choose("ring", config.ring, ("auto", "always", "never"))
     choose("equal_texts", config.equal_texts, ("count", "mask"))
     choose("evaluation.probe.method", config.evaluation.probe.method, PROBES)
-    if not config.evaluation.probe.shots or min(config.evaluation.probe.shots) < 1:
+    shots = config.evaluation.probe.shots
+    if not shots or min(shots) < 1:
         raise UserError(
-            f"config.evaluation.probe.shots={config.evaluation.probe.shots} must be numbers of "
+            f"config.evaluation.probe.shots={shots} must be numbers of "
             "images a class, each at least 1"
         )
     towers = [name for name in ("image", "text") if config.model[name].pretrained]
@@ -115,9 +134,7 @@ def validate(config: ConfigDict) -> None:
         )
     for view, perspective in config.perspectives.items():
         LOSSES.check(f"perspectives.{view}.loss", perspective.loss)
-    _check_image(config)
-    _check_text(config)
-    _check_joint_space(config)
+    _check_critic(config)
     _check_accumulation(config)
     _check_optimizer(config)
     _check_perspectives(config)
@@ -136,6 +153,26 @@ def check_length(config: ConfigDict, said_by: str) -> None:
             f"{said_by} in batches of {config.batch_size} are {steps:,} steps, and a run has at "
             f"most {_MOST_STEPS:,}: raise config.batch_size"
         )
+
+
+def validate_model(config: ConfigDict) -> None:
+    """Checks every value by itself, and what a model that is loaded depends on.
+
+    What only training needs, such as the table of losses, is left out: a model can be used without
+    the file that registers its loss.
+
+    Raises:
+      UserError: as `validate`.
+    """
+    defaults = flatten(default().to_dict())
+    for key, value in flatten(config.to_dict()).items():
+        if not key.startswith("options."):  # the user's own: any key and any value
+            _check_value(key, value, defaults[key])
+    _check_name(config.name)
+    choose("model.head", config.model.head, ("linear", "linear_bias", "projection_block"))
+    _check_image(config)
+    _check_text(config)
+    _check_widths(config)
 
 
 def _check_image(config: ConfigDict) -> None:
@@ -161,7 +198,7 @@ def _check_text(config: ConfigDict) -> None:
     TEXT_ENCODERS[text.architecture].check(config)
 
 
-def _check_joint_space(config: ConfigDict) -> None:
+def _check_widths(config: ConfigDict) -> None:
     model = config.model
     choose("model.critic", model.critic, ("dot", "concat"))
     encoder = IMAGE_ENCODERS[model.image.architecture]
@@ -172,7 +209,10 @@ def _check_joint_space(config: ConfigDict) -> None:
                 f"config.model.head='projection_block' starts as a copy: embed_dim="
                 f"{model.embed_dim} must be at least the {tower} encoder's width, {width}"
             )
-    if model.critic == "dot":
+
+
+def _check_critic(config: ConfigDict) -> None:
+    if config.model.critic == "dot":
         return
     for view, perspective in config.perspectives.items():
         if not perspective.weight or view.endswith("_tokens"):
@@ -236,6 +276,52 @@ def _check_perspectives(config: ConfigDict) -> None:
             raise UserError(
                 f"config.perspectives.{view}.shifts={perspective.shifts} must be from 1 to "
                 f"{config.batch_size - 1}, one less than the batch"
+            )
+
+
+def _check_value(key: str, value: Any, default_value: Any) -> None:
+    """One key's value by itself: of the default's type, a number that computers hold, in range."""
+    if isinstance(default_value, tuple):
+        kind = type(default_value[0]) if default_value else str
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, tuple) or not all(type(element) in kinds for element in value):
+            raise UserError(
+                f"config.{key}={value!r}: expected a value of type tuple of {kind.__name__}"
+            )
+        if "" in value:
+            raise UserError(f"config.{key}={value!r} has an empty element: leave it out")
+        elements = value
+    elif type(value) is type(default_value):
+        elements = (value,)
+    else:
+        kind = type(default_value)
+        raise UserError(f"config.{key}={value!r}: expected a value of type {kind.__name__}")
+    for element in elements:
+        if isinstance(element, str) and not _is_of_paths(element):
+            raise UserError(f"config.{key}={element!r} has a character that no path can have")
+        if isinstance(element, float) and not abs(element) <= _LARGEST_FLOAT:
+            raise UserError(f"config.{key}={value} must be finite, and at most {_LARGEST_FLOAT:g}")
+        most = _LARGEST_LONG if _LONG.fullmatch(key.rpartition(".")[2]) else _LARGEST_INT
+        if isinstance(element, int) and abs(element) > most:
+            raise UserError(f"config.{key} has a value of more than {most:,}")
+    _check_range(key, value)
+
+
+def _is_of_paths(text: str) -> bool:
+    """Whether a path may hold the text: no zero byte, and what the file system can encode."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
+
+
+def _check_name(name: str) -> None:
+    """The name is that of a folder, in runs/ and wherever results are kept."""
+    for part in name.split("/"):
+        if part in ("", ".", "..") or len(os.fsencode(part)) > _LONGEST_NAME:
+            raise UserError(
+                f"config.name={name[:_LONGEST_NAME]!r} must be a name that a folder can have, of "
+                f"1 to {_LONGEST_NAME} bytes"
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 
 from mlip_jax.core.errors import RunError, UserError
-from mlip_jax.core.schema import PROCESS_VARIABLES
+from mlip_jax.core.schema import ADDRESS, PROCESS_VARIABLES, is_address
 from mlip_jax.devices import processes
 
 COORDINATOR, PROCESSES, PROCESS_ID = PROCESS_VARIABLES.values()
@@ -104,8 +103,8 @@ def _explicit_processes(environment: Mapping[str, str]) -> dict[str, Any]:
     if missing := [name for name in names if name not in values]:
         raise UserError(f"{', '.join(values)} without {', '.join(missing)}: set all three or none")
     address = values[COORDINATOR]
-    if not re.fullmatch(r"\S+:\d{1,5}", address):
-        raise UserError(f"{COORDINATOR}={address!r}: expected host:port, such as 10.0.0.1:8476")
+    if not is_address(address):
+        raise UserError(f"{COORDINATOR}={address!r}: expected {ADDRESS}")
     count, index = (_whole_number(name, values[name]) for name in (PROCESSES, PROCESS_ID))
     if not 0 <= index < count:
         raise UserError(

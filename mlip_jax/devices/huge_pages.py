@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from mlip_jax.core.stopping import held
+
 VARIABLE = "GLIBC_TUNABLES"
 SETTING = "glibc.malloc.hugetlb"
 _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -29,7 +31,8 @@ def restart_with_huge_pages() -> None:
     if SETTING in tunables or not _help():
         return
     os.environ[VARIABLE] = ":".join(filter(None, (tunables, f"{SETTING}=1")))
-    os.execv(sys.executable, sys.orig_argv)
+    with held():
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def asked_for() -> bool:

@@ -78,6 +78,7 @@ def together() -> Iterator[None]:
             if _is_lost(error):
                 _on_abort(signal.SIGABRT)
             code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+            code = error.code if isinstance(error, RunError) else code
             announce(_FAILED, json.dumps([_state().process_id, code, str(error)]))
             atexit.register(leave, code)
             raise
@@ -103,7 +104,8 @@ def leave(code: int) -> None:
 
 def _is_lost(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
+        # While a program is compiled, Gloo's errors come as ValueErrors.
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _GONE.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

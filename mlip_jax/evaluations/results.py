@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.errors import UserError
+from mlip_jax.core.files import kind_of, read_json, write_atomically
 from mlip_jax.evaluations.interface import Outcome
 
 FILE_NAME = "results.json"
+_ADVICE = "mend it or remove it"
+_NUMBERS = (int, float)
 
 
 @dataclass
@@ -68,6 +71,24 @@ class Results:
         self.notes |= other.notes
         self.left_out |= other.left_out
 
+    def check(self) -> None:
+        """Raises ValueError, in words, for what `evaluate` cannot have found."""
+        if self.step is not None and type(self.step) is not int:
+            raise ValueError(f"step is {kind_of(self.step)}, not a whole number")
+        kinds = {"figures": _NUMBERS, "chance": _NUMBERS, "examples": _NUMBERS}
+        for name, kind in (kinds | {"protocols": str, "notes": str}).items():
+            values = getattr(self, name)
+            if not isinstance(values, dict):
+                raise ValueError(f"{name} is {kind_of(values)}, not an object")
+            for key, value in values.items():
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise ValueError(f"{key!r} of {name} is {kind_of(value)}")
+        for key in self.figures:
+            if key.count("/") < 2:
+                raise ValueError(f"{key!r} is no FAMILY/DATASET/FIGURE")
+        if not isinstance(self.done, list) or not all(isinstance(each, str) for each in self.done):
+            raise ValueError("done is no list of texts")
+
 
 def write_results(
     workdir: str | os.PathLike[str], results: Results, file_name: str = FILE_NAME
@@ -97,7 +118,7 @@ def read_results(workdir: str | os.PathLike[str], file_name: str = FILE_NAME) ->
     path = Path(workdir) / file_name
     results = Results()
     by_kind = results.beside_figures()
-    for key, value in read_json(path, missing={}, advice="mend it or remove it").items():
+    for key, value in read_json(path, missing={}, advice=_ADVICE).items():
         kind, _, figure_key = key.partition("/")
         if key == "step":
             results.step = value
@@ -105,4 +126,8 @@ def read_results(workdir: str | os.PathLike[str], file_name: str = FILE_NAME) ->
             by_kind[kind][figure_key] = value
         else:
             results.figures[key] = value
+    try:
+        results.check()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {_ADVICE}") from None
     return results

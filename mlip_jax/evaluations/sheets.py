@@ -10,6 +10,7 @@ import jinja2
 from rich.table import Table
 from rich.text import Text
 
+from mlip_jax.core.markdown import plain
 from mlip_jax.core.tables import make_table
 from mlip_jax.evaluations.results import Results
 
@@ -95,11 +96,18 @@ def markdown(sheet: Sheet) -> str:
     """A sheet as a Markdown table, notes below it."""
 
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(map(plain, cells))} |"
 
     rule = ["---", "---", *["---:"] * (len(sheet.headings) - 2)]
-    lines = [f"# {sheet.title}", "", line(sheet.headings), line(rule), *map(line, sheet.rows)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in sheet.notes)]) + "\n"
+    lines = [
+        f"# {plain(sheet.title)}",
+        "",
+        line(sheet.headings),
+        line(rule),
+        *map(line, sheet.rows),
+    ]
+    notes = [f"- {plain(note)}" for note in sheet.notes]
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def html(sheet: Sheet) -> str:

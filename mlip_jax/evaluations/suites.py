@@ -27,6 +27,7 @@ WITHOUT_VALIDATION = (
     "--workdir holds that share of the training set out; mlip evaluate --workdir=DIR "
     "--config.data.validation=KIND:PATH evaluates this run on another dataset."
 )
+PAIRS = "pairs"  # of models that score pairs, and have no joint space
 
 
 def at_intervals() -> list[str]:
@@ -123,7 +124,7 @@ def evaluate(
         source = sets.source("validation") if "retrieval" in families else None
         if source is not None:
             scorer = cast(pairs.PairScorer, model)  # as the config's critic says
-            results.add("pairs", pairs.score(scorer, source, config.evaluation.batch_size))
+            results.add(PAIRS, pairs.score(scorer, source, config.evaluation.batch_size))
         families = [name for name in families if not EVALUATIONS[name].needs_joint_space]
     for name in families:
         for spec in config.evaluation[name]:

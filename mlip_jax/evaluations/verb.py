@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.registry import EVALUATIONS
 from mlip_jax.devices import cluster
 from mlip_jax.evaluations import merging_rates
@@ -93,6 +94,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
         raise UserError(
             "--rates goes with one name in config.evaluation.templates, not with several"
         )
+    check_writable(home, "--workdir")
     if not rates:
         for templates in prompts:
             config.evaluation.templates = templates
@@ -145,7 +147,7 @@ def _score(
 
 def file_results(workdir: str | Path, results: Results, file_name: str = FILE_NAME) -> Path:
     """Puts results among those that the file has of the same checkpoint; tables lie beside it."""
-    merged = read_results(workdir, file_name)
+    merged = _read_or_set_aside(Path(workdir), file_name)
     # Files of older versions do not say which checkpoint they are of: the last one.
     if merged.step not in (None, results.step):
         merged = Results()
@@ -158,6 +160,17 @@ def file_results(workdir: str | Path, results: Results, file_name: str = FILE_NA
     return path
 
 
+def _read_or_set_aside(workdir: Path, file_name: str) -> Results:
+    """The results in a file; a damaged one is renamed: what was computed just now is not lost."""
+    try:
+        return read_results(workdir, file_name)
+    except UserError as error:
+        aside = workdir / f"damaged-{file_name}"
+        print(f"warning: {error}: set aside as {aside.name}", file=sys.stderr)
+        (workdir / file_name).replace(aside)
+        return Results()
+
+
 def _keep(draft: Path, results: Results) -> None:
     write_atomically(draft, json.dumps(vars(results)))
 
@@ -166,7 +179,8 @@ def _read_draft(draft: Path, step: int | None) -> Results:
     """What an evaluation of the same checkpoint has kept; nothing where there is none."""
     try:
         results = Results(**read_json(draft))
-    except (UserError, TypeError):
+        results.check()
+    except (UserError, TypeError, ValueError):
         return Results(step=step)
     return results if results.step == step else Results(step=step)
 

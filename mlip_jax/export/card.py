@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlip_jax.core.markdown import code, plain
 from mlip_jax.core.versions import __version__
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sheets import markdown, sheet
@@ -65,7 +66,7 @@ def write(folder: Path, model: Model, source: Path, form: str, notes: Sequence[s
         "tags: [image-text, contrastive]",
         "---",
         "",
-        f"# {config.name}",
+        f"# {plain(config.name)}",
         "",
         f"An image encoder and a text encoder into one space of {config.model.embed_dim} "
         f"dimensions, exported by mlip_jax {__version__} as {form}.",
@@ -132,11 +133,11 @@ def _data(model: Model, source: Path) -> list[str]:
         return ["Unknown here: the model is another library's. See where it comes from."]
     data, config = model.config.data, model.config
     lines = [
-        f"- training set: `{data.train}`",
+        f"- training set: {code(data.train)}",
         f"- samples seen by the whole run: {config.samples:,}, in batches of {config.batch_size}",
     ]
     if config.model.pretrained:
-        lines.append(f"- started from `{config.model.pretrained}`")
+        lines.append(f"- started from {code(config.model.pretrained)}")
     return lines
 
 
@@ -154,7 +155,7 @@ def _licence(model: Model, source: Path) -> list[str]:
     ]
     attribution = str(model.about.get("attribution", ""))
     if attribution:
-        lines += ["", "Data:", "", *(f"> {line}" for line in attribution.splitlines())]
+        lines += ["", "Data:", "", *(f"> {plain(line)}" for line in attribution.splitlines())]
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         if (source / name).is_file():
             lines += ["", f"The source folder's own {name} applies."]

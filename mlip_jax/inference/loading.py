@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.validation import validate
+from mlip_jax.core.validation import validate, validate_model
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.devices import parallel
@@ -69,7 +70,9 @@ def load(
         overrides["model.image.image_size"] = image_size
     for key, value in overrides.items():
         schema.set_key(asked, key, value)
+    validate_model(asked)
     variables = dict(saved_model.variables)
+    _check_finite(variables, folder)
     tokenizer = tokenizer or saved_model.tokenizer
     if config is not None or overrides:
         validate(asked)
@@ -91,13 +94,33 @@ def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
     return dataclasses.replace(preprocessing, image_size=image_size, short_side=short)
 
 
+def _check_finite(variables: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError for weights that hold NaN or infinity: nothing that they give is a number.
+
+    Their least and their largest tell: whole arrays of answers would take a fourth of the memory.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        array = np.asarray(leaf)
+        if array.size and not all(np.isfinite(float(each)) for each in (array.min(), array.max())):
+            raise UserError(
+                f"the weights in {folder} are damaged: tensor {parallel.path_name(path)} holds NaN "
+                "or infinity; take another checkpoint, or get the file again"
+            )
+
+
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Raises UserError when a checkpoint lacks what the config's model needs."""
-    needed = building.parameter_shapes(config, tokenizer)
     saved = {
         parallel.path_name(path): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+    layers = config.model.image.depth + config.model.text.depth
+    if layers > len(saved):  # thousands would take minutes to look through
+        raise UserError(
+            f"the checkpoint in {folder} is of another model: it has {len(saved)} tensors, and "
+            f"this config's model has {layers} layers"
+        )
+    needed = building.parameter_shapes(config, tokenizer)
     for path, leaf in jax.tree_util.tree_leaves_with_path(needed):
         name = parallel.path_name(path)
         if saved.get(name) != list(leaf.shape):

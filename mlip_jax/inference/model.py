@@ -217,8 +217,18 @@ class Model:
     def encode_token_ids(
         self, token_ids: Int[np.ndarray, "texts context"]
     ) -> Float[np.ndarray, "texts width"]:
-        """Embeds texts that are tokenised."""
-        return self._embedded(self._programs.embed_texts, np.asarray(token_ids, np.int32))
+        """Embeds texts that are tokenised.
+
+        Raises:
+          UserError: for what are no whole numbers, or an id that has no row in the model's table.
+        """
+        ids = np.asarray(token_ids)
+        rows = self._tokenizer.vocab_size
+        if ids.size and not (np.issubdtype(ids.dtype, np.integer) and ids.min() >= 0):
+            raise UserError("token ids are whole numbers, at least 0")
+        if ids.size and ids.max() >= rows:
+            raise UserError(f"token id {ids.max()}: this model has {rows:,} tokens, from 0 on")
+        return self._embedded(self._programs.embed_texts, ids.astype(np.int32))
 
     def image_features(
         self, images: UInt8[np.ndarray, "images size size 3"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mlip_jax.interop import foreign, tensors
 CONFIG = "mlip_config.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
+_COLLECTIONS = {"params", "batch_stats"}
 
 
 class Artefact(NamedTuple):
@@ -95,9 +97,18 @@ def read(folder: Path) -> Artefact:
     except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(f"{file}: damaged: {error!r}; export the model again") from None
     flat = tensors.read(folder / WEIGHTS, lambda _: False)
-    variables = traverse_util.unflatten_dict(flat, sep="/")
-    if "params" not in variables:
+    # A tensor that is named as the folder of others is no tensor of ours.
+    sections = {name[: match.start()] for name in flat for match in re.finditer("/", name)}
+    is_tree = flat.keys().isdisjoint(sections)
+    variables = traverse_util.unflatten_dict(flat, sep="/") if is_tree else {}
+    if not isinstance(variables.get("params"), dict):
         raise UserError(f"{folder / WEIGHTS}: holds no params; export the model again")
-    return Artefact(
-        config, variables, tokenizer, preprocessing, values.get("step"), values.get("about") or {}
-    )
+    if unknown := sorted(variables.keys() - _COLLECTIONS):
+        raise UserError(
+            f"{folder / WEIGHTS}: holds {unknown[0]!r}, which is no part of a model; export the "
+            "model again"
+        )
+    step, about = values.get("step"), values.get("about") or {}
+    if type(step) not in (int, type(None)) or not isinstance(about, dict):
+        raise UserError(f"{folder / CONFIG}: damaged: step or about; export the model again")
+    return Artefact(config, variables, tokenizer, preprocessing, step, about)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import decode_json
-from mlip_jax.data.images.preprocessing import Preprocessing
+from mlip_jax.data.images.preprocessing import Preprocessing, check_image_size
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.interop import layouts
 from mlip_jax.interop.layouts import Layout
@@ -138,8 +138,22 @@ def preprocessing_values(preprocessing: Preprocessing) -> dict[str, Any]:
 def preprocessing_of(values: Mapping[str, Any]) -> Preprocessing:
     """The inverse of `preprocessing_values`."""
     if _MISSING in values:
-        return MissingPreprocessing(values["image_size"], reason=values[_MISSING])
+        check_image_size(values["image_size"])
+        return MissingPreprocessing(values["image_size"], reason=str(values[_MISSING]))
     return Preprocessing.from_dict(values)
+
+
+def checked(file: Path, preprocessing: Preprocessing) -> Preprocessing:
+    """A preprocessing that a file describes.
+
+    Raises:
+      UserError: where no model's images are prepared so.
+    """
+    try:
+        preprocessing.check()
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    return preprocessing
 
 
 def base_config(folder: Path) -> ConfigDict:

@@ -16,6 +16,7 @@ from mlip_jax.interop.foreign import (
     MissingPreprocessing,
     base_config,
     check_computed,
+    checked,
     colours,
     lost,
     number,
@@ -236,7 +237,7 @@ def _preprocessing(folder: Path, image_size: int, kind: str) -> Preprocessing:
     if resample not in _RESAMPLE:
         raise UserError(f"{file}: resample is {resample!r}; expected one of {list(_RESAMPLE)}")
     resize, short_side = _resize(file, values, image_size, kind)
-    return Preprocessing(
+    prepared = Preprocessing(
         image_size,
         colours(file, values, "image_mean", mean),
         colours(file, values, "image_std", std),
@@ -246,6 +247,7 @@ def _preprocessing(folder: Path, image_size: int, kind: str) -> Preprocessing:
         short_side,
         "floor",
     )
+    return checked(file, prepared)
 
 
 def _resize(file: Path, values: dict[str, Any], image_size: int, kind: str) -> tuple[str, int]:

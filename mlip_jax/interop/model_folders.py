@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mlip_jax.core import schema
-from mlip_jax.core.errors import UserError
+from mlip_jax.core.errors import UserError, first_line
 from mlip_jax.core.files import read_json
 from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
@@ -109,11 +109,18 @@ def read(folder: Path, step: int | None = None) -> Artefact:
 
 def _of_workdir(folder: Path, step: int | None) -> Artefact:
     fields, extras = restore_fields(folder, ("step", "params", "batch_stats", "ema", "slow"), step)
-    return Artefact(
-        schema.from_json(extras["config"]),
-        served(fields),
-        Tokenizer.from_json(extras["tokenizer"]),
-        Preprocessing.from_dict(extras["preprocessing"]),
-        int(fields["step"]),
-        {"attribution": extras.get("attribution", "")},
-    )
+    try:
+        return Artefact(
+            schema.from_json(extras["config"]),
+            served(fields),
+            Tokenizer.from_json(extras["tokenizer"]),
+            Preprocessing.from_dict(extras["preprocessing"]),
+            int(fields["step"]),
+            {"attribution": str(extras.get("attribution", ""))},
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise UserError(
+            f"the checkpoint in {folder} is damaged ({first_line(error)}): take another one"
+        ) from error

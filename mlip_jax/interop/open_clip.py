@@ -17,6 +17,7 @@ from mlip_jax.interop.foreign import (
     Foreign,
     base_config,
     check_computed,
+    checked,
     colours,
     lost,
     number,
@@ -296,7 +297,7 @@ def _preprocessing(file: Path, values: Mapping[str, Any], image_size: int) -> Pr
             f"{file}: preprocess_cfg has interpolation {interpolation!r} and resize_mode "
             f"{resize!r}; expected bicubic or bilinear, and one of {', '.join(RESIZES)}"
         )
-    return Preprocessing(
+    prepared = Preprocessing(
         image_size,
         colours(file, section, "mean", CLIP_MEAN),
         colours(file, section, "std", CLIP_STD),
@@ -304,3 +305,4 @@ def _preprocessing(file: Path, values: Mapping[str, Any], image_size: int) -> Pr
         interpolation,
         resize,
     )
+    return checked(file, prepared)

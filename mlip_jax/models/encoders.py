@@ -143,7 +143,7 @@ def _check_vit(config: ConfigDict) -> None:
     choose("model.image.activation", image.activation, ACTIVATIONS)
     choose("model.image.frequency.transform", image.frequency.transform, ("auto", "fft", "matmul"))
     choose("model.image.merging.guidance", image.merging.guidance, GUIDANCES)
-    _check_heads(config, "image")
+    _check_sizes(config, "image")
     _check_guidance(config)
     if image.pretrained:
         raise UserError("config.model.image.pretrained is for ResNets; leave it '' for a ViT")
@@ -218,7 +218,7 @@ def _resnet_evidence(config: ConfigDict) -> dict[Path, Tokens]:
 def _check_clip(config: ConfigDict) -> None:
     text = config.model.text
     choose("model.text.pooling", text.pooling, ("last", "mean", "first", "highest", "final"))
-    _check_heads(config, "text")
+    _check_sizes(config, "text")
     if text.pretrained:
         raise UserError(
             "config.model.text.pretrained is for config.model.text.architecture='bert'; leave it "
@@ -229,18 +229,23 @@ def _check_clip(config: ConfigDict) -> None:
 def _check_bert(config: ConfigDict) -> None:
     text = config.model.text
     choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "last"))
-    _check_heads(config, "text")
+    _check_sizes(config, "text")
     if text.drop_path:
         raise UserError(
             f"config.model.text.drop_path={text.drop_path} does not go with 'bert': set it to 0"
         )
 
 
-def _check_heads(config: ConfigDict, tower: str) -> None:
+def _check_sizes(config: ConfigDict, tower: str) -> None:
     sizes = config.model[tower]
     if sizes.width % sizes.heads:
         raise UserError(
             f"config.model.{tower}.width={sizes.width} is not a multiple of heads={sizes.heads}"
+        )
+    if round(sizes.width * sizes.mlp_ratio) < 1:
+        raise UserError(
+            f"config.model.{tower}.mlp_ratio={sizes.mlp_ratio} leaves nothing of the width "
+            f"{sizes.width}: raise it"
         )
 
 

@@ -14,6 +14,8 @@ from mlip_jax.planning import gpus, tpus
 from mlip_jax.planning.gpus import CARDS, Card
 from mlip_jax.planning.tpus import CHIPS, Chip
 
+_MOST_CPUS = 1024  # virtual devices: XLA takes a minute for as many, and refuses some thousands
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -59,7 +61,7 @@ def find(topology: str) -> Machine:
         devices than there are when it is too late to have more.
     """
     kind, _, shape = topology.partition(":")
-    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,3}", shape) and int(shape) <= _MOST_CPUS:
         return Machine(topology, _cpu_devices(int(shape)), None)
     if kind in CARDS and (size := gpus.shape(shape)):
         card = CARDS[kind]
@@ -79,7 +81,7 @@ def _expected(kind: str, topology: str) -> str:
         listed = f"{kind}:GPUS, 1 to 8 of a host, or {kind}:HOSTSxGPUS"
     else:
         listed = "; ".join(f"{name}:{', '.join(chip.slices)}" for name, chip in CHIPS.items())
-        listed += f"; {', '.join(CARDS)}:GPUS or :HOSTSxGPUS; cpu:N"
+        listed += f"; {', '.join(CARDS)}:GPUS or :HOSTSxGPUS; cpu:N, N at most {_MOST_CPUS:,}"
     return f"expected {listed}{suggestion(topology, sorted(slices | hosts))}"
 
 

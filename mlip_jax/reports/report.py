@@ -15,7 +15,7 @@ from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
 from mlip_jax.core import versions
-from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.history import History, read_history, series, training_seconds
 from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
 from mlip_jax.core.trained import START
@@ -149,6 +149,7 @@ def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
 
 
 def _report(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
+    check_writable(Path(workdir), "--workdir")
     model = load(workdir, config=config)
     cleaning = config.model.text.cleaning
     training = open_training(config.data, cleaning)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.resources
 import json
 import secrets
 import sys
+import threading
+import time
 import urllib.parse
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,6 +27,11 @@ from mlip_jax.search.index import Index
 HOST = "127.0.0.1"
 MOST_BYTES = 64 * 2**20  # of an image to search by
 _PATIENCE = 30  # seconds that a connection may be silent
+_LATEST = 120  # seconds that an image may take to come
+_PIECE = 2**20
+_MOST_CONNECTIONS = 64  # a thread each; browsers open six
+_MOST_BODIES = 2  # images to search by that are in memory at a time
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _POLICY = (
     "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; "
     "style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
@@ -62,7 +71,42 @@ def make_server(answers: Answers, port: int) -> ThreadingHTTPServer:
 
 
 class _Server(ThreadingHTTPServer):
+    """Answers a limited number of connections at a time, and holds as few images of requests."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._connections = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._bodies = threading.BoundedSemaphore(_MOST_BODIES)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._connections.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.send(_BUSY)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
+
+    @contextlib.contextmanager
+    def room_for_body(self) -> Iterator[None]:
+        """Where the image of a request may be read: before it is, others have to be done with.
+
+        Raises:
+          Refusal: when they take too long.
+        """
+        if not self._bodies.acquire(timeout=_PATIENCE):
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "other images are searched for: later")
+        try:
+            yield
+        finally:
+            self._bodies.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # Browsers hang up whenever they need an image no more.
@@ -76,15 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "mlip_jax", ""
     timeout = _PATIENCE
-    server: ThreadingHTTPServer
+    server: _Server
 
     def __init__(self, answers: Answers, *arguments: Any) -> None:
         self._answers = answers
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        url = urllib.parse.urlsplit(self.path)
         try:
+            url = self._url()
             self._check_site(anyone=url.path == "/")
             if url.path == "/":
                 self._send_page()
@@ -94,16 +138,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(refusal)
 
     def do_POST(self) -> None:
-        url = urllib.parse.urlsplit(self.path)
         try:
+            url = self._url()
             self._check_site()
             if url.path != "/search":
                 raise Refusal(HTTPStatus.NOT_FOUND, "there is no such page")
-            self._send(self._answers.search_like(self._body(), _values(url.query)))
+            with self.server.room_for_body():
+                self._send(self._answers.search_like(self._body(), _values(url.query)))
         except Refusal as refusal:
             # What was not read of the body would be taken for the next request.
             self.close_connection = True
             self._refuse(refusal)
+
+    def _url(self) -> urllib.parse.SplitResult:
+        try:
+            return urllib.parse.urlsplit(self.path)
+        except ValueError as error:  # such as "http://[": the beginning of an address in IPv6
+            raise Refusal(HTTPStatus.BAD_REQUEST, "this is no address") from error
 
     def _check_site(self, anyone: bool = False) -> None:
         """Refuses other sites' requests, and those for a name that only leads to this machine.
@@ -130,7 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"an image of more than {MOST_BYTES >> 20} MB is not read",
             )
-        return self.rfile.read(int(length))
+        # Piece by piece: each may be late by `timeout` alone, and all together by `_LATEST`.
+        left, latest, pieces = int(length), time.monotonic() + _LATEST, []
+        while left:
+            piece = self.rfile.read1(min(left, _PIECE))
+            if not piece or time.monotonic() > latest:
+                raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "the image did not come as a whole")
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
 
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(16)

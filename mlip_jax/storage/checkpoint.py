@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +26,31 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.files import read_json
 from mlip_jax.devices import processes
 from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
 _LEAVES_LATE_WRITES_ALONE = "leaves_late_writes_alone"
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
+_LOOP_CLOSED = "Event loop is closed"
+_CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ESTALE),  # the folder is gone
+}
+_ASIDE = "damaged-"
+_NUMBER = re.compile(r"0|[1-9][0-9]*")  # a step, as a folder's name
+_LARGE = "state/"
+_ORBAX_FILE = "_CHECKPOINT_METADATA"
+# What Orbax expects of that file; it writes it after the seal, and can do without.
+_ORBAX_KINDS = {
+    "item_handlers": dict,
+    "metrics": dict,
+    "performance_metrics": dict,
+    "init_timestamp_nsecs": int,
+    "commit_timestamp_nsecs": int,
+    "custom_metadata": dict,
+}
 
 
 class Checkpoints:
@@ -58,11 +78,13 @@ class Checkpoints:
           keep_step: a step whose checkpoint stays too; 0: none.
 
         Raises:
-          UserError: if keep_last is less than 1.
+          UserError: if keep_last is less than 1, or the folder cannot be used.
         """
         if keep_last < 1:
             raise UserError(f"config.checkpoint.keep_last={keep_last} must be at least 1")
         self._folder = Path(workdir).absolute() / FOLDER
+        # Before Orbax reads the small files of all checkpoints: one that is damaged would end it.
+        processes.by_first(self._make_readable)
         self._best = best
         self._saving = 0
         _leave_late_writes_alone()
@@ -144,10 +166,8 @@ class Checkpoints:
           RunError: if there are checkpoints and none can be read.
         """
         self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            if self._is_damaged(step):
-                self._set_aside(step)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if self._put_aside_if_damaged(step):
                 continue
             self._check_model(step, abstract_state)
             restored = self._manager.restore(
@@ -158,7 +178,7 @@ class Checkpoints:
                 ),
             )
             return restored.state, restored.extras
-        if steps:
+        if any(self._folder.glob(f"{_ASIDE}*")):
             raise RunError(f"every checkpoint in {self._folder} is damaged: give a new --workdir")
         return None
 
@@ -179,6 +199,19 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.close()
+
+    def _make_readable(self) -> None:
+        """Makes the folder; sets aside checkpoints whose small files are damaged."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot use {self._folder}: {error.strerror}") from error
+        for step in _saved_steps(self._folder.parent):
+            path = self._folder / str(step)
+            if problem := seal.damage(path, unread=_LARGE):
+                _set_aside(path, problem)
+            elif not _is_readable(path / _ORBAX_FILE):
+                (path / _ORBAX_FILE).unlink()
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         value = metrics.get(self._best, -math.inf)
@@ -210,22 +243,19 @@ class Checkpoints:
             raise RunError(f"cannot find the draft of checkpoint {self._saving}: {drafts}")
         seal.write(drafts[0])
 
-    def _is_damaged(self, step: int) -> bool:
-        return processes.by_first(lambda: bool(seal.damage(self._folder / str(step))))
-
-    def _set_aside(self, step: int) -> None:
+    def _put_aside_if_damaged(self, step: int) -> bool:
         path = self._folder / str(step)
 
-        def rename() -> None:
-            _warn(
-                f"checkpoint {path} is damaged ({seal.damage(path)}): going on from the one before"
-            )
-            aside = path.with_name(f"damaged-{step}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+        def put_aside() -> bool:
+            problem = seal.damage(path)
+            if problem:
+                _set_aside(path, problem)
+            return bool(problem)
 
-        processes.by_first(rename)
-        self._manager.reload()
+        damaged = processes.by_first(put_aside)
+        if damaged:
+            self._manager.reload()
+        return damaged
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
         tree = self._manager.item_metadata(step)["state"].tree
@@ -306,7 +336,25 @@ def restore_state(workdir: str | os.PathLike[str], abstract_state: Any) -> tuple
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """The steps of a run's checkpoints, the newest first."""
     folder = Path(workdir).absolute() / FOLDER
-    return sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
+    found = (path for path in folder.glob("*") if _NUMBER.fullmatch(path.name) and path.is_dir())
+    return sorted((int(path.name) for path in found), reverse=True)
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    """Renames a damaged checkpoint: the way is free for its step to be saved again."""
+    aside = path.with_name(f"{_ASIDE}{path.name}")
+    _warn(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, not used")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether Orbax can read its own file of a checkpoint, or finds none."""
+    try:
+        values = read_json(path, missing={})
+    except UserError:
+        return False
+    return all(isinstance(values.get(key, kind()), kind) for key, kind in _ORBAX_KINDS.items())
 
 
 def restore_fields(
@@ -411,11 +459,19 @@ def _leave_late_writes_alone() -> None:
 
     def hook(unraisable: Any) -> None:
         error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        if not (isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED):
             former(unraisable)
 
     setattr(hook, _LEAVES_LATE_WRITES_ALONE, True)
     sys.unraisablehook = hook
+    # Each write of a save is a task, whose error is told again where nobody has asked for it.
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(_is_no_late_write)
+
+
+def _is_no_late_write(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return not (_cannot_write(error) or str(error) == _LOOP_CLOSED)
 
 
 def _cannot_write(error: BaseException | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import write_atomically
+from mlip_jax.core.files import check_writable, open_lock, remove_drafts, write_atomically
 from mlip_jax.core.trained import ENVIRONMENT, FOLDER, read_config
 from mlip_jax.devices import processes
 
@@ -75,14 +76,19 @@ def open_workdir(
 
 def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack, accept: Accept) -> str:
     """Locks the folder until `held` is closed, writes what it is, and returns who holds it."""
+    check_writable(folder, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((folder / _LOCK).open("a+", encoding="utf-8"))
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot use {folder} as --workdir: {error.strerror}") from error
+        lock = held.enter_context(open_lock(folder / _LOCK))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"cannot use {str(folder)[:200]} as --workdir: {error.strerror}") from error
     _lock(lock, folder)
+    for place in (folder, folder / "report"):
+        remove_drafts(place, others_write=True)
     path = folder / "config.json"
-    if path.exists():
+    if os.path.lexists(path):
         accept(folder, read_config(folder), config)
     write_atomically(path, schema.to_json(config))
     recorded = {**environment(), FOLDER: str(Path.cwd())}

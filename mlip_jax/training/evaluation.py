@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from mlip_jax.core.stopping import STOPPED, leave_at_end
 from mlip_jax.core.waiting import announced
 from mlip_jax.devices import processes
 from mlip_jax.evaluations import Results, evaluate, suites, table
 from mlip_jax.evaluations.verb import file_results
 from mlip_jax.reports import write_report
 from mlip_jax.training.run import Run
-from mlip_jax.training.signals import STOPPED, Stopped
+from mlip_jax.training.signals import Stopped
 from mlip_jax.training.state import TrainState
 
 
@@ -28,10 +31,12 @@ def finish(run: Run, state: TrainState, results: Results | None) -> tuple[int, d
 
     def unless_stopped() -> int:
         try:
-            with run.stop.interrupting():
+            with run.stop.interrupting(saved=True):
                 figures.update(_finish(run, variables, done, results).figures)
         except Stopped:
             run.console.print(f"stopped by a signal; everything is saved at step {done}")
+            if jax.process_count() == 1:
+                leave_at_end()
             return STOPPED
         return 0
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.stopping import STOPPED
+from mlip_jax.data.batches.feed import Feed, InputLost, input_seconds
 from mlip_jax.data.batches.training import SkipCounter, train_batches
 from mlip_jax.data.sets.kinds import OBJECT_NAME
 from mlip_jax.data.sets.mixtures import samples_by_set
@@ -31,6 +34,8 @@ from mlip_jax.training.start import start
 from mlip_jax.training.state import TrainState
 from mlip_jax.training.step import Metrics, Step
 from mlip_jax.training.watch import Watchdog
+
+_GRACE = 3.0  # seconds that a batch may take once the run is asked to stop
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,33 @@ def train(
         return Trained(run.folder, int(state.step), code, figures)
 
 
+def _save_without_input(
+    run: Run, state: TrainState, done: int, start: int, error: Exception
+) -> None:
+    """Saves what was done before the input failed; returns where the run was asked to stop.
+
+    Raises:
+      RunError: that the input is lost, where the run was not asked to stop.
+      Exception: another error, as it was.
+    """
+    if jax.process_count() > 1:  # which save together, and the others wait in the next step
+        if not run.stop.asked:
+            raise error
+        stopped = RunError(f"stopped by a signal, and {error}: the last checkpoint is good")
+        stopped.code = STOPPED
+        raise stopped from error
+    saved = "nothing was done since the start"
+    if done > start:
+        run.save(state, done, None)
+        run.checkpoints.wait()
+        saved = f"everything is saved at step {done}"
+    if run.stop.asked:
+        return
+    if isinstance(error, InputLost):
+        raise RunError(f"{error}; {saved}, and the same command goes on") from error
+    raise error
+
+
 def run_steps(
     run: Run, step: Step, state: TrainState, start: int
 ) -> tuple[TrainState, Results | None]:
@@ -112,7 +144,7 @@ def run_steps(
     )
     with (
         Watchdog().watching() as watchdog,
-        contextlib.closing(batches),
+        Feed(batches, input_seconds(), _GRACE if jax.process_count() == 1 else 2 * _GRACE) as feed,
         MetricWriter(
             run.folder,
             batch_size=config.batch_size,
@@ -129,8 +161,19 @@ def run_steps(
         before: Metrics | None = None
         results: Results | None = None
         for done in range(start + 1, run.steps + 1):
-            with clock.waiting():
-                batch = next(batches)
+            try:
+                with clock.waiting():
+                    batch = feed.next(lambda: run.stop.asked)
+            except UserError:
+                raise
+            except Exception as error:
+                done, results = done - 1, None
+                if log.pending:
+                    counts = samples_by_set(run.source, done * config.batch_size)
+                    log.interval(done, clock.lap(log.pending) | counts)
+                    log.flush()
+                _save_without_input(run, state, done, start, error)
+                break
             messages = run.channel.tell(batch.pop("skipped"), run.stop.asked)
             state, metrics = step(state, parallel.global_batch(batch, run.mesh) | messages)
             # The host stays one step ahead of the devices, so that they never wait for it, and no

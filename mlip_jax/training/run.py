@@ -14,9 +14,11 @@ from rich.console import Console
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError, suggestion
+from mlip_jax.core.registry import EVALUATIONS
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.evaluations.suites import PAIRS
 from mlip_jax.inference import Model
 from mlip_jax.storage.checkpoint import Checkpoints
 from mlip_jax.training.callbacks import Callback
@@ -72,6 +74,24 @@ class Run:
             self.checkpoints.save(done, state, extras)
             raise
         self.checkpoints.save(done, state, extras, best)
+
+
+def check_best(config: ConfigDict) -> None:
+    """Raises UserError for a config.checkpoint.best that no evaluation while training can give."""
+    best = config.checkpoint.best
+    families = [
+        name
+        for name, family in EVALUATIONS.items()
+        if family.at_intervals and config.evaluation[name]
+    ]
+    if config.model.critic == "concat":
+        families.append(PAIRS)
+    family, *rest = best.split("/")
+    if best and (family not in families or len(rest) < 2):
+        raise UserError(
+            f"config.checkpoint.best={best!r} is no figure of an evaluation while training: "
+            f"expected FAMILY/SET/FIGURE with a family of {', '.join(families) or 'none here'}"
+        )
 
 
 def score(best: str, figures: Mapping[str, float]) -> float:

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 
+from mlip_jax.core import stopping
+from mlip_jax.core.stopping import STOPPED
 from mlip_jax.devices import processes
 
-STOPPED = 75  # the exit code that asks a scheduler to start the job again
 _WORD = "stop"
-_NO_SIGNAL = 0
+_INTERRUPTED = 130  # the exit code
+_GRACE = 4.0  # seconds that the main thread has to hear of a signal
 
 
 class Stopped(BaseException):
@@ -29,6 +31,10 @@ class Stop:
         self.asked = False
         self._interrupts = False
         self._leaves = False
+        self._heard = 0  # the signal that came where there was nothing to save
+        self._count = 0
+        self._saved = False
+        self._left = threading.Event()
 
     def ask(self) -> None:
         """Asks the run to save and stop, as a signal would, from within."""
@@ -41,8 +47,10 @@ class Stop:
 
         def ask(number: int, _: Any) -> None:
             if self._leaves:
+                self._heard = number
                 return
-            signal.signal(signal.SIGINT, former[signal.SIGINT])
+            if not stopping.owns_process():
+                signal.signal(signal.SIGINT, former[signal.SIGINT])
             if not self.asked and not jax.process_index():
                 # Not by print: the signal may have come in the middle of one.
                 with contextlib.suppress(OSError):
@@ -56,62 +64,79 @@ class Stop:
 
         for number in former:
             signal.signal(number, ask)
+        listener = stopping.Listener(self._hear_signal)
+        stopping.hand_over()
         try:
             with processes.hearing(_WORD, self._hear):
                 yield self
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+            listener.close()
 
     def _hear(self, _: str) -> None:
         if not self.asked:
             os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, wherever it is
 
+    def _hear_signal(self, number: int) -> None:
+        """In a thread, so that it does not wait for the main one."""
+        self._count += 1
+        if self._leaves:
+            _leave(number)
+        elif number == signal.SIGINT and self._count > 1 and stopping.owns_process():
+            # An exception would be lost where a library calls us back, or catches them all.
+            os.write(2, b"\nerror: interrupted\n")
+            processes.leave(_INTERRUPTED)
+        elif self._saved and stopping.owns_process() and jax.process_count() == 1:
+            # The main thread may be in a compiler, or wait for a disk.
+            if not self._left.wait(_GRACE):
+                os.write(2, b"stopped by a signal; everything is saved\n")
+                processes.leave(STOPPED)
+
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Where there is nothing to save yet: inside, a signal ends this process at once, with 75.
 
-        Python's handlers wait for the main thread, which may be in the compiler for minutes. So a
-        thread hears of the signal here.
+        An exception after it is what came of it.
         """
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-
-        def leave() -> None:
-            number = os.read(reader, 1)[0]
-            if number == _NO_SIGNAL:
-                return
-            if not jax.process_index():
-                name = signal.Signals(number).name
-                os.write(2, f"\n{name}: stopping; no step was done since the start\n".encode())
-            processes.announce(_WORD)
-            processes.leave(STOPPED)
-
-        thread = threading.Thread(target=leave, daemon=True)
-        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._leaves = True
-        thread.start()
         try:
             yield
         finally:
-            signal.set_wakeup_fd(former)
             self._leaves = False
-            os.write(writer, bytes([_NO_SIGNAL]))
-            thread.join()
-            os.close(reader)
-            os.close(writer)
+            if self._heard:
+                _leave(self._heard)
 
     @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
+    def interrupting(self, saved: bool = False) -> Iterator[None]:
         """Where a signal need not wait for the end: inside, it raises Stopped.
 
+        Args:
+          saved: whether nothing is lost where the program ends without another word.
+
         Raises:
-          Stopped: at once, when a signal has come already.
+          Stopped: at once, when a signal has come already; and for any error after one, which is
+            what a library made of it.
         """
         self._interrupts = True
+        self._left.clear()
         try:
             if self.asked:
                 raise Stopped
+            self._saved = saved
             yield
+        except Exception as error:
+            if not self.asked:
+                raise
+            raise Stopped from error
         finally:
-            self._interrupts = False
+            self._interrupts = self._saved = False
+            self._left.set()
+
+
+def _leave(number: int) -> None:
+    if not jax.process_index():
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping; no step was done since the start\n".encode())
+    processes.announce(_WORD)
+    processes.leave(STOPPED)

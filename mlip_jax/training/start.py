@@ -18,6 +18,7 @@ from mlip_jax.core import schema, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.waiting import announced
+from mlip_jax.data.batches.training import workers_for
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.held_out import Share, take
 from mlip_jax.data.sets.opening import held_out_share, open_training, open_validation
@@ -33,11 +34,18 @@ from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
-from mlip_jax.training import attention_choice, going_on, pace, repeatability, summary
+from mlip_jax.training import (
+    accumulation,
+    attention_choice,
+    going_on,
+    pace,
+    repeatability,
+    summary,
+)
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
-from mlip_jax.training.run import SCORE, Run
+from mlip_jax.training.run import SCORE, Run, check_best
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.state import TrainState, abstract_state, initial_state
 from mlip_jax.training.step import Step, compile_lowered, lower_step, make_train_step
@@ -111,6 +119,9 @@ def _open(
     is_kept = goes_on and before.is_file()
     config = lengths.resolve(config, len(source), schema.from_file(before) if is_kept else None)
     suites.check(config)
+    check_best(config)
+    accumulation.check(config.batch_size, config.accumulation, mesh)
+    workers_for(config, len(parallel.local_rows(mesh, config.batch_size)))
     attention_choice.check(config, mesh)
     with announced("preparing the tokenizer", console.print):
         tokenizer = _tokenizer(config, source, Path(workdir))

@@ -84,7 +84,7 @@ def train_batches(
         raise UserError(f"the training set {source.name!r} is empty")
     process_rows = tuple(range(config.batch_size) if rows is None else map(int, rows))
     examples = order(source, config.seed).random_map(_Example(config, source))
-    workers = worker_count(config.data.workers, batch_bytes(config, len(process_rows)))
+    workers = workers_for(config, len(process_rows))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
     shared_pieces = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
@@ -115,6 +115,15 @@ def train_batches(
 def batch_bytes(config: ConfigDict, rows: int) -> int:
     """The bytes of the images of a batch of this many rows, all views."""
     return views_of(config, "augmented_image") * rows * 3 * config.model.image.image_size**2
+
+
+def workers_for(config: ConfigDict, rows: int) -> int:
+    """How many workers make batches of this many rows.
+
+    Raises:
+      UserError: when the shared memory is too small for config.data.workers.
+    """
+    return worker_count(config.data.workers, batch_bytes(config, rows))
 
 
 def _until_closed(batches: grain.IterDataset) -> Generator[dict[str, np.ndarray]]:
@@ -341,7 +350,8 @@ def evaluation_batches(
             return f"{source.name_of(index)} ({error})"
 
     starts = range(0, len(source), batch_size)
-    with ThreadPoolExecutor(min(_MAX_THREADS, cores())) as pool:
+    pool = ThreadPoolExecutor(min(_MAX_THREADS, cores()))
+    try:
         ahead = None
         for start in starts:
             loading = pool.map(load, range(start, min(start + batch_size, len(source))))
@@ -350,6 +360,8 @@ def evaluation_batches(
             ahead = start, loading
         if ahead is not None:
             yield _evaluation_batch(*ahead, preprocessing.image_size, batch_size)
+    finally:  # without a wait for a disk that does not answer
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _evaluation_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,13 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 RESIZES = ("shortest", "longest", "squash")
+MOST_PIXELS = 8192  # along a side of what a model sees
+_WORDS = {
+    "transparency": ("drop", "white", "drop_first"),
+    "interpolation": tuple(INTERPOLATIONS),
+    "resize": RESIZES,
+    "crop": ("round", "floor"),
+}
 
 # A file of a few kilobytes can unfold to gigabytes: Pillow's warning about it becomes the error by
 # which such a file counts as unreadable.
@@ -312,10 +320,36 @@ class Preprocessing:
         """As plain values, for JSON."""
         return asdict(self)
 
+    def check(self) -> None:
+        """Raises ValueError for values that no model's images are prepared by."""
+        check_image_size(self.image_size)
+        if not 0 <= self.short_side <= MOST_PIXELS:
+            raise ValueError(f"short_side {self.short_side} is not from 0 to {MOST_PIXELS:,}")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            finite = all(math.isfinite(number) for number in numbers)
+            if len(numbers) != 3 or not finite or (name == "std" and min(numbers) <= 0):
+                raise ValueError(f"{name} {list(numbers)} is none of three channels")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(words)}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`, from JSON too."""
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """The inverse of `to_dict`, from JSON too.
+
+        Raises:
+          ValueError, TypeError, KeyError: for values that `to_dict` cannot have given.
+        """
+        prepared = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        prepared.check()
+        return prepared
+
+
+def check_image_size(size: Any) -> None:
+    """Raises ValueError for what no image's side can be."""
+    if type(size) is not int or not 1 <= size <= MOST_PIXELS:
+        raise ValueError(f"image_size {size!r} is no whole number from 1 to {MOST_PIXELS:,}")
 
 
 def _cut_centre(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import parse_json, read_file, write_atomically
+from mlip_jax.core.markdown import code, plain
 from mlip_jax.core.texts import brief
 from mlip_jax.data.images.limits import MOST_PIXELS
 from mlip_jax.data.prepare.examine import JPEG_QUALITY
@@ -137,16 +138,16 @@ def card(index: Index, broken: Sequence[Broken]) -> str:
         lines.append(
             f"| {split} | {' | '.join(f'{n:,}' for n in numbers)} | {len(split_shards):,} |"
         )
-    lines += ["", "## Where it comes from", "", f"Source: `{job['source']}`."]
+    lines += ["", "## Where it comes from", "", f"Source: {code(job['source'])}."]
     if index.inputs.get("files"):
         files, size = index.inputs["files"], index.inputs["bytes"]
         lines[-1] += f" {files:,} {'file' if files == 1 else 'files'} of {size:,} bytes."
     if job["columns"]:
-        named = ", ".join(f"{role} = {name}" for role, name in job["columns"].items())
+        named = ", ".join(f"{role} = {plain(name)}" for role, name in job["columns"].items())
         lines += ["", f"Columns: {named}."]
-    lines += ["", f"Licence: {index.licence or 'not stated'}."]
+    lines += ["", f"Licence: {plain(index.licence) or 'not stated'}."]
     if index.attribution:
-        lines += ["", f"Attribution: {index.attribution}"]
+        lines += ["", f"Attribution: {plain(index.attribution)}"]
     lines += ["", "## What is in it", "", *_contents(index, tally)]
     lines += ["", "## What was left out", "", *_left_out(index, broken, records)]
     lines += [
@@ -193,7 +194,7 @@ def _contents(index: Index, tally: Tally) -> list[str]:
     if index.class_names:
         many = " Images show any number of them." if index.multi_label else ""
         lines.append(f"- {len(index.class_names):,} classes, in `index.json`.{many}")
-    return lines + [f"- {note}" for note in index.notes]
+    return lines + [f"- {plain(note)}" for note in index.notes]
 
 
 def _left_out(index: Index, broken: Sequence[Broken], records: int) -> list[str]:
@@ -205,10 +206,5 @@ def _left_out(index: Index, broken: Sequence[Broken], records: int) -> list[str]
         f"{len(broken):,} of {records + len(broken):,} records ({share:.2%}), all of them in "
         f"`{BROKEN}`. More than {MOST_PIXELS:,} pixels are not decoded.",
         "",
-        *(f"- {count:,}: {_plain(kind)}" for kind, count in kinds.most_common(_SHOWN)),
+        *(f"- {count:,}: {plain(kind)[:200]}" for kind, count in kinds.most_common(_SHOWN)),
     ]
-
-
-def _plain(text: str) -> str:
-    """What comes from the input is no Markdown."""
-    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", " ".join(text.split()))[:200]

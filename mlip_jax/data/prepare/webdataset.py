@@ -300,7 +300,9 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
       UserError: when there is none.
     """
     files: list[Path] = []
-    for pattern in _braces(os.path.expanduser(where)):
+    for number, pattern in enumerate(_braces(os.path.expanduser(where))):
+        if number == _MOST_FILES:
+            raise UserError(f"{where} stands for more than {_MOST_FILES:,} files")
         path = Path(pattern)
         if path.is_dir():
             below = (path / name for name in files_below(path) if name.endswith(suffixes))
@@ -317,19 +319,22 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _braces(pattern: str) -> list[str]:
-    """The patterns that {000..123} and {a,b} stand for."""
+def _braces(pattern: str) -> Iterator[str]:
+    """The patterns that {000..123} and {a,b} stand for, one by one: there may be very many."""
     if Path(pattern).exists():
-        return [pattern]
+        yield pattern
+        return
     match = _RANGE.search(pattern) or _CHOICE.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     if match.re is _RANGE:
         first, last = int(match[1]), int(match[2])
-        if last < first or last - first >= _MOST_FILES:
+        if last < first:
             raise UserError(f"{match[0]} in {pattern}: the second number must be the larger one")
         words: Iterable[str] = (f"{i:0{len(match[1])}}" for i in range(first, last + 1))
     else:
         words = match[1].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for word in words for expanded in _braces(f"{before}{word}{after}")]
+    for word in words:
+        yield from _braces(f"{before}{word}{after}")

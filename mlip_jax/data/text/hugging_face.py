@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.data.text.encoders import guarded, read_encoder
 
 # By tokenizer_class, without "Fast": the special tokens that transformers 5 takes where the files
 # do not say. All but the first three are built by the class, whatever else tokenizer.json says.
@@ -103,7 +104,10 @@ def read(folder: Path, cleaning: str | None = None) -> Parts:
         cleaning = "siglip" if kind == "SiglipTokenizer" else "none"
         if cleaning == "siglip" and settings.get("do_lower_case") is False:
             raise UserError(f"{folder}: a SigLIP tokenizer that keeps upper case is not read")
-    start, end = _affixes(encoder)
+    try:
+        start, end = _affixes(encoder)
+    except ValueError as error:
+        raise UserError(f"{folder}: its tokenizer cannot be used: {error}") from None
     if kind not in _OWN_AFFIXES:
         _check_flags(folder, encoder, settings, start, end)
     if not end and kind == "SiglipTokenizer":
@@ -180,7 +184,7 @@ def _encoder(folder: Path, settings: dict[str, Any]) -> _Encoder:
     )
     try:
         if tokenizer_file.is_file():
-            return _Encoder.from_str(tokenizer_file.read_text(encoding="utf-8"))
+            return read_encoder(tokenizer_file.read_text(encoding="utf-8"))
         if words.is_file() and merges.is_file():
             settings.setdefault("tokenizer_class", "CLIPTokenizer")
             lines = merges.read_text(encoding="utf-8").split("\n")
@@ -337,8 +341,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _affixes(encoder: _Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids before and after a text's words."""
-    bare = encoder.encode(_PROBE, add_special_tokens=False).ids
-    affixed = encoder.encode(_PROBE, add_special_tokens=True).ids
+    bare = guarded(encoder.encode, _PROBE, add_special_tokens=False).ids
+    affixed = guarded(encoder.encode, _PROBE, add_special_tokens=True).ids
     before = next(
         (at for at in range(len(affixed)) if affixed[at : at + len(bare)] == bare), len(affixed)
     )

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json
-from mlip_jax.data.text import hugging_face, wordpiece
+from mlip_jax.data.text import encoders, hugging_face, wordpiece
 from mlip_jax.data.text.captions import check_cleaning, clean, repairs, unescape, unescapes
 
 # The processes that tokenise run side by side already, and threads of `tokenizers` do not survive a
@@ -108,6 +108,7 @@ class Tokenizer:
             self.start, self.end, self.pad, self.vocab_size = affixes[:4]
             self.sot = affixes.start[0] if affixes.start else -1  # no id: nothing starts a text
             self.eot = affixes.end[0]
+            self._check_ids()
             return
         self.vocab_size = encoder.get_vocab_size()
         if self._is_clip:
@@ -119,6 +120,7 @@ class Tokenizer:
         self.sot, self.eot = sot, eot
         self.start, self.end = (sot,), (eot,)
         self.pad = 0 if self._is_clip else encoder.token_to_id(wordpiece.PAD) or 0
+        self._check_ids()
 
     def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
         """Token ids, int32 [texts, context_length]: start, words, end, padding.
@@ -130,7 +132,7 @@ class Tokenizer:
         room -= len(self.start) + len(self.end)
         ids = np.full((len(texts), context_length), self.pad, np.int32)
         prepared = [self._prepared(text) for text in texts]
-        encodings = self._encoder.encode_batch_fast(prepared, add_special_tokens=False)
+        encodings = encoders.encode(self._encoder, prepared)
         for row, text, encoding in zip(ids, prepared, encodings, strict=True):
             words = self._with_written(text) if self.written and "_text>" in text else encoding.ids
             first = max(0, len(words) - room) if self.cuts_left else 0
@@ -195,16 +197,29 @@ class Tokenizer:
         """The inverse of `to_json`."""
         values = decode_json(text)
         if "encoder" not in values:
-            return cls(_Encoder.from_str(text))
+            return cls(_read(text))
         affixes = values.get("affixes")
         if affixes:
             start, end, *others = affixes
             affixes = Affixes(tuple(start), tuple(end), *others)
         written = values.get("written", False)
-        return cls(_Encoder.from_str(values["encoder"]), values["cleaning"], affixes, written)
+        return cls(_read(values["encoder"]), values["cleaning"], affixes, written)
+
+    def _check_ids(self) -> None:
+        """Raises ValueError for an id that has no row in a table of `vocab_size` rows."""
+        ids = (encoders.highest_id(self._encoder), *self.start, *self.end, self.pad)
+        if not all(type(each) is int and -1 <= each < self.vocab_size for each in ids):
+            raise ValueError(f"a tokenizer of {self.vocab_size} tokens with the id {max(ids)}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer.from_json, (self.to_json(),)
+
+
+def _read(text: str) -> _Encoder:
+    encoder = encoders.read_encoder(text)
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
 
 
 def load_tokenizer(
@@ -273,7 +288,7 @@ def folder_tokenizer(
     tokenizer_file = folder / OWN_FILE
     if not tokenizer_file.is_file():
         parts = hugging_face.read(folder, cleaning)
-        size = parts.encoder.get_vocab_size()
+        size = encoders.highest_id(parts.encoder) + 1
         if vocab_size is not None and vocab_size < size:
             raise UserError(
                 f"{folder}: its tokenizer has {size} tokens, its model only {vocab_size}: get "
