@@ -214,12 +214,13 @@ def open_file(path: Path) -> int:
 
 def _as_it_lies(path: Path) -> Path | None:
     """The path of the file that a path means, by what is there; None: there is none."""
-    lying: Path | None = Path()
+    lying = Path()
     for part in Path(str(path).replace("\\", "/")).parts:
         forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-        lying = next((lying / form for form in forms if (lying / form).exists()), None)
-        if lying is None:
+        there = next((lying / form for form in forms if (lying / form).exists()), None)
+        if there is None:
             return None
+        lying = there
     return lying
 
 

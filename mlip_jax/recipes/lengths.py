@@ -72,7 +72,7 @@ def resolve(config: ConfigDict, pairs: int, before: ConfigDict | None = None) ->
     if settings.cooldown_samples == BY_SET and settings.schedule in _COOLING:
         settings.cooldown_samples = config.samples // _COOLDOWN_SHARE
     left = config.samples - settings.warmup_samples
-    if settings.cooldown_samples > left:
+    if settings.cooldown_samples > max(left, 0):
         raise UserError(
             f"config.optimizer.cooldown_samples={settings.cooldown_samples:,} is longer than the "
             f"{max(left, 0):,} samples that are left of {config.samples:,} after the warm-up"

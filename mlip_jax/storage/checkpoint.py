@@ -206,7 +206,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use {self._folder}: {error.strerror}") from error
-        for step in _saved_steps(self._folder.parent):
+        for step in saved_steps(self._folder.parent):
             path = self._folder / str(step)
             if problem := seal.damage(path, unread=_LARGE):
                 _set_aside(path, problem)
