@@ -71,9 +71,9 @@ def train(
       UserError: for a config, a dataset or a workdir that cannot be used.
       RunError: when the loss is no longer finite, the disk is full, or a callback raises.
     """
-    from mlip_jax.core import versions
+    from mlip_jax.core import places, versions
 
-    with versions.named_in_errors():
+    with places.named_in_errors(), versions.named_in_errors():
         from mlip_jax.core.validation import validate
         from mlip_jax.training import loop
 
@@ -106,9 +106,9 @@ def load(
     Raises:
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
-    from mlip_jax.core import versions
+    from mlip_jax.core import places, versions
 
-    with versions.named_in_errors():
+    with places.named_in_errors(), versions.named_in_errors():
         from mlip_jax import inference
 
         return inference.load(

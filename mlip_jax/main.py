@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from mlip_jax.cli import command_line
 from mlip_jax.cli.subcommands import SUBCOMMANDS
-from mlip_jax.core import versions
-from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core import places, versions
+from mlip_jax.core.errors import STOPPED, RunError, Unreachable, UserError
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
 
 
@@ -27,10 +27,12 @@ def main(argv: Sequence[str]) -> int:
       argv: the program's name and its arguments.
     """
     try:
-        with versions.named_in_errors():
+        with places.named_in_errors(), versions.named_in_errors():
             return _act(command_line.parse(argv[1:]))
     except UserError as error:
         return _fail(2, str(error))
+    except Unreachable as error:
+        return _fail(STOPPED, str(error))
     except RunError as error:
         return _fail(1, str(error))
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 75  # the exit code that asks a scheduler to start the job again
 _MOST_COMPARED = 100  # characters; the time grows with them
 
 
@@ -14,6 +15,10 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on for a reason outside the config: shown as one line, exit code 1."""
+
+
+class Unreachable(RunError):
+    """A server stays away; what was saved before is safe: one line, exit code 75."""
 
 
 def suggestion(word: str, valid: Iterable[str]) -> str:

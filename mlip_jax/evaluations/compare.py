@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.evaluations.results import Results, read_results
@@ -61,14 +61,14 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     comparison = compare(columns)
     if folder is None:
         folder = _common_folder([run.workdir for run in runs])
-    path = Path(folder) / f"{FILE_STEM}.json"
+    path = places.local(folder) / f"{FILE_STEM}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(_as_json(columns), indent=2, ensure_ascii=False) + "\n")
     write_atomically(path.with_suffix(".md"), markdown(comparison))
     write_atomically(path.with_suffix(".html"), html(comparison))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(terminal(comparison))
-    console.print(f"comparison: {path} (also .md, .html)")
+    console.print(f"comparison: {places.shown(path)} (also .md, .html)")
     return 0
 
 
@@ -97,7 +97,7 @@ def compare(columns: Sequence[Column]) -> Sheet:
         cells = [_cell(key, column.values(key)) for column in columns]
         rows.append((*names(key), *cells, "" if expected is None else formatted(key, expected)))
     notes = [
-        f"{column.label}: {', '.join(str(run.workdir) for run in column.runs)}"
+        f"{column.label}: {', '.join(places.shown(run.workdir) for run in column.runs)}"
         for column in columns
     ]
     notes.append("± is the standard deviation over runs that differ in their seed alone.")
@@ -112,10 +112,10 @@ def compare(columns: Sequence[Column]) -> Sheet:
 def _expand(workdirs: Sequence[str]) -> list[Path]:
     paths: dict[Path, None] = {}
     for pattern in workdirs:
-        fitting = sorted(glob.glob(str(Path(pattern).expanduser())))
+        fitting = places.matching(pattern)
         if not fitting:
             raise UserError(f"--compare: there is no folder {pattern}")
-        paths |= dict.fromkeys(Path(path) for path in fitting if Path(path).is_dir())
+        paths |= dict.fromkeys(fitting)
     if len(paths) < 2:
         raise UserError("--compare needs at least two workdirs: --compare=runs/a,runs/b")
     return list(paths)
@@ -180,7 +180,7 @@ def _as_json(columns: Sequence[Column]) -> dict[str, object]:
         "columns": [
             {
                 "label": column.label,
-                "workdirs": [str(run.workdir) for run in column.runs],
+                "workdirs": [places.shown(run.workdir) for run in column.runs],
                 "seeds": [run.config.seed for run in column.runs],
             }
             for column in columns
@@ -199,9 +199,11 @@ def _as_json(columns: Sequence[Column]) -> dict[str, object]:
     }
 
 
-def _common_folder(workdirs: Sequence[Path]) -> Path:
-    parents = [workdir.absolute().parent for workdir in workdirs]
-    shared = parents[0]
-    while not all(parent.is_relative_to(shared) for parent in parents):
-        shared = shared.parent
-    return shared
+def _common_folder(workdirs: Sequence[Path]) -> str:
+    """The innermost folder that holds all of them: a path, or a URL where all are in one bucket."""
+    parents = [places.shown(workdir.absolute()).split("/")[:-1] for workdir in workdirs]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    shared = "/".join(parts[0] for parts in same)
+    if shared.endswith(":"):
+        raise UserError("--compare: the workdirs share no folder: add --workdir=DIR for the result")
+    return shared or "/"

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json, write_atomically
 from mlip_jax.core.registry import EVALUATIONS
@@ -69,7 +69,7 @@ def evaluate_workdir(
     if compare:
         return compare_workdirs(compare, workdir)
     assert config is not None and workdir is not None  # but for a comparison
-    folder = Path(workdir)
+    folder = places.local(workdir)
     return cluster.by_first(lambda: _evaluate(config, folder, suite, rates))
 
 
@@ -89,7 +89,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
             console.print(f"note: lost when this model was exported: {sentence}")
         results, path = _score(model, config, trained, home, console)
         console.print(table(results))
-        console.print(f"results: {path} (also .md, .html)")
+        console.print(f"results: {places.shown(path)} (also .md, .html)")
         return 0
 
     def loaded(changed: ConfigDict) -> Model:
@@ -101,7 +101,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
 
     wanted = sorted({0.0, *rates})
     path = merging_rates.report(console, home, merging_rates.sweep(config, wanted, loaded, scored))
-    console.print(f"table: {path} (also .md)")
+    console.print(f"table: {places.shown(path)} (also .md)")
     return 0
 
 
@@ -123,7 +123,7 @@ def _score(
             "--config.evaluation.retrieval"
         )
     path = file_results(home, results, name)
-    draft.unlink(missing_ok=True)
+    places.remove(draft)
     return results, path
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax.core import versions
+from mlip_jax.core import places, versions
 from mlip_jax.core.files import read_json, write_atomically
 from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
 from mlip_jax.data.sets.opening import open_source, open_validation
@@ -84,7 +84,7 @@ def write_report(
       UserError: when the source is empty or none of its images can be read.
       RunError: for NaN or infinity among the embeddings.
     """
-    workdir = Path(workdir)
+    workdir = places.local(workdir)
     pictures = workdir / PICTURE_FOLDER
     pictures.mkdir(parents=True, exist_ok=True)
     config = model.config
@@ -140,7 +140,7 @@ def _report(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
     source = open_validation(config.data, cleaning) or open_source(
         config.data.train, "train", cache_dir=config.data.cache_dir, cleaning=cleaning
     )
-    print(f"report: {write_report(workdir, model, source)}")
+    print(f"report: {places.shown(write_report(places.local(workdir), model, source))}")
     return 0
 
 

@@ -5,6 +5,8 @@ A checkpoint is one folder `checkpoints/STEP`, committed by Orbax in one rename:
   extras/      JSON: the step, the config, the tokenizer, versions, the commit
   metrics/     JSON: what the best checkpoints are chosen by
   files.json   size and CRC-32 of the files above: Orbax alone reads a flipped bit as a weight
+
+In a bucket files.json is written last: a folder without it is no checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.devices import processes
 from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
+_STATE = "state"
 _LEAVES_LATE_WRITES_ALONE = "leaves_late_writes_alone"
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
 
@@ -60,17 +63,26 @@ class Checkpoints:
         """
         if keep_last < 1:
             raise UserError(f"config.checkpoint.keep_last={keep_last} must be at least 1")
-        self._folder = Path(workdir).absolute() / FOLDER
+        self._folder = places.local(workdir).absolute() / FOLDER
         self._best = best
         self._saving = 0
+        # Of a place in a bucket each process has a copy of its own, and writes what it holds.
+        self._apart = jax.process_count() > 1 and places.mirror_of(self._folder) is not None
+        _fetch_all_but_states(self._folder)
+        processes.by_first(self._remove_dropped)
         _leave_late_writes_alone()
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state, extras = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-        registry.add("state", ocp.args.StandardSave, state)
-        registry.add("state", ocp.args.StandardRestore, state)
+        together = ocp.options.MultiprocessingOptions(primary_host=None if self._apart else 0)
+        # Files of OCDBT hold parts of several processes, which have to see each other's.
+        state = ocp.StandardCheckpointHandler(
+            multiprocessing_options=together, use_ocdbt=not self._apart
+        )
+        extras = ocp.JsonCheckpointHandler(multiprocessing_options=together)
+        registry.add(_STATE, ocp.args.StandardSave, state)
+        registry.add(_STATE, ocp.args.StandardRestore, state)
         registry.add("extras", ocp.args.JsonSave, extras)
         registry.add("extras", ocp.args.JsonRestore, extras)
         self._manager = ocp.CheckpointManager(
@@ -79,6 +91,7 @@ class Checkpoints:
                 best_fn=self._score,  # without it Orbax keeps no metrics
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
+                multiprocessing_options=together,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
             handler_registry=registry,
@@ -166,6 +179,7 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
+            processes.by_first(self._remove_dropped)
 
     def close(self) -> None:
         """Finishes the save under way and frees the threads.
@@ -194,9 +208,10 @@ class Checkpoints:
             ) from error
 
     def _seal(self) -> None:
-        """Records the files of the save under way, just before Orbax commits it."""
-        if jax.process_index():
-            return
+        """Records the files of the save under way, just before Orbax commits it.
+
+        In a bucket the record is the commit: the files are there before it, of all processes.
+        """
         drafts = [
             path
             for path in self._folder.iterdir()
@@ -204,9 +219,24 @@ class Checkpoints:
         ]
         if len(drafts) != 1:
             raise RunError(f"cannot find the draft of checkpoint {self._saving}: {drafts}")
-        seal.write(drafts[0])
+        draft, target = drafts[0], self._folder / str(self._saving)
+        places.flush(self._folder)  # what was logged until this step
+        places.publish(draft, target)
+        files = seal.files_of(draft)
+        everyones = processes.to_zero(files) if self._apart else [files]
+        if not everyones:
+            return
+        for others in everyones[1:]:
+            # What several have written, such as the shapes, is as this process has it.
+            for name in sorted(name for name in others if others[name] != files.get(name)):
+                if name in files:
+                    places.publish(draft / name, target / name, anew=True)
+            files = others | files
+        seal.write(draft, files)
+        places.publish(draft / seal.NAME, target / seal.NAME)
 
     def _is_damaged(self, step: int) -> bool:
+        places.fetch(self._folder / str(step))
         return processes.by_first(lambda: bool(seal.damage(self._folder / str(step))))
 
     def _set_aside(self, step: int) -> None:
@@ -217,11 +247,18 @@ class Checkpoints:
                 f"checkpoint {path} is damaged ({seal.damage(path)}): going on from the one before"
             )
             aside = path.with_name(f"damaged-{step}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            places.remove(aside)
+            places.move(path, aside)
 
         processes.by_first(rename)
+        _fetch_all_but_states(self._folder)
         self._manager.reload()
+
+    def _remove_dropped(self) -> None:
+        """Removes checkpoints from a bucket that are not kept here, or that have no seal there."""
+        for name in places.names(self._folder):
+            if name.isdigit() and not (self._folder / name).exists():
+                places.remove(self._folder / name)
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
         """Compares names, shapes and types: Orbax's own errors name no tensor."""
@@ -251,8 +288,14 @@ def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
     return bool(_saved_steps(workdir))
 
 
+def _fetch_all_but_states(folder: Path) -> None:
+    """Brings what is known of the checkpoints in a bucket, without their largest part."""
+    places.fetch(folder, without=(_STATE,), marked_by=seal.NAME)
+
+
 def _saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-    folder = Path(workdir).absolute() / FOLDER
+    folder = places.local(workdir).absolute() / FOLDER
+    _fetch_all_but_states(folder)
     return sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
 
 
@@ -273,7 +316,7 @@ def restore_fields(
       UserError: if there is no such checkpoint.
       RunError: if every candidate is damaged.
     """
-    folder = Path(workdir).absolute() / FOLDER
+    folder = places.local(workdir).absolute() / FOLDER
     steps = _saved_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, or check the path")
@@ -281,16 +324,17 @@ def restore_fields(
         raise UserError(f"{folder} holds no checkpoint of step {step}, only {sorted(steps)}")
     for candidate in steps if step is None else [step]:
         path = folder / str(candidate)
+        places.fetch(path)
         damage = seal.damage(path)
         if damage:
             _warn(f"checkpoint {path} is damaged ({damage})")
             continue
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-        tree = handler.metadata(path / "state").tree
+        tree = handler.metadata(path / _STATE).tree
         wanted = {name: tree[name] for name in fields if tree.get(name)}
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             restored = checkpointer.restore(
-                path / "state",
+                path / _STATE,
                 args=ocp.args.PyTreeRestore(
                     item=wanted,
                     restore_args=jax.tree.map(

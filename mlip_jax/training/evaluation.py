@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlip_jax.core import places
+from mlip_jax.core.errors import STOPPED
 from mlip_jax.devices import processes
 from mlip_jax.evaluations import Results, evaluate, suites, table
 from mlip_jax.evaluations.verb import file_results
 from mlip_jax.reports import write_report
 from mlip_jax.training.run import Run
-from mlip_jax.training.signals import STOPPED, Stopped
+from mlip_jax.training.signals import Stopped
 from mlip_jax.training.state import TrainState
 
 
@@ -46,7 +48,7 @@ def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Res
     model = run.model.with_variables(variables)
     report = write_report(run.folder, model, run.validation or run.source)
     run.console.print(table(results))
-    run.console.print(f"results: {path}\nreport:  {report}")
+    run.console.print(f"results: {places.shown(path)}\nreport:  {places.shown(report)}")
     return results
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from mlip_jax.core.errors import STOPPED
 from mlip_jax.devices import processes
 
-STOPPED = 75  # the exit code that asks a scheduler to start the job again
 _WORD = "stop"
 _NO_SIGNAL = 0
 

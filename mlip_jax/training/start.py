@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import versions
+from mlip_jax.core import places, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.data.images.preprocessing import Preprocessing
@@ -103,7 +103,7 @@ def _open(
     validation = open_validation(config.data, cleaning)
     suites.check(config)
     attention_choice.check(config, mesh)
-    tokenizer = _tokenizer(config, source, Path(workdir))
+    tokenizer = _tokenizer(config, source, places.local(workdir))
     network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
@@ -170,7 +170,7 @@ def _restore(opened: Opened) -> TrainState | None:
     done = int(state.step)
     goes_on = done < run.steps
     left = f"going on from step {done}" if goes_on else "it is finished"
-    run.console.print(f"{run.folder} holds this run: {left}")
+    run.console.print(f"{places.shown(run.folder)} holds this run: {left}")
     changed = versions.changes(extras.get("versions", {}))
     if changed and goes_on:
         run.console.print(

