@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 pytest.importorskip("gcsfs")
@@ -119,3 +120,68 @@ def test_killed_in_a_save_it_goes_on_to_the_same_bits_and_is_seen_from_elsewhere
     assert mlip("report", f"--workdir={url}") == 0
     assert f"report: {url}/report.html" in capfd.readouterr().out
     assert "report.html" in places.names(places.local(url))
+
+
+# Two processes, each with a folder of its own, save an array in parts and one that both hold.
+PARTS = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from mlip_jax.core import places
+from mlip_jax.devices import cluster, processes
+from mlip_jax.storage.checkpoint import Checkpoints
+
+cluster.start()
+mesh = jax.make_mesh((2,), ("fsdp",))
+whole = np.arange(4096, dtype=np.float32).reshape(64, 64)
+
+def placed(array, spec):
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+def state(step):
+    of_all = placed(whole * step, PartitionSpec())
+    return {"parts": placed(whole * step, PartitionSpec("fsdp")), "same": of_all}
+
+with processes.together():
+    with Checkpoints(sys.argv[1], keep_last=2) as checkpoints:
+        for step in 1, 2, 3:
+            checkpoints.save(step, state(step), {"note": "by two"})
+        checkpoints.wait()
+    places.release()
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(1)
+    )
+    with Checkpoints(sys.argv[1], keep_last=2) as checkpoints:
+        restored, extras = checkpoints.restore(wanted)
+    assert (extras["step"], extras["note"]) == (3, "by two")
+    for leaf in jax.tree.leaves(restored):
+        for shard in leaf.addressable_shards:
+            assert np.array_equal(shard.data, whole[shard.index] * 3)
+"""
+
+
+def test_two_processes_bring_their_parts_and_one_commit(url):
+    address = f"127.0.0.1:{buckets.free_port()}"
+    processes = []
+    for index in range(2):
+        flags = {"COORDINATOR": address, "PROCESSES": "2", "PROCESS_ID": str(index)}
+        variables = {f"MLIP_{name}": value for name, value in flags.items()}
+        command = [sys.executable, "-c", PARTS, url]
+        environment = with_devices(1) | variables
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert places.names(places.local(url) / "checkpoints") == ["2", "3"]
+    whole = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    fields, extras = restore_fields(url, ["parts", "same"])
+    assert extras["step"] == 3
+    assert np.array_equal(fields["parts"], whole * 3)
+    assert np.array_equal(fields["same"], whole * 3)

@@ -200,13 +200,15 @@ def _scratch(name: str) -> Iterator[Path]:
     """An empty folder of this process's own; what killed processes left beside it is removed."""
     above = cache_folder("") / "mirrors"
     above.mkdir(parents=True, exist_ok=True)
-    for other in above.iterdir():
-        with contextlib.suppress(OSError), (other / _ALIVE).open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other)
-    holder = Path(tempfile.mkdtemp(dir=above, prefix=".new-"))
-    with (holder / _ALIVE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as alive:
+        with (above / _ALIVE).open("w") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            for other in above.glob(f"*/{_ALIVE}"):
+                with contextlib.suppress(OSError), other.open() as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(other.parent)
+            holder = Path(tempfile.mkdtemp(dir=above, prefix=f"{os.getpid()}-"))
+            fcntl.flock(alive.enter_context((holder / _ALIVE).open("w")), fcntl.LOCK_EX)
         folder = holder / (name or "root")
         folder.mkdir()
         try:

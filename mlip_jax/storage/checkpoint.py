@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import math
 import os
 import sys
@@ -71,6 +72,8 @@ class Checkpoints:
         _fetch_all_but_states(self._folder)
         processes.by_first(self._remove_dropped)
         _leave_late_writes_alone()
+        if self._apart:
+            logging.getLogger("absl").addFilter(_is_no_matter_of_course)
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
@@ -391,6 +394,12 @@ def _leave_late_writes_alone() -> None:
 
     setattr(hook, _LEAVES_LATE_WRITES_ALONE, True)
     sys.unraisablehook = hook
+
+
+def _is_no_matter_of_course(record: logging.LogRecord) -> bool:
+    """Keeps Orbax from warning at every save that each process writes to a folder of its own."""
+    text = str(record.msg)
+    return not text.startswith("Global object size logging") and "Skipping merge" not in text
 
 
 def _cannot_write(error: BaseException | None) -> str:
