@@ -1,5 +1,6 @@
 """Runs in a bucket, against servers on the loopback: killed, resumed, looked at from elsewhere."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from devices import with_devices  # noqa: E402
 import mlip_jax  # noqa: E402
 from mlip_jax import main as door  # noqa: E402
 from mlip_jax.core import places  # noqa: E402
-from mlip_jax.storage.checkpoint import restore_fields  # noqa: E402
+from mlip_jax.core.errors import Unreachable  # noqa: E402
+from mlip_jax.storage.checkpoint import Checkpoints, restore_fields  # noqa: E402
 from mlip_jax.training import evaluation  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,26 @@ def url(server, monkeypatch, tmp_path, on_one_device):
 
 def mlip(*arguments):
     return door.main(["mlip", *map(str, arguments)])
+
+
+@pytest.fixture
+def saved(url):
+    """Checkpoints of steps 1 and 2 in the bucket; the array is the step's number."""
+    with Checkpoints(url, keep_last=2) as checkpoints:
+        for step in 1, 2:
+            checkpoints.save(step, {"array": jax.numpy.full(100, step)}, {})
+        checkpoints.wait()
+    places.release()
+    return url
+
+
+def newest(url):
+    """What goes on from the newest good checkpoint, and its step."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"array": jax.ShapeDtypeStruct((100,), np.int32, sharding=device)}
+    with Checkpoints(url, keep_last=2) as checkpoints:
+        restored, extras = checkpoints.restore(wanted)
+    return int(restored["array"][0]), extras["step"]
 
 
 def assert_same_state(one, other):
@@ -114,12 +136,60 @@ def test_killed_in_a_save_it_goes_on_to_the_same_bits_and_is_seen_from_elsewhere
     (events,) = {name.split(".")[0] for name in places.names(workdir / "tensorboard")}
     assert events == "events"
 
+    exported = f"{url}-exported"
+    assert mlip("export", f"--workdir={url}", f"--out={exported}") == 0
+    assert f"mlip model: {exported} (" in capfd.readouterr().out
+    places.release()
+    texts = ["picture 1", "picture 2"]
+    own, of_export = (mlip_jax.load(place).encode_text(texts) for place in (trained, exported))
+    assert np.array_equal(own, of_export)
+    assert mlip("export", f"--workdir={url}", f"--out={exported}") == 2
+    assert f"--out={exported} exists already" in capfd.readouterr().err
+
+    assert mlip("evaluate", f"--compare={trained},{url}", f"--workdir={url}-compared") == 0
+    assert f"comparison: {url}-compared/comparison.json" in capfd.readouterr().out
+
     assert mlip("evaluate", f"--workdir={url}", "--config.evaluation.batch_size=4") == 0
     assert f"results: {url}/results.json" in capfd.readouterr().out
     places.release()
     assert mlip("report", f"--workdir={url}") == 0
     assert f"report: {url}/report.html" in capfd.readouterr().out
     assert "report.html" in places.names(places.local(url))
+
+
+def test_a_checkpoint_that_was_damaged_in_the_bucket_is_set_aside_there(saved, capfd):
+    folder = places.local(saved)
+    bucket = places.mirror_of(folder)
+    name = "checkpoints/2/state/manifest.ocdbt"
+    bucket.write(name, b"?" + bucket.read(name)[1:])
+    assert restore_fields(saved, ["array"])[1]["step"] == 1
+    assert "checkpoints/2 is damaged" in capfd.readouterr().err
+    places.release()
+    assert newest(saved) == (1, 1)
+    places.release()
+    assert places.names(places.local(saved) / "checkpoints") == ["1", "damaged-2"]
+
+
+def test_a_save_that_the_bucket_refuses_leaves_the_former_good(saved, monkeypatch):
+    publish = places.publish
+    checkpoints = Checkpoints(saved, keep_last=2)
+
+    def away(path, target=None, **options):
+        if target is not None and target.name == "files.json":
+            raise Unreachable("the server does not answer")
+        publish(path, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(places, "publish", away)
+        checkpoints.save(3, {"array": jax.numpy.full(100, 3)}, {})
+        with pytest.raises(Unreachable, match="the server does not answer"):
+            checkpoints.wait()
+        with contextlib.suppress(Unreachable):
+            checkpoints.close()
+    places.release()
+    assert restore_fields(saved, ["array"])[1]["step"] == 2
+    assert newest(saved) == (2, 2)
+    assert places.names(places.local(saved) / "checkpoints") == ["1", "2"]
 
 
 # Two processes, each with a folder of its own, save an array in parts and one that both hold.

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -66,9 +67,13 @@ class Mirror:
         self._published: dict[str, tuple[int, int]] = {}
         self._followed: list[Path] = []
         self._transfers = threading.RLock()
+        self._away = False  # whether the server has been waited for in vain
 
-    def open(self) -> None:
+    def open(self, empty: bool = False) -> None:
         """Brings the files that lie directly in the folder, and forgets those that are gone.
+
+        Args:
+          empty: whether only to look at the bucket.
 
         Raises:
           UserError: when the bucket does not exist, or refuses.
@@ -81,6 +86,8 @@ class Mirror:
             if isinstance(error, FileNotFoundError):
                 reason = f"there is no bucket {bucket}: make it, or correct the name"
             raise UserError(f"cannot use {self.url}: {reason}") from error
+        if empty:
+            return
         deeper = {name for name in self._versions if "/" in name}
         self._bring(self.root, direct, kept={*direct, *deeper})
 
@@ -89,6 +96,14 @@ class Mirror:
         place = self._object(self._name(folder))
         found = self._try(lambda: self._files.ls(place, detail=False), missing=[])
         return sorted({key.rstrip("/").rsplit("/", 1)[-1] for key in found} - {""})
+
+    def sizes(self, folder: Path) -> dict[str, int]:
+        """The objects directly in a folder, and their bytes."""
+        place = self._object(self._name(folder))
+        found = self._try(lambda: self._files.ls(place, detail=True), missing=[])
+        return {
+            one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"
+        }
 
     def fetch(self, path: Path, without: Collection[str] = (), marked_by: str = "") -> None:
         """Makes a local file or folder like the one in the bucket.
@@ -179,7 +194,7 @@ class Mirror:
                 group = [name for name in found if (name.count("/") == depth) == near]
                 if group:
                     objects = [self._object(name) for name in group]
-                    self._try(lambda objects=objects: self._files.rm(objects), missing=None)
+                    self._try(partial(self._files.rm, objects), missing=None)
             for name in found:
                 self._versions.pop(name, None)
                 self._published.pop(name, None)
@@ -194,17 +209,20 @@ class Mirror:
             self._check_held()
             for name in self._find(path):
                 new = self._name(target / PurePosixPath(name).relative_to(self._name(path)))
-                self._try(
-                    lambda name=name, new=new: self._files.cp_file(
-                        self._object(name), self._object(new)
-                    )
-                )
+                self._try(partial(self._files.cp_file, self._object(name), self._object(new)))
             path.rename(target)
             self.remove(path)
 
     def read(self, name: str) -> bytes | None:
         """The content of an object; None where there is none."""
         return self._try(lambda: self._files.cat_file(self._object(name)), missing=None)
+
+    def download(self, name: str, target: Path) -> bool:
+        """Writes an object to a local file; whether there is one."""
+        copied = self._try(
+            lambda: self._files.get_file(self._object(name), str(target)), missing=False
+        )
+        return copied is not False
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object."""
@@ -315,14 +333,18 @@ class Mirror:
 
         Args:
           act: asks the library.
-          patience: seconds; None: PATIENCE.
+          patience: seconds; None: PATIENCE, or none for a server that was waited for already.
           missing: what to give for an object that is not there; by default that is an error.
         """
-        deadline = time.monotonic() + (PATIENCE if patience is None else patience)
+        if patience is None:
+            patience = 0.0 if self._away else PATIENCE
+        deadline = time.monotonic() + patience
         pause = PAUSE
         while True:
             try:
-                return act()
+                value = act()
+                self._away = False
+                return value
             except FileNotFoundError:
                 if missing is FileNotFoundError:
                     raise
@@ -330,6 +352,7 @@ class Mirror:
             except Exception as error:
                 self._explain(error)
                 if time.monotonic() + pause > deadline:
+                    self._away = True
                     raise Unreachable(
                         f"the server of {self.url} does not answer ({first_line(error)}); what was "
                         "saved before is kept there, and the same command goes on from it"
@@ -342,7 +365,9 @@ class Mirror:
         words, status = first_line(error), _status(error)
         if isinstance(error, FileExistsError):
             raise error
-        if status in (401, 403) or isinstance(error, PermissionError) or "redential" in words:
+        # gcsfs gives an OSError without a number for 403.
+        refused = status in (401, 403) or words.startswith("Forbidden") or "redential" in words
+        if refused or isinstance(error, PermissionError):
             raise RunError(
                 f"{self.url} refuses ({words.rstrip('.')}): {_ACCESS[self._scheme]}"
             ) from error
@@ -389,7 +414,7 @@ def _status(error: BaseException | None) -> int:
         found = getattr(error, "code", None)
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        with contextlib.suppress(TypeError, ValueError):
-            return int(found)
+        if str(found).isdigit():
+            return int(str(found))
         error = error.__cause__
     return 0

@@ -20,11 +20,15 @@ from typing import TextIO
 
 from mlip_jax.core import places
 from mlip_jax.core.buckets import Mirror
-from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.errors import RunError
 from mlip_jax.core.files import NotJson, decode_json, open_lock
 
 LEASE = 60.0  # seconds
 _BEATS = 4  # times that a lease is written anew while it lasts
+
+
+class InUse(Exception):
+    """Another process holds a lock; says which one."""
 
 
 @contextlib.contextmanager
@@ -32,12 +36,27 @@ def held(path: Path) -> Iterator[str]:
     """Holds a lock file; gives what it holds now, by which others know this holder.
 
     Raises:
-      UserError: while another process holds it.
+      InUse: while another process holds it.
       OSError: when the file cannot be made.
     """
     mirror = places.mirror_of(path)
     with _locked(path) if mirror is None else _leased(path.absolute(), mirror) as content:
         yield content
+
+
+@contextlib.contextmanager
+def leased(path: Path) -> Iterator[None]:
+    """Holds a lock file of a place in a bucket; does nothing about one of this machine.
+
+    Raises:
+      InUse: while another process holds it.
+    """
+    mirror = places.mirror_of(path)
+    if mirror is None:
+        yield
+        return
+    with _leased(path.absolute(), mirror):
+        yield
 
 
 def holder(path: Path) -> str:
@@ -53,7 +72,7 @@ def holder(path: Path) -> str:
 def _locked(path: Path) -> Iterator[str]:
     content = str(os.getpid())
     with open_lock(path) as file:
-        _lock(file, path.parent)
+        _lock(file)
         file.seek(0)
         file.truncate()
         file.write(content)
@@ -61,17 +80,13 @@ def _locked(path: Path) -> Iterator[str]:
         yield content
 
 
-def _lock(file: TextIO, folder: Path) -> None:
+def _lock(file: TextIO) -> None:
     # A record lock: it ends with this process, and the processes that load data do not inherit it.
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise _in_use(f"process {file.read().strip() or '?'}", str(folder)) from error
-
-
-def _in_use(who: str, where: str) -> UserError:
-    return UserError(f"{who} trains in {where} already: stop it, or give another --workdir")
+        raise InUse(f"process {file.read().strip() or '?'}") from error
 
 
 @contextlib.contextmanager
@@ -113,7 +128,7 @@ def _take(name: str, content: bytes, mirror: Mirror) -> None:
     """Writes the lease.
 
     Raises:
-      UserError: while another process has it.
+      InUse: while another process has it.
     """
     for _ in range(3):
         if mirror.create(name, content):
@@ -127,11 +142,11 @@ def _take(name: str, content: bytes, mirror: Mirror) -> None:
             about = {}
         who = f"process {about.get('process', '?')} on {about.get('host', '?')}"
         if not _is_gone(about) and not _has_ended(name, mirror):
-            raise _in_use(who, mirror.url)
+            raise InUse(who)
         print(f"{mirror.url}: taken over from {who}, which is gone", file=sys.stderr)
         if mirror.read(name) == former:
             mirror.delete(name)
-    raise _in_use("another process", mirror.url)
+    raise InUse("another process")
 
 
 def _has_ended(name: str, mirror: Mirror) -> bool:

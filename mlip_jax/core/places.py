@@ -40,7 +40,7 @@ def is_url(place: str | os.PathLike[str]) -> bool:
     return isinstance(place, str) and bool(_URL.match(place))
 
 
-def local(place: str | os.PathLike[str]) -> Path:
+def local(place: str | os.PathLike[str], *, empty: bool = False) -> Path:
     """The folder of this machine that stands for a place.
 
     Of a place in a bucket the files that lie directly in it are brought; `fetch` brings others. The
@@ -48,6 +48,7 @@ def local(place: str | os.PathLike[str]) -> Path:
 
     Args:
       place: a path, or the URL of a folder, which need not exist yet.
+      empty: whether nothing is brought.
 
     Raises:
       UserError: for a URL that cannot be read.
@@ -59,10 +60,10 @@ def local(place: str | os.PathLike[str]) -> Path:
         mirror = _mirrors.get(url)
         if mirror is None:
             mirror = Mirror(url, _kept.enter_context(_scratch(url.rsplit("/", 1)[-1])))
-            mirror.open()
+            mirror.open(empty)
             _mirrors[url] = mirror
         elif not mirror.held:
-            mirror.open()
+            mirror.open(empty)
     return mirror.root
 
 
@@ -127,6 +128,20 @@ def names(folder: Path) -> list[str]:
     if mirror := mirror_of(folder):
         return mirror.names(folder.absolute())
     return sorted(path.name for path in folder.glob("*"))
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The files that lie directly in a folder, there where it is kept, and their bytes."""
+    if mirror := mirror_of(folder):
+        return mirror.sizes(folder.absolute())
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+
+
+def hand_over(path: Path) -> None:
+    """Brings a file to its bucket and keeps it there alone; does nothing about others."""
+    if mirror_of(path):
+        publish(path)
+        path.unlink(missing_ok=True)
 
 
 def publish(path: Path, target: Path | None = None, anew: bool = False) -> None:
