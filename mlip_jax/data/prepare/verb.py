@@ -232,9 +232,8 @@ def _tell(console: Console, folder: Path, index: Index, made: Sequence[Made]) ->
     console.print(f"{places.shown(folder)}: {records:,} images ({each}), {size / 2**20:,.1f} MiB")
     broken = [b for one in made for b in one.broken]
     if broken:
-        console.print(
-            f"{_broken_line(broken, records)}\nall of them are in {places.shown(folder / BROKEN)}"
-        )
+        console.print(_broken_line(broken, records))
+        console.print(f"all of them are in {places.shown(folder / BROKEN)}")
     for note in index.notes:
         console.print(note)
     if not index.licence:
