@@ -101,7 +101,7 @@ def metrics(folder):
 
 
 def test_killed_in_a_save_it_goes_on_to_the_same_bits_and_is_seen_from_elsewhere(
-    url, tiny, trained, capfd, monkeypatch
+    url, tiny, pairs, trained, capfd, monkeypatch
 ):
     process = subprocess.run(
         [sys.executable, "-c", KILLED, f"--config={tiny}", f"--workdir={url}"],
@@ -155,6 +155,13 @@ def test_killed_in_a_save_it_goes_on_to_the_same_bits_and_is_seen_from_elsewhere
     assert mlip("report", f"--workdir={url}") == 0
     assert f"report: {url}/report.html" in capfd.readouterr().out
     assert "report.html" in places.names(places.local(url))
+
+    search = ["search", f"--workdir={url}"]
+    assert mlip(*search, f"--images={pairs.parent}") == 0
+    assert f"index: {url}/search/{pairs.parent.name}: 40 images" in capfd.readouterr().out
+    places.release()
+    assert mlip(*search, "--text=picture 1", "--top=3") == 0
+    assert capfd.readouterr().out.count(".png") == 3
 
 
 def test_a_checkpoint_that_was_damaged_in_the_bucket_is_set_aside_there(saved, capfd):

@@ -318,6 +318,13 @@ def test_a_url_that_cannot_be_is_one_line(url, message, capfd):
     assert output.startswith("error:") and message in output and output.count("\n") == 1
 
 
+def test_a_url_that_pathlib_has_read_is_refused_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs:/bucket/run: a Path takes a slash from a URL"):
+        places.local(Path("gs://bucket/run"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("url", "module", "extra"), [("gs://b/run", "gcsfs", "gcs"), ("s3://b/run", "s3fs", "s3")]
 )

@@ -24,7 +24,7 @@ from mlip_jax.core.errors import RunError, Unreachable, UserError, first_line
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra of setup.py that reads it
 PATIENCE = 300.0  # seconds for which a server may be away
 PAUSE = 0.5  # seconds before the first other try; they double
-_AT_ONCE = 16  # transfers
+_AT_ONCE = 8  # transfers, of which each may hold 50 MB in memory
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors of this machine's disk
 _NEVER = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
 _LIBRARIES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "s3fs", "google")

@@ -29,6 +29,7 @@ from mlip_jax.core.errors import RunError, UserError
 
 INTERVAL = 30.0  # seconds between two copies of files that grow
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_COLLAPSED = re.compile(r"(gs|s3):/(?!/)")
 _ALIVE = ".alive"  # locked by the process whose mirror it is
 _mirrors: dict[str, Mirror] = {}  # by URL
 _kept = contextlib.ExitStack()
@@ -54,6 +55,8 @@ def local(place: str | os.PathLike[str], *, empty: bool = False) -> Path:
       UserError: for a URL that cannot be read.
     """
     if not is_url(place):
+        if _COLLAPSED.match(str(place)):
+            raise UserError(f"{place}: a Path takes a slash from a URL; give it as a text")
         return Path(place)
     url = str(place).rstrip("/")
     with _opening:

@@ -165,11 +165,14 @@ def _folder(index: str, workdir: Path, collection: Collection | None) -> Path:
     if not collection:
         return (Index(_index_folder(index)) if index else find_index(workdir)).folder
     name = re.sub("[:#]", "-", Path(collection.spec).name) or "root"
-    return _index_folder(index) if index else _home(workdir) / "search" / name
+    return _index_folder(index) if index else _fetched(_home(workdir) / "search" / name)
 
 
 def _index_folder(index: str) -> Path:
-    folder = places.local(index).expanduser()
+    return _fetched(places.local(index).expanduser())
+
+
+def _fetched(folder: Path) -> Path:
     places.fetch(folder)
     return folder
 
