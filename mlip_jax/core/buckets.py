@@ -23,6 +23,7 @@ from mlip_jax.core.errors import RunError, Unreachable, UserError, first_line
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra of setup.py that reads it
 PATIENCE = 300.0  # seconds for which a server may be away
+AT_START = 30.0  # the same before anything is done
 PAUSE = 0.5  # seconds before the first other try; they double
 _AT_ONCE = 8  # transfers, of which each may hold 50 MB in memory
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors of this machine's disk
@@ -77,9 +78,12 @@ class Mirror:
 
         Raises:
           UserError: when the bucket does not exist, or refuses.
+          Unreachable: when its server does not answer.
         """
         try:
             direct = self._direct()
+        except Unreachable:
+            raise
         except (RunError, FileNotFoundError) as error:
             bucket = f"{self._scheme}://{self._place.split('/')[0]}"
             reason = str(error)
@@ -95,14 +99,17 @@ class Mirror:
         """The names in a folder of the bucket; none where it does not exist."""
         place = self._object(self._name(folder))
         found = self._try(lambda: self._files.ls(place, detail=False), missing=[])
-        return sorted({key.rstrip("/").rsplit("/", 1)[-1] for key in found} - {""})
+        below = {key.rstrip("/") for key in found} - {place}  # some tools mark folders by objects
+        return sorted({key.rpartition("/")[2] for key in below} - {"..", "."})
 
     def sizes(self, folder: Path) -> dict[str, int]:
         """The objects directly in a folder, and their bytes."""
         place = self._object(self._name(folder))
         found = self._try(lambda: self._files.ls(place, detail=True), missing=[])
         return {
-            one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"
+            one["name"].rpartition("/")[2]: one["size"]
+            for one in found
+            if one["type"] == "file" and one["name"].rstrip("/") != place
         }
 
     def fetch(self, path: Path, without: Collection[str] = (), marked_by: str = "") -> None:
@@ -269,10 +276,10 @@ class Mirror:
           FileNotFoundError: when there is no such bucket.
         """
         try:
-            found = self._try(lambda: self._files.ls(self._place, detail=True), patience=0)
+            found = self._try(lambda: self._files.ls(self._place, detail=True), patience=AT_START)
         except FileNotFoundError:
             # The folder, or the bucket: this fails without the bucket alone.
-            self._try(lambda: self._files.find(self._place, detail=True), patience=0)
+            self._try(lambda: self._files.find(self._place, detail=True), patience=AT_START)
             return {}
         return self._versions_of({one["name"]: one for one in found if one["type"] == "file"})
 
@@ -281,7 +288,9 @@ class Mirror:
         return {
             key[start:]: (one.get("ETag") or one.get("etag"), one.get("generation"), one["size"])
             for key, one in found.items()
-            if key.startswith(f"{self._place}/") and len(key) > start and not key.endswith("/")
+            # Not what marks a folder, nor what would lie outside the local one.
+            if key.startswith(f"{self._place}/") and not key.endswith("/")
+            if ".." not in key.split("/")
         }
 
     def _bring(self, path: Path, wanted: dict[str, Any], kept: Collection[str]) -> None:
