@@ -58,7 +58,7 @@ def train(
 
     Args:
       config: from `config`.
-      workdir: the run's folder; `load` opens it at any time.
+      workdir: the run's folder, a path or a URL (gs://, s3://); `load` opens it at any time.
       source: the training set in place of what config.data.train names; any object with the methods
         of `mlip_jax.data.sets.records.Source`. With worker processes it must be picklable. Without
         config.data.validation there is no validation set then.
@@ -95,7 +95,7 @@ def load(
 
     Args:
       path: a workdir, an exported model, or a folder of open_clip's or of Hugging Face's CLIP or
-        SigLIP.
+        SigLIP; a path or a URL (gs://, s3://).
       step: another checkpoint of a workdir than its newest.
       config: in place of the folder's.
       overrides: values by dotted key on top of the config.

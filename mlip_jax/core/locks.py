@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,11 @@ def _take(name: str, content: bytes, mirror: Mirror) -> None:
         except NotJson:
             about = {}
         who = f"process {about.get('process', '?')} on {about.get('host', '?')}"
-        if not _is_gone(about) and not _has_ended(name, mirror):
+        runs = _runs_here(about)
+        if runs is None:
+            print(f"{mirror.url}: waiting for a sign of life of {who}", file=sys.stderr)
+            runs = _writes_again(name, mirror)
+        if runs:
             raise InUse(who)
         print(f"{mirror.url}: taken over from {who}, which is gone", file=sys.stderr)
         if mirror.read(name) == former:
@@ -149,15 +154,26 @@ def _take(name: str, content: bytes, mirror: Mirror) -> None:
     raise InUse("another process")
 
 
-def _has_ended(name: str, mirror: Mirror) -> bool:
-    """Whether a lease has not been written for its time, by the clock of the server."""
+def _writes_again(name: str, mirror: Mirror) -> bool:
+    """Whether a lease is written again before it ends, by the clock of the server."""
+    first = mirror.written(name)
+    while (then := mirror.written(name)) is not None:
+        if then != first:
+            return True
+        if _now(name, mirror) - then > LEASE:
+            return False
+        time.sleep(LEASE / _BEATS / 5)
+    return False
+
+
+def _now(name: str, mirror: Mirror) -> float:
+    """The server's clock."""
     probe = f"{name}.{uuid.uuid4().hex}"
     mirror.write(probe, b"")
     try:
-        now, then = mirror.written(probe), mirror.written(name)
+        return mirror.written(probe) or 0.0
     finally:
         mirror.delete(probe)
-    return now is not None and (then is None or now - then > LEASE)
 
 
 def _life(pid: int) -> str:
@@ -171,13 +187,13 @@ def _life(pid: int) -> str:
         return ""
 
 
-def _is_gone(about: dict[str, object]) -> bool:
-    """Whether the process that wrote a lease ran on this machine, and does not any more."""
+def _runs_here(about: dict[str, object]) -> bool | None:
+    """Whether the process that wrote a lease still runs; None: it is of another machine."""
     life, pid = str(about.get("life", "")), about.get("process")
     here = _life(os.getpid()).rpartition(" ")[0]
     if not here or not isinstance(pid, int) or life.rpartition(" ")[0] != here:
-        return False
-    return about.get("host") == socket.gethostname() and _life(pid) != life
+        return None
+    return _life(pid) == life if about.get("host") == socket.gethostname() else None
 
 
 def _name(path: Path, mirror: Mirror) -> str:
