@@ -239,27 +239,27 @@ with processes.together():
 """
 
 
-def run_parts(url, first):
+def run_parts(url, first, folder):
     address = f"127.0.0.1:{buckets.free_port()}"
-    processes = []
-    for index in range(2):
-        flags = {"COORDINATOR": address, "PROCESSES": "2", "PROCESS_ID": str(index)}
-        variables = {f"MLIP_{name}": value for name, value in flags.items()}
-        command = [sys.executable, "-c", PARTS, url, str(first)]
-        environment = with_devices(1) | variables
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for index in range(2):
+            flags = {"COORDINATOR": address, "PROCESSES": "2", "PROCESS_ID": str(index)}
+            variables = {f"MLIP_{name}": value for name, value in flags.items()}
+            command = [sys.executable, "-c", PARTS, url, str(first)]
+            log = stack.enter_context((folder / f"{index}.log").open("w"))
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=with_devices(1) | variables, stderr=log
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        codes = [process.wait(timeout=400) for process in processes]
+    assert codes == [0, 0], "\n".join(path.read_text() for path in folder.glob("*.log"))
 
 
-def test_two_processes_bring_their_parts_and_one_commit_and_one_process_goes_on(url):
-    run_parts(url, 1)
+def test_two_processes_bring_their_parts_and_one_commit_and_one_process_goes_on(url, tmp_path):
+    run_parts(url, 1, tmp_path)
     assert places.names(places.local(url) / "checkpoints") == ["2", "3"]
     whole = np.arange(4096, dtype=np.float32).reshape(64, 64)
     fields, extras = restore_fields(url, ["parts", "same"])
@@ -274,5 +274,5 @@ def test_two_processes_bring_their_parts_and_one_commit_and_one_process_goes_on(
         checkpoints.save(4, jax.tree.map(lambda _: jax.numpy.asarray(whole * 4), restored), {})
         checkpoints.wait()
     places.release()
-    run_parts(url, 5)
+    run_parts(url, 5, tmp_path)
     assert places.names(places.local(url) / "checkpoints") == ["6", "7"]
