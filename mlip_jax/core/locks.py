@@ -22,7 +22,7 @@ from typing import TextIO
 from mlip_jax.core import places
 from mlip_jax.core.buckets import Mirror
 from mlip_jax.core.errors import RunError
-from mlip_jax.core.files import NotJson, decode_json, open_lock
+from mlip_jax.core.files import NotJson, decode_json
 
 LEASE = 60.0  # seconds
 _BEATS = 4  # times that a lease is written anew while it lasts
@@ -72,10 +72,9 @@ def holder(path: Path) -> str:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[str]:
     content = str(os.getpid())
-    with open_lock(path) as file:
+    with path.open("a+", encoding="utf-8") as file:
         _lock(file)
-        file.seek(0)
-        file.truncate()
+        file.truncate(0)
         file.write(content)
         file.flush()
         yield content

@@ -55,9 +55,9 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holder = held.enter_context(locks.held(folder / _LOCK))
-    except locks.InUse as holder:
+    except locks.InUse as other:
         raise UserError(
-            f"{holder} trains in {folder} already: stop it, or give another --workdir"
+            f"{other} trains in {folder} already: stop it, or give another --workdir"
         ) from None
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot use {folder} as --workdir: {error.strerror}") from error
