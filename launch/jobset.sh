@@ -47,10 +47,11 @@ if [[ ! " $* " =~ " --workdir="(gs|s3):// ]]; then
   need CLAIM runs
 fi
 # shellcheck disable=SC2034 # filled in by its name
-VOLUME="emptyDir: {}"
 if [[ -n $CLAIM ]]; then
   check CLAIM '[a-z0-9]([a-z0-9-]*[a-z0-9])?' "lower-case letters, digits and dashes"
   VOLUME="persistentVolumeClaim: {claimName: \"$CLAIM\"}"
+else
+  VOLUME="emptyDir: {}"
 fi
 for setting in ACCELERATOR JOB_NAME NAMESPACE; do
   check "$setting" '[a-z0-9]([a-z0-9-]*[a-z0-9])?' "lower-case letters, digits and dashes"
