@@ -15,6 +15,7 @@ from devices import with_devices
 
 import mlip_jax
 from mlip_jax import main as door
+from mlip_jax.core import buckets as mirrors
 from mlip_jax.core import places
 from mlip_jax.core.errors import Unreachable
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 KILLED = """
 import os, signal, sys
 from mlip_jax import main
+from mlip_jax.core import buckets as mirrors
 from mlip_jax.core import places
 
 publish = places.publish
@@ -124,6 +126,73 @@ def test_killed_in_a_save_it_goes_on_to_the_same_bits_on_another_machine(
     assert f"results: {url}/results.json" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("object_server", ["s3"], indirect=True)  # one is enough for the loop
+def test_a_run_is_made_longer_there_and_a_branch_starts_from_it(
+    url, tiny, capfd, caplog, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "write_report", lambda *_: "none")
+    short = ("--config.data.validation=", "--config.checkpoint.every_samples=0")
+    wsd = ("--config.optimizer.schedule=wsd", "--config.optimizer.cooldown_samples=16")
+    assert mlip(f"--config={tiny}", f"--workdir={url}", *wsd, *short) == 0
+    places.release()
+    capfd.readouterr()
+    assert mlip(f"--workdir={url}", "--config.samples=80") == 0
+    output = capfd.readouterr().err
+    assert f"{url} goes on from step 5 with samples: 64 -> 80" in output, output
+    assert "Metadata file" not in caplog.text
+    places.release()
+    assert places.names(places.local(url) / "checkpoints") == ["10", "7", "8", "replaced-8"]
+    assert mlip_jax.load(url).step == 10
+
+    branch = f"{url}-branch"
+    assert mlip(f"--from={url}", f"--workdir={branch}", "--config.samples=16") == 0
+    line = f"starts from {url} at step 10: weights and optimizer"
+    assert line in capfd.readouterr().err
+    places.release()
+    folder = places.local(branch)
+    assert json.loads((folder / "start.json").read_text())[0] == line
+    assert restore_fields(branch, ["step"])[1]["step"] == 2
+    assert mlip(f"--from={url}/", f"--workdir={url}") == 2
+    assert "a branch needs a folder of its own" in capfd.readouterr().err
+
+    assert mlip("evaluate", f"--compare=first={url},{branch}") == 0
+    output = capfd.readouterr().out
+    above = url.rpartition("/")[0]
+    assert f"first: {url} (" in output and f"{branch.rpartition('/')[2]}: {branch} (" in output
+    assert f"comparison: {above}/comparison.json" in output
+
+
+@pytest.mark.parametrize("object_server", ["s3"], indirect=True)  # one is enough for the loop
+def test_a_run_whose_server_stays_away_ends_with_75_and_goes_on_when_it_is_back(
+    url, object_server, tiny, trained, capfd, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "write_report", lambda *_: "none")
+    faults = buckets.Faults(*object_server)
+    publish = places.publish
+
+    def until_the_first_seal(path, target=None, **options):
+        publish(path, target, **options)
+        if target is not None and target.name == "files.json":
+            faults.answer = lambda _: 503
+
+    with contextlib.closing(faults), monkeypatch.context() as patch:
+        for name, value in faults.variables.items():
+            patch.setenv(name, value)
+        patch.setattr(mirrors, "PATIENCE", 0.5)
+        patch.setattr(places, "publish", until_the_first_seal)
+        assert mlip(f"--config={tiny}", f"--workdir={url}") == 75
+        output = capfd.readouterr().err
+        assert output.count("error:") == 1 and "Traceback" not in output, output
+        assert f"error: the server of {url} does not answer" in output
+        places.release()
+    assert places.names(places.local(url) / "checkpoints")[0] == "2"
+    places.release()
+    assert mlip(f"--config={tiny}", f"--workdir={url}") == 0
+    assert "going on from step 2" in capfd.readouterr().err
+    assert_same_state(trained, url)
+    assert metrics(trained) == metrics(places.local(url))
+
+
 def test_a_checkpoint_that_was_damaged_in_the_bucket_is_set_aside_there(saved, capfd):
     folder = places.local(saved)
     bucket = places.mirror_of(folder)
@@ -165,6 +234,7 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from mlip_jax.core import buckets as mirrors
 from mlip_jax.core import places
 from mlip_jax.devices import cluster, processes
 from mlip_jax.storage.checkpoint import Checkpoints

@@ -26,6 +26,7 @@ from mlip_jax.core.files import NotJson, decode_json, open_lock
 
 LEASE = 60.0  # seconds
 _BEATS = 4  # times that a lease is written anew while it lasts
+_tokens: set[str] = set()  # of the leases that this process holds now
 
 
 class InUse(Exception):
@@ -92,11 +93,12 @@ def _lock(file: TextIO) -> None:
 @contextlib.contextmanager
 def _leased(path: Path, mirror: Mirror) -> Iterator[str]:
     name = _name(path, mirror)
-    host, pid = socket.gethostname(), os.getpid()
+    host, pid, token = socket.gethostname(), os.getpid(), uuid.uuid4().hex
     content = json.dumps(
-        {"host": host, "process": pid, "life": _life(pid), "token": uuid.uuid4().hex}
+        {"host": host, "process": pid, "life": _life(pid), "token": token}
     ).encode()
     _take(name, content, mirror)
+    _tokens.add(token)
     mirror.held = True
     ended = threading.Event()
 
@@ -119,6 +121,7 @@ def _leased(path: Path, mirror: Mirror) -> Iterator[str]:
         ended.set()
         thread.join()
         mirror.held = False
+        _tokens.discard(token)
         with contextlib.suppress(RunError):  # it ends by itself
             if not mirror.lost:
                 mirror.delete(name)
@@ -192,7 +195,11 @@ def _runs_here(about: dict[str, object]) -> bool | None:
     here = _life(os.getpid()).rpartition(" ")[0]
     if not here or not isinstance(pid, int) or life.rpartition(" ")[0] != here:
         return None
-    return _life(pid) == life if about.get("host") == socket.gethostname() else None
+    if about.get("host") != socket.gethostname():
+        return None
+    if pid == os.getpid() and about.get("token") not in _tokens:
+        return False  # this process could not remove it, as the server was away
+    return _life(pid) == life
 
 
 def _name(path: Path, mirror: Mirror) -> str:

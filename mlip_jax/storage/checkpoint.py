@@ -89,14 +89,15 @@ class Checkpoints:
         self._best = best
         self._saving = 0
         # Of a place in a bucket each process has a copy of its own, and writes what it holds.
-        self._apart = jax.process_count() > 1 and places.mirror_of(self._folder) is not None
+        in_bucket = places.mirror_of(self._folder) is not None
+        self._apart = jax.process_count() > 1 and in_bucket
         _fetch_all_but_states(self._folder)
         # Before Orbax reads the small files of all checkpoints: one that is damaged would end it.
         processes.by_first(self._make_readable)
         _fetch_all_but_states(self._folder)
         processes.by_first(self._remove_dropped)
         _leave_late_writes_alone()
-        if self._apart:
+        if in_bucket:
             logging.getLogger("absl").addFilter(_is_no_matter_of_course)
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
@@ -522,9 +523,10 @@ def _is_no_late_write(record: logging.LogRecord) -> bool:
 
 
 def _is_no_matter_of_course(record: logging.LogRecord) -> bool:
-    """Keeps Orbax from warning at every save that each process writes to a folder of its own."""
+    """Keeps Orbax from warning that each process writes apart, or that its own file is not kept."""
     text = str(record.msg)
-    return not text.startswith("Global object size logging") and "Skipping merge" not in text
+    usual = ("Global object size logging", "Metadata file does not exist")
+    return not text.startswith(usual) and "Skipping merge" not in text
 
 
 def _cannot_write(error: BaseException | None) -> str:
