@@ -95,8 +95,9 @@ class Faults:
                     kept["Content-Length"] = str(len(content))
                 for key, value in kept.items():
                     self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(BrokenPipeError):  # the client waits no longer
+                    self.end_headers()
+                    self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -14,7 +14,8 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -165,8 +166,7 @@ class Mirror:
         with self._transfers:
             self._check_held()
             sources = [str(file) for file, _ in changed.values()]
-            targets = [self._object(name) for name in changed]
-            self._try(lambda: self._files.put(sources, targets, batch_size=_AT_ONCE))
+            self._each(self._files.put_file, sources, map(self._object, changed))
             for name, (_, seen) in changed.items():
                 self._published[name] = seen
                 self._versions.pop(name, None)
@@ -311,9 +311,7 @@ class Mirror:
             targets = [self.root / name for name in lacking]
             for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)
-            sources = [self._object(name) for name in lacking]
-            local = [str(target) for target in targets]
-            self._try(lambda: self._files.get(sources, local, batch_size=_AT_ONCE))
+            self._each(self._files.get_file, map(self._object, lacking), map(str, targets))
             self._versions.update(lacking)
 
     def _forget(self, name: str, up_to: Path) -> None:
@@ -326,6 +324,15 @@ class Mirror:
                 if folder == up_to or folder == self.root:
                     break
                 folder.rmdir()
+
+    def _each(
+        self, transfer: Callable[[str, str], None], sources: Iterable[str], targets: Iterable[str]
+    ) -> None:
+        """Transfers files, several at a time. Each is tried again by itself."""
+        # Not by the library's own call for many: where one fails, it leaves the others lying.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            acts = [partial(transfer, *pair) for pair in zip(sources, targets, strict=True)]
+            list(pool.map(self._try, acts))
 
     def _check_held(self) -> None:
         if self.lost:
