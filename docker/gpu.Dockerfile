@@ -10,7 +10,7 @@ RUN groupadd --gid 1000 mlip \
     && install --directory --owner=mlip --group=mlip /mlip_jax
 WORKDIR /mlip_jax
 COPY --chown=mlip:mlip . .
-RUN pip install --no-cache-dir --editable ".[gpu,kubernetes]"
+RUN pip install --no-cache-dir --editable ".[gpu,kubernetes,gcs,s3]"
 
 USER 1000:1000
 ENTRYPOINT ["mlip"]

@@ -9,7 +9,7 @@ RUN groupadd --gid 1000 mlip \
     && install --directory --owner=mlip --group=mlip /mlip_jax
 WORKDIR /mlip_jax
 COPY --chown=mlip:mlip . .
-RUN pip install --no-cache-dir --editable ".[tpu]"
+RUN pip install --no-cache-dir --editable ".[tpu,gcs]"
 
 USER 1000:1000
 ENTRYPOINT ["mlip"]

@@ -9,7 +9,8 @@
 #   launch/tpu.sh [--dry-run] delete --yes   delete the slice and what is on its disks
 #   launch/tpu.sh [--dry-run] all FLAGS      create, setup, run
 #
-# FLAGS are the main job's. Its --workdir lies where all workers see it: a bucket or a shared disk.
+# FLAGS are the main job's. Its --workdir lies where all workers see it: in a bucket, such as
+# gs://BUCKET/NAME, or on a shared disk.
 #
 # Environment:
 #   TPU_NAME          what the slice is called
@@ -18,7 +19,7 @@
 #   ACCELERATOR_TYPE  what it is, such as v5litepod-16 or v6e-16       (needed to create)
 #   RUNTIME_VERSION   its image, such as v2-alpha-tpuv5-lite           (needed to create)
 #   SPOT              true: cheaper, and may be taken away             (false)
-#   PREPARE           a command for every worker after setup, such as one that mounts a bucket
+#   PREPARE           a command for every worker after setup, such as one that mounts a disk
 #   RESTARTS          how many times to start again                    (100)
 #   POLL              seconds between two looks                        (60)
 set -euo pipefail
@@ -46,7 +47,7 @@ if [[ $subcommand == create || $subcommand == all || ($subcommand == run && $SPO
 fi
 if [[ $subcommand == run || $subcommand == all ]]; then
   [[ " $* " == *" --workdir="* ]] ||
-    fail 2 "$subcommand needs --workdir=DIR, a folder that all workers see: a bucket or a shared disk"
+    fail 2 "$subcommand needs --workdir=gs://BUCKET/NAME, or a folder on a disk that all workers see"
 elif [[ $subcommand == delete ]]; then
   [[ $* == --yes ]] || fail 2 "delete destroys $TPU_NAME and its disks; if you mean it, add --yes"
 elif (($#)); then

@@ -24,7 +24,7 @@ case ${1:-} in
     # The TPU images' own Python is older than the package needs; uv brings one.
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-    python3 -m uv pip install --quiet --python "$python" --editable '.[tpu]'
+    python3 -m uv pip install --quiet --python "$python" --editable '.[tpu,gcs]'
     ;;
   start)
     if running; then

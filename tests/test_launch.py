@@ -185,7 +185,7 @@ def test_a_dry_run_only_tells_and_can_be_pasted(checkout, command, settings):
         (["tpu.sh", "create"], TPU | {"RUNTIME_VERSION": ""}, ["RUNTIME_VERSION is not set"]),
         (["tpu.sh", "logs"], TPU | {"SPOT": "yes"}, ["SPOT=yes", "true or false"]),
         (["tpu.sh", "logs"], TPU | {"POLL": "1m"}, ["POLL=1m", "whole number"]),
-        (["tpu.sh", "run", "--config=x"], TPU, ["--workdir=DIR", "all workers"]),
+        (["tpu.sh", "run", "--config=x"], TPU, ["--workdir=gs://BUCKET/NAME", "all workers"]),
         (["tpu.sh", "logs", "--config=x"], TPU, ["logs takes no flags: --config=x"]),
         (["tpu.sh", "delete"], TPU, ["destroys slice", "--yes"]),
         (["slurm.sh"], {}, ["usage: launch/slurm.sh"]),
@@ -198,7 +198,9 @@ def test_a_dry_run_only_tells_and_can_be_pasted(checkout, command, settings):
         (["jobset.sh", *JOB], JOBSET | {"TOPOLOGY": "16"}, ["TOPOLOGY=16", "4x4"]),
         (["jobset.sh", *JOB], JOBSET | {"CHIPS": "3"}, ["4x4 has 16 chips", "CHIPS=3"]),
         (["jobset.sh", *JOB], JOBSET | {"JOB_NAME": "A"}, ["JOB_NAME=A", "lower-case"]),
-        (["jobset.sh", "--workdir=here"], JOBSET, ["--workdir=/runs/NAME"]),
+        (["jobset.sh", "--workdir=here"], JOBSET, ["--workdir=gs://BUCKET/NAME", "/runs/NAME"]),
+        (["jobset.sh", *JOB], {"IMAGE": "mlip"}, ["CLAIM is not set"]),
+        (["jobset.sh", *JOB], JOBSET | {"CLAIM": "A"}, ["CLAIM=A", "lower-case"]),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(checkout, command, settings, words):
@@ -401,7 +403,7 @@ def test_a_worker_makes_its_environment(checkout):
     at_worker(checkout, "setup")
     assert checkout.calls[-1][1:] == [
         *("-m", "uv", "pip", "install", "--quiet", "--python", ".venv/bin/python"),
-        *("--editable", ".[tpu]"),
+        *("--editable", ".[tpu,gcs]"),
     ]
 
 
@@ -473,6 +475,19 @@ def test_jobset_for_tpu_slices(checkout):
     }
     assert pod["terminationGracePeriodSeconds"] == 180
     assert pod["containers"][0]["resources"] == {"limits": {"google.com/tpu": 4}}
+
+
+def test_jobset_for_a_workdir_in_a_bucket_mounts_no_claim(checkout):
+    job = ["--config=mlip", "--workdir=gs://bucket/run"]
+    settings = {"IMAGE": JOBSET["IMAGE"], "CLAIM": ""}
+    done = checkout.run("launch/jobset.sh", "--dry-run", *job, **settings)
+    (jobset,) = yaml.safe_load_all(done.stdout.split("<<'END'\n")[1].removesuffix("END\n"))
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"][0] == {"name": "runs", "emptyDir": {}}
+    _, (jobset,) = manifests(checkout)
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    claim = {"claimName": JOBSET["CLAIM"]}
+    assert pod["volumes"][0] == {"name": "runs", "persistentVolumeClaim": claim}
 
 
 def test_jobset_for_gpu_nodes(checkout):

@@ -18,6 +18,7 @@ from mlip_jax.benchmark import input_speed, peers
 from mlip_jax.benchmark.contender import Contender, open_input
 from mlip_jax.benchmark.peak import matrix_peak
 from mlip_jax.benchmark.results import Timing, print_results, write_json
+from mlip_jax.core import places
 from mlip_jax.models import building
 
 _ROUNDS = 4  # turns that each side has
@@ -98,9 +99,11 @@ def benchmark(
         measured = dataclasses.replace(measured, step=results[0].images_per_second)
         input_speed.print_step(console, measured)
         extra["input"] = dataclasses.asdict(measured)
-    path = Path(workdir) / f"benchmark-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
+    path = (
+        places.local(workdir) / f"benchmark-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
+    )
     write_json(path, results, **extra)
-    console.print(f"written: {path}")
+    console.print(f"written: {places.shown(path)}")
     return 0
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mlip_jax.cli import flags as table
 from mlip_jax.cli import pages, subcommands
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import check_name, read_json
 from mlip_jax.core.key_names import find_key
@@ -90,18 +90,20 @@ def parse(arguments: Sequence[str]) -> Command | str:
         return Command(subcommand, None, None, options)
     file, folder = options.pop("config", None), options.pop("workdir", None)
     source = options.pop("from", None)
-    if source:
-        _check_branch(source, folder)
-    config = _find_config(subcommand, subcommands.DEFAULT, file, source or folder)
+    place = places.local(folder) if folder else None
+    start = places.local(source) if source else None
+    if start:
+        _check_branch(source, start, place)
+    config = _find_config(subcommand, subcommands.DEFAULT, file, start or place)
     if source:
         config.start_from = source
         forget(config)
     _override(config, remaining)
     validate(config)
-    workdir = Path(folder or Path("runs") / config.name)
+    workdir = place or Path("runs") / config.name
     check_name(workdir, "--workdir")
     if subcommand == "benchmark":
-        options["title"] = file or str(workdir)
+        options["title"] = file or places.shown(workdir)
         options["compare"] = [_another(text, remaining) for text in options.get("compare", ())]
     environment = {
         flag.variable: str(options.pop(flag.keyword))
@@ -117,7 +119,7 @@ def _comparison(options: Mapping[str, Any], remaining: list[str]) -> Command:
             raise UserError(f"--compare shows results side by side and takes no --{flag.name}")
     if remaining:
         raise UserError(f"--compare takes no {remaining[0]!r}: separate the workdirs by commas")
-    workdir = Path(options["workdir"]) if "workdir" in options else None
+    workdir = places.local(options["workdir"]) if "workdir" in options else None
     workdirs = tuple(one for text in options["compare"] for one in text.split(",") if one)
     return Command("evaluate", None, workdir, {"compare": workdirs})
 
@@ -144,22 +146,22 @@ def _read(values: flags.FlagValues, arguments: list[str], known_only: bool = Fal
 
 
 def _find_config(
-    subcommand: str, default: str, file: str | None, workdir: str | None
+    subcommand: str, default: str, file: str | None, workdir: Path | None
 ) -> ConfigDict:
     if file:
         return load_config(file)
-    if subcommand == default and not (workdir and (Path(workdir) / "config.json").is_file()):
+    if subcommand == default and not (workdir and (workdir / "config.json").is_file()):
         raise UserError(
             "no config: say which experiment to run, such as --config=mlip, or --workdir=DIR alone "
             "with the folder of a run to go on with (--help shows more)"
         )
-    if not workdir:
+    if workdir is None:
         raise UserError(
             f"{subcommand} needs a run to look at: add --workdir=DIR (or --config=FILE)"
         )
-    path = Path(workdir) / "config.json"
-    check_name(path.parent, "--workdir")
-    if _holds_model(Path(workdir)):
+    path = workdir / "config.json"
+    check_name(workdir, "--workdir")
+    if _holds_model(workdir):
         if subcommand not in _OF_ANY_MODEL:
             raise UserError(
                 f"{subcommand} needs the workdir of a run, and {workdir} holds a model alone; "
@@ -167,18 +169,18 @@ def _find_config(
             )
         # Light as it is, this module cannot import what reads other libraries' folders.
         folders = importlib.import_module("mlip_jax.interop.model_folders")
-        return folders.settings(Path(workdir))[0]
+        return folders.settings(workdir)[0]
     if not path.exists():
         raise UserError(f"{workdir} is no workdir of a run: it has no config.json; check --workdir")
     return read_config(path.parent)
 
 
-def _check_branch(source: str, workdir: str | None) -> None:
-    if not (Path(source) / "config.json").is_file():
+def _check_branch(source: str, start: Path, workdir: Path | None) -> None:
+    if not (start / "config.json").is_file():
         raise UserError(f"--from={source} is no workdir of a run: it has no config.json")
     if not workdir:
         raise UserError(f"--from={source} starts a run of its own: add --workdir=DIR for it")
-    if Path(workdir).resolve() == Path(source).resolve():
+    if workdir.resolve() == start.resolve():
         raise UserError(
             f"--from and --workdir are both {source}: a branch needs a folder of its own; to make "
             f"the run itself longer, leave out --from"

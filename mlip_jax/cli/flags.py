@@ -115,8 +115,9 @@ FLAGS = (
             "train": Use(
                 Text(),
                 "DIR",
-                "the folder of the run; one that holds the run already is resumed, and needs no "
-                "--config (default: runs/NAME with NAME from the config)",
+                "the folder of the run, also in a bucket (gs://, s3://); one that holds the run "
+                "already is resumed, and needs no --config (default: runs/NAME with NAME from the "
+                "config)",
             ),
             "evaluate": Use(
                 Text(),
@@ -223,13 +224,13 @@ FLAGS = (
             "export": Use(
                 Text(),
                 "DIR",
-                "the folder to write, which must not exist yet",
+                "the folder to write, also in a bucket, which must not exist yet",
                 missing="a folder to write: add --out=DIR",
             ),
             "prepare": Use(
                 Text(),
                 "DIR",
-                "the folder of the prepared dataset",
+                "the folder of the prepared dataset, also in a bucket",
                 missing="a folder to write to: add --out=DIR",
             ),
         },

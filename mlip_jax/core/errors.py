@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from mlip_jax.core.stopping import STOPPED
+
 _MOST_COMPARED = 100  # characters; the time grows with them
 
 
@@ -16,10 +18,17 @@ class RunError(Exception):
     """A run that cannot go on for a reason outside the config: shown as one line, exit code 1.
 
     Attributes:
-      code: 75 where the run was asked to stop, and a scheduler is to start it again.
+      code: 75 where the run was asked to stop or a server stays away, and a scheduler is to start
+        it again.
     """
 
     code = 1
+
+
+class Unreachable(RunError):
+    """A server stays away; what was saved before is safe: one line, exit code 75."""
+
+    code = STOPPED
 
 
 def suggestion(word: str, valid: Iterable[str]) -> str:

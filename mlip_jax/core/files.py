@@ -1,4 +1,7 @@
-"""Files that users keep, written whole or not at all; and what is read of them, within bounds."""
+"""Files that users keep, written whole or not at all; and what is read of them, within bounds.
+
+What is written to a place in a bucket is there when the call returns.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import brief
 
@@ -71,6 +75,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         if draft.exists():
             _sync(draft)
             draft.replace(path)
+            places.publish(path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -98,6 +103,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 _sync(path)
         with _told(target):
             draft.rename(target)
+        places.publish(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

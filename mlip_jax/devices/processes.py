@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.versions import TESTED_JAX
 from mlip_jax.devices import parallel
@@ -79,7 +80,8 @@ def together() -> Iterator[None]:
                 _on_abort(signal.SIGABRT)
             code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
             code = error.code if isinstance(error, RunError) else code
-            announce(_FAILED, json.dumps([_state().process_id, code, str(error)]))
+            line = places.named(str(error))
+            announce(_FAILED, json.dumps([_state().process_id, code, line]))
             atexit.register(leave, code)
             raise
 
@@ -111,7 +113,7 @@ def _is_lost(error: BaseException | None) -> bool:
     return False
 
 
-_calls = itertools.count()
+_calls, _gathers = itertools.count(), itertools.count()
 
 
 def by_first(function: Callable[[], _T]) -> _T:
@@ -142,6 +144,28 @@ def by_first(function: Callable[[], _T]) -> _T:
     if raised is not None:
         raise raised
     return value
+
+
+def to_zero(value: _T) -> list[_T]:
+    """What each process gives, in process 0; nothing in the others. All call it.
+
+    Any thread may, but no two at a time.
+
+    Args:
+      value: can be pickled.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    key, store = f"mlip_jax/to_zero/{next(_gathers)}", _state().client
+    if jax.process_index():
+        store.key_value_set_bytes(f"{key}/{jax.process_index()}", pickle.dumps(value))
+        return []
+    values = [value]
+    for process in range(1, jax.process_count()):
+        while (answer := _look_up(f"{key}/{process}")) is None:
+            pass
+        values.append(pickle.loads(answer))
+    return values
 
 
 def _state() -> Any:

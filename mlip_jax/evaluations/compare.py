@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import itertools
 import json
 import os
 import re
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.history import read_history, training_seconds
@@ -73,7 +73,7 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     comparison = compare(columns)
     if folder is None:
         folder = _common_folder([run.workdir for run in runs])
-    path = Path(folder) / f"{FILE_STEM}.json"
+    path = places.local(folder) / f"{FILE_STEM}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(_as_json(columns), indent=2, ensure_ascii=False) + "\n")
     write_atomically(path.with_suffix(".md"), markdown(comparison))
@@ -82,7 +82,7 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     for drawn in tables(comparison, console.width):
         console.print(drawn)
     console.print("\n".join(comparison.notes))
-    console.print(f"comparison: {path} (also .md, .html)")
+    console.print(f"comparison: {places.shown(path)} (also .md, .html)")
     return 0
 
 
@@ -127,9 +127,8 @@ def compare(columns: Sequence[Column]) -> Sheet:
         notes.append("\u00b1 is the standard deviation over runs that differ in their seed alone.")
     for column in columns:
         if not any(run.results.figures for run in column.runs):
-            notes.append(
-                f"{column.label} has no results: run evaluate --workdir={column.runs[0].workdir}"
-            )
+            workdir = places.shown(column.runs[0].workdir)
+            notes.append(f"{column.label} has no results: run evaluate --workdir={workdir}")
     if unlike:
         notes.append(
             f"Not to be compared, for they rest on other examples or protocols: {'; '.join(unlike)}"
@@ -154,8 +153,8 @@ def tables(comparison: Sheet, width: int) -> list[Table]:
     return [_block(comparison, [*block, len(comparison.headings) - 1]) for block in blocks]
 
 
-def _block(comparison: Sheet, places: Sequence[int]) -> Table:
-    drawn = make_table(("Figure", *(comparison.headings[place] for place in places)))
+def _block(comparison: Sheet, columns: Sequence[int]) -> Table:
+    drawn = make_table(("Figure", *(comparison.headings[place] for place in columns)))
     last = None
     for row in comparison.rows:
         if row[0] != last:
@@ -163,7 +162,7 @@ def _block(comparison: Sheet, places: Sequence[int]) -> Table:
                 drawn.add_section()
             drawn.add_row(Text(row[0], style="bold"))
             last = row[0]
-        drawn.add_row(Text(f"  {row[1]}"), *(Text(row[place]) for place in places))
+        drawn.add_row(Text(f"  {row[1]}"), *(Text(row[place]) for place in columns))
     return drawn
 
 
@@ -172,12 +171,12 @@ def _expand(workdirs: Sequence[str]) -> list[tuple[Path, str]]:
     paths: dict[Path, str] = {}
     for given in workdirs:
         pattern, name = given, ""
-        if "=" in given and not glob.glob(str(Path(given).expanduser())):
+        if "=" in given and not places.is_url(given) and not places.matching(given):
             name, _, pattern = given.partition("=")
-        fitting = sorted(glob.glob(str(Path(pattern).expanduser())))
+        fitting = places.matching(pattern)
         if not fitting:
             raise UserError(f"--compare: there is no folder {pattern}")
-        for path in map(Path, fitting):
+        for path in fitting:
             if path.is_dir():
                 paths.setdefault(path, name)
     if not paths:
@@ -187,12 +186,16 @@ def _expand(workdirs: Sequence[str]) -> list[tuple[Path, str]]:
 
 def _own_name(path: Path, others: Sequence[Path]) -> str:
     """As many of a folder's last parts as tell it from the others."""
-    parts = path.absolute().parts
+    parts = _parts(path)
     for count in range(1, len(parts)):
         name = "/".join(parts[-count:])
-        if sum("/".join(other.absolute().parts[-count:]) == name for other in others) == 1:
+        if sum("/".join(_parts(other)[-count:]) == name for other in others) == 1:
             return name
-    return str(path)
+    return places.shown(path)
+
+
+def _parts(path: Path) -> list[str]:
+    return places.shown(path.absolute()).split("/")
 
 
 def _read(workdir: Path, name: str) -> list[Run]:
@@ -233,7 +236,7 @@ def _label(column_runs: Sequence[Run]) -> str:
 
 def _described(column: Column, columns: Sequence[Column]) -> str:
     """Its folders, and what sets its config apart from the first column's."""
-    folders = ", ".join(dict.fromkeys(str(run.workdir) for run in column.runs))
+    folders = ", ".join(dict.fromkeys(places.shown(run.workdir) for run in column.runs))
     config = schema.flatten(column.runs[0].config.to_dict())
     keys = dict.fromkeys(
         line.partition(":")[0]
@@ -299,7 +302,7 @@ def _as_json(columns: Sequence[Column]) -> dict[str, object]:
         "columns": [
             {
                 "label": column.label,
-                "workdirs": [str(run.workdir) for run in column.runs],
+                "workdirs": [places.shown(run.workdir) for run in column.runs],
                 "changed": column.runs[0].variant,
                 "seeds": [run.config.seed for run in column.runs],
             }
@@ -319,9 +322,11 @@ def _as_json(columns: Sequence[Column]) -> dict[str, object]:
     }
 
 
-def _common_folder(workdirs: Sequence[Path]) -> Path:
-    parents = [workdir.absolute().parent for workdir in workdirs]
-    shared = parents[0]
-    while not all(parent.is_relative_to(shared) for parent in parents):
-        shared = shared.parent
-    return shared
+def _common_folder(workdirs: Sequence[Path]) -> str:
+    """The innermost folder that holds all of them: a path, or a URL where all are in one bucket."""
+    parents = [places.shown(workdir.absolute()).split("/")[:-1] for workdir in workdirs]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    shared = "/".join(parts[0] for parts in same)
+    if shared.endswith(":"):
+        raise UserError("--compare: the workdirs share no folder: add --workdir=DIR for the result")
+    return shared or "/"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import kind_of, read_json, write_atomically
 from mlip_jax.evaluations.interface import Outcome
@@ -103,7 +104,7 @@ def write_results(
         flat |= {f"{kind}/{key}": value for key, value in values.items()}
     if results.step is not None:
         flat["step"] = results.step
-    path = Path(workdir) / file_name
+    path = places.local(workdir) / file_name
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(flat, indent=2, ensure_ascii=False) + "\n")
     return path
@@ -115,7 +116,7 @@ def read_results(workdir: str | os.PathLike[str], file_name: str = FILE_NAME) ->
     Raises:
       UserError: when the file cannot be read, or is damaged.
     """
-    path = Path(workdir) / file_name
+    path = places.local(workdir) / file_name
     results = Results()
     by_kind = results.beside_figures()
     for key, value in read_json(path, missing={}, advice=_ADVICE).items():

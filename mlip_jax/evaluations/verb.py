@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.registry import EVALUATIONS
@@ -72,7 +72,7 @@ def evaluate_workdir(
     if compare:
         return compare_workdirs(compare, workdir)
     assert config is not None and workdir is not None  # but for a comparison
-    folder = Path(workdir)
+    folder = places.local(workdir)
     return cluster.by_first(lambda: _evaluate(config, folder, suite, rates))
 
 
@@ -105,9 +105,9 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
             if len(prompts) > 1:
                 console.print(f"templates: {templates}")
             console.print(table(results))
-            console.print(f"results: {path} (also .md, .html)")
+            console.print(f"results: {places.shown(path)} (also .md, .html)")
         if len(prompts) > 1:
-            console.print(f"side by side: mlip evaluate --compare={home}")
+            console.print(f"side by side: mlip evaluate --compare={places.shown(home)}")
         return 0
 
     def loaded(changed: ConfigDict) -> Model:
@@ -119,7 +119,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
 
     wanted = sorted({0.0, *rates})
     path = merging_rates.report(console, home, merging_rates.sweep(config, wanted, loaded, scored))
-    console.print(f"table: {path} (also .md)")
+    console.print(f"table: {places.shown(path)} (also .md)")
     return 0
 
 
@@ -141,13 +141,13 @@ def _score(
             "--config.evaluation.retrieval"
         )
     path = file_results(home, results, name)
-    draft.unlink(missing_ok=True)
+    places.remove(draft)
     return results, path
 
 
 def file_results(workdir: str | Path, results: Results, file_name: str = FILE_NAME) -> Path:
     """Puts results among those that the file has of the same checkpoint; tables lie beside it."""
-    merged = _read_or_set_aside(Path(workdir), file_name)
+    merged = _read_or_set_aside(places.local(workdir), file_name)
     # Files of older versions do not say which checkpoint they are of: the last one.
     if merged.step not in (None, results.step):
         merged = Results()
@@ -167,7 +167,7 @@ def _read_or_set_aside(workdir: Path, file_name: str) -> Results:
     except UserError as error:
         aside = workdir / f"damaged-{file_name}"
         print(f"warning: {error}: set aside as {aside.name}", file=sys.stderr)
-        (workdir / file_name).replace(aside)
+        places.move(workdir / file_name, aside)
         return Results()
 
 

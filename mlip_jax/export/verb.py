@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import whole_folder
 from mlip_jax.core.registry import EXPORT_FORMATS
@@ -41,15 +42,16 @@ def export(config: ConfigDict, workdir: str | Path, out: str, format: str = "mli
     """
     if format not in EXPORT_FORMATS:
         raise UserError(f"--format={format} is no format: {EXPORT_FORMATS.expected(format)}")
-    target = Path(out).expanduser()
-    if target.exists():
+    target = places.local(out).expanduser()
+    if places.names(target) or target.exists() and not places.is_url(out):
         raise UserError(f"--out={out} exists already and is not written over: give another name")
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    model = load(workdir, config=config)
+    folder = places.local(workdir)
+    model = load(folder, config=config)
     with whole_folder(target) as draft:
         notes = EXPORT_FORMATS[format](draft, model)
-        card.write(draft, model, Path(workdir), format, notes)
-        figures = Path(workdir) / FILE_NAME
+        card.write(draft, model, folder, format, notes)
+        figures = folder / FILE_NAME
         if format == "mlip" and figures.is_file():
             shutil.copyfile(figures, draft / FILE_NAME)
         for file in draft.iterdir():
@@ -58,5 +60,5 @@ def export(config: ConfigDict, workdir: str | Path, out: str, format: str = "mli
     for note in notes:
         console.print(f"note: {note}")
     size = sum(file.stat().st_size for file in target.iterdir())
-    console.print(f"{format} model: {target} ({size / 2**20:,.1f} MiB)")
+    console.print(f"{format} model: {places.shown(target)} ({size / 2**20:,.1f} MiB)")
     return 0

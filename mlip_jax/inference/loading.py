@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.validation import validate, validate_model
 from mlip_jax.data.images.preprocessing import Preprocessing
@@ -40,9 +40,9 @@ def load(
     place (JAX_COMPILATION_CACHE_DIR).
 
     Args:
-      path: a workdir, whose newest good checkpoint is taken; an exported model; or a folder of
-        open_clip's (open_clip_config.json and safetensors) or of Hugging Face's CLIP or SigLIP
-        (config.json and safetensors). Pickles are never read.
+      path: a folder, or its URL: a workdir, whose newest good checkpoint is taken; an exported
+        model; or a folder of open_clip's (open_clip_config.json and safetensors) or of Hugging
+        Face's CLIP or SigLIP (config.json and safetensors). Pickles are never read.
       step: another checkpoint of a workdir.
       config: a config in place of the folder's, such as one with another merging rate.
       overrides: values by dotted key on top of the config, such as
@@ -61,7 +61,7 @@ def load(
       UserError: if the path holds no model, a damaged one, or one that is not computed here.
     """
     keep_compiled()
-    folder = Path(path).expanduser()
+    folder = places.local(path).expanduser()
     kind = model_folders.kind(folder)
     saved_model = model_folders.read(folder, step)
     asked = schema.from_json(schema.to_json(saved_model.config if config is None else config))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
 from mlip_jax.interop import tensors
@@ -46,9 +47,10 @@ def describe(path: str | Path) -> dict[str, Any]:
       UserError: when config.json is missing or damaged, or is of a model that `BertEncoder` does
         not compute.
     """
-    if not Path(path).is_dir():
+    folder = places.local(path)
+    if not folder.is_dir():
         raise UserError(f"{path}: no such folder; expected one with config.json and safetensors")
-    file = Path(path) / "config.json"
+    file = folder / "config.json"
     values = read_json(file, advice="get it again")
     for key, (computed, absent) in _COMPUTED.items():
         if (value := values.get(key, absent)) != computed:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import NORMALIZATIONS, Preprocessing
 from mlip_jax.interop import bert, model_folders, positions, resnet
@@ -76,7 +77,7 @@ _ADOPTED = ("width", "depth", "heads", "mlp_ratio", "activation")
 
 def _check_sizes(config: ConfigDict, path: str) -> None:
     """Finds what no tensor's shape would tell, such as another number of heads."""
-    if Path(path).is_file():
+    if places.local(path).is_file():
         return  # there is no config.json to compare with
     for key, value in bert.describe(path).items():
         if key in _ADOPTED and config.model.text[key] != value:
@@ -133,7 +134,7 @@ def adopt(config: ConfigDict, path: str) -> ConfigDict | None:
     Raises:
       UserError: for a folder that holds no model, or whose normalisation has no name here.
     """
-    folder = Path(path).expanduser()
+    folder = places.local(path).expanduser()
     pretrained, preprocessing = model_folders.settings(folder)
     image, text = config.model.image, config.model.text
     for key in ("image_size", *_IMAGE_SIZES):
@@ -197,7 +198,7 @@ _STARTS_AT_ZERO = re.compile(r"/frequency_\d+/mlp/down/")
 
 
 def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    folder = Path(config.model.pretrained).expanduser()
+    folder = places.local(config.model.pretrained).expanduser()
     pretrained = model_folders.read(folder)
     for tower, keys in (("image", _IMAGE_SIZES), ("text", _TEXT_SIZES)):
         for key in set(keys) - {"depth", "vocab_size", "cleaning"}:

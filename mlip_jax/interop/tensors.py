@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
 
@@ -37,7 +38,7 @@ def read(path: str | Path, skip: Callable[[str], bool]) -> dict[str, np.ndarray]
       UserError: for a missing or damaged file, or a tensor that is not of floats.
     """
     tensors = {}
-    for file in _files(Path(path)):
+    for file in _files(places.local(path)):
         try:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118 -- no Mapping

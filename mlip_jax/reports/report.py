@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax.core import versions
+from mlip_jax.core import places, versions
 from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.history import History, read_history, series, training_seconds
 from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
@@ -92,7 +92,7 @@ def write_report(
       UserError: when the source is empty or none of its images can be read.
       RunError: for NaN or infinity among the embeddings.
     """
-    workdir = Path(workdir)
+    workdir = places.local(workdir)
     pictures = workdir / PICTURE_FOLDER
     pictures.mkdir(parents=True, exist_ok=True)
     config = model.config
@@ -149,12 +149,13 @@ def report_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
 
 
 def _report(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
-    check_writable(Path(workdir), "--workdir")
-    model = load(workdir, config=config)
+    folder = places.local(workdir)
+    check_writable(folder, "--workdir")
+    model = load(folder, config=config)
     cleaning = config.model.text.cleaning
     training = open_training(config.data, cleaning)
     source = open_validation(config.data, cleaning) or training
-    print(f"report: {write_report(workdir, model, source, training)}")
+    print(f"report: {places.shown(write_report(folder, model, source, training))}")
     return 0
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import whole_file, write_atomically
 from mlip_jax.inference import Model
@@ -142,7 +142,7 @@ def _update(
     write_about(folder, about)
     clean(folder)
     for left_over in folder.glob(f"{PIECES}*"):
-        shutil.rmtree(left_over)
+        places.remove(left_over)
     return outcome
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlip_jax.core import locks, places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import open_lock, remove_drafts
 from mlip_jax.search.index import FILE_NAME, Index
@@ -70,7 +71,7 @@ def clean(folder: Path) -> None:
     for kind in _KINDS:
         for file in folder.glob(kind):
             if file.stem.rpartition("-")[2] != str(generation):
-                file.unlink()
+                places.remove(file)
 
 
 @contextlib.contextmanager
@@ -84,10 +85,11 @@ def locked(folder: Path) -> Iterator[None]:
         file = open_lock(folder / _LOCK)
     except OSError as error:
         raise UserError(f"cannot use {folder} as --index: {error.strerror}") from error
-    with file:
+    with file, contextlib.ExitStack() as stack:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            stack.enter_context(locks.leased(folder / _LOCK))
+        except (BlockingIOError, locks.InUse) as error:
             raise UserError(
                 f"another process indexes in {folder}: wait for it, or give another --index"
             ) from error

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_file
 from mlip_jax.core.tables import make_table
@@ -72,7 +73,7 @@ def search(
         )
     return cluster.by_first(
         lambda: _search(
-            config, Path(workdir), images, index, text, image, top, serve, max_skipped_share
+            config, places.local(workdir), images, index, text, image, top, serve, max_skipped_share
         )
     )
 
@@ -108,7 +109,7 @@ def _search(
         queries.append((f"Images like {printable(image)}", _embedding(model, image, content)))
     about = About(
         images=collection.spec if collection else "",
-        model=str(workdir),
+        model=places.shown(workdir),
         step=model.step,
         digest=digest(model),
         count=0,
@@ -138,7 +139,8 @@ def find_index(workdir: str | Path) -> Index:
     Raises:
       UserError: where there is none, or where there are several.
     """
-    above = _home(Path(workdir)) / "search"
+    above = _home(places.local(workdir)) / "search"
+    places.fetch(above)
     folders = sorted(path.parent for path in above.glob(f"*/{FILE_NAME}"))
     if len(folders) == 1:
         return Index(folders[0])
@@ -161,9 +163,18 @@ def _home(workdir: Path) -> Path:
 def _folder(index: str, workdir: Path, collection: Collection | None) -> Path:
     """The index's folder; where nothing is to be indexed, one that holds an index."""
     if not collection:
-        return (Index(Path(index).expanduser()) if index else find_index(workdir)).folder
+        return (Index(_index_folder(index)) if index else find_index(workdir)).folder
     name = re.sub("[:#]", "-", Path(collection.spec).name) or "root"
-    return Path(index).expanduser() if index else _home(workdir) / "search" / name
+    return _index_folder(index) if index else _fetched(_home(workdir) / "search" / name)
+
+
+def _index_folder(index: str) -> Path:
+    return _fetched(places.local(index).expanduser())
+
+
+def _fetched(folder: Path) -> Path:
+    places.fetch(folder)
+    return folder
 
 
 def _content(image: str) -> bytes:
@@ -197,7 +208,10 @@ def _tell(console: Console, folder: Path, outcome: Outcome, seconds: float) -> N
         "unreadable": len(outcome.unreadable),
     }
     summary = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
-    console.print(f"index: {folder}: {opened.about.count:,} images ({summary}) in {seconds:,.1f} s")
+    console.print(
+        f"index: {places.shown(folder)}: {opened.about.count:,} images ({summary}) in "
+        f"{seconds:,.1f} s"
+    )
 
 
 def _table(

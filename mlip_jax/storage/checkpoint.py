@@ -5,6 +5,8 @@ A checkpoint is one folder `checkpoints/STEP`, committed by Orbax in one rename:
   extras/      JSON: the step, the config, the tokenizer, versions, the commit
   metrics/     JSON: what the best checkpoints are chosen by
   files.json   size and CRC-32 of the files above: Orbax alone reads a flipped bit as a weight
+
+In a bucket files.json is written last: a folder without it is no checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import read_json
 from mlip_jax.devices import processes
@@ -32,6 +34,7 @@ from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
+_STATE = "state"
 _LEAVES_LATE_WRITES_ALONE = "leaves_late_writes_alone"
 _LOOP_CLOSED = "Event loop is closed"
 _CANNOT_WRITE = {
@@ -82,21 +85,34 @@ class Checkpoints:
         """
         if keep_last < 1:
             raise UserError(f"config.checkpoint.keep_last={keep_last} must be at least 1")
-        self._folder = Path(workdir).absolute() / FOLDER
-        # Before Orbax reads the small files of all checkpoints: one that is damaged would end it.
-        processes.by_first(self._make_readable)
+        self._folder = places.local(workdir).absolute() / FOLDER
         self._best = best
         self._saving = 0
+        # Of a place in a bucket each process has a copy of its own, and writes what it holds.
+        in_bucket = places.mirror_of(self._folder) is not None
+        self._apart = jax.process_count() > 1 and in_bucket
+        _fetch_all_but_states(self._folder)
+        # Before Orbax reads the small files of all checkpoints: one that is damaged would end it.
+        processes.by_first(self._make_readable)
+        _fetch_all_but_states(self._folder)
+        processes.by_first(self._remove_dropped)
         _leave_late_writes_alone()
+        if in_bucket:
+            logging.getLogger("absl").addFilter(_is_no_matter_of_course)
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
         if keep_step:
             policies.append(ocp.checkpoint_managers.CustomSteps([keep_step]))
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state, extras = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-        registry.add("state", ocp.args.StandardSave, state)
-        registry.add("state", ocp.args.StandardRestore, state)
+        together = ocp.options.MultiprocessingOptions(primary_host=None if self._apart else 0)
+        # Files of OCDBT hold parts of several processes, which have to see each other's.
+        state = ocp.StandardCheckpointHandler(
+            multiprocessing_options=together, use_ocdbt=not self._apart
+        )
+        extras = ocp.JsonCheckpointHandler(multiprocessing_options=together)
+        registry.add(_STATE, ocp.args.StandardSave, state)
+        registry.add(_STATE, ocp.args.StandardRestore, state)
         registry.add("extras", ocp.args.JsonSave, extras)
         registry.add("extras", ocp.args.JsonRestore, extras)
         self._manager = ocp.CheckpointManager(
@@ -105,6 +121,7 @@ class Checkpoints:
                 best_fn=self._score,  # without it Orbax keeps no metrics
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
+                multiprocessing_options=together,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
             handler_registry=registry,
@@ -190,6 +207,7 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
+            processes.by_first(self._remove_dropped)
 
     def close(self) -> None:
         """Finishes the save under way and frees the threads.
@@ -211,7 +229,7 @@ class Checkpoints:
             if problem := seal.damage(path, unread=_LARGE):
                 _set_aside(path, problem)
             elif not _is_readable(path / _ORBAX_FILE):
-                (path / _ORBAX_FILE).unlink()
+                places.remove(path / _ORBAX_FILE)
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         value = metrics.get(self._best, -math.inf)
@@ -231,9 +249,10 @@ class Checkpoints:
             ) from error
 
     def _seal(self) -> None:
-        """Records the files of the save under way, just before Orbax commits it."""
-        if jax.process_index():
-            return
+        """Records the files of the save under way, just before Orbax commits it.
+
+        In a bucket the record is the commit: the files are there before it, of all processes.
+        """
         drafts = [
             path
             for path in self._folder.iterdir()
@@ -241,10 +260,25 @@ class Checkpoints:
         ]
         if len(drafts) != 1:
             raise RunError(f"cannot find the draft of checkpoint {self._saving}: {drafts}")
-        seal.write(drafts[0])
+        draft, target = drafts[0], self._folder / str(self._saving)
+        places.flush(self._folder)  # what was logged until this step
+        places.publish(draft, target)
+        files = seal.files_of(draft)
+        everyones = processes.to_zero(files) if self._apart else [files]
+        if not everyones:
+            return
+        for others in everyones[1:]:
+            # What several have written, such as the shapes, is as this process has it.
+            for name in sorted(name for name in others if others[name] != files.get(name)):
+                if name in files:
+                    places.publish(draft / name, target / name, anew=True)
+            files = others | files
+        seal.write(draft, files)
+        places.publish(draft / seal.NAME, target / seal.NAME)
 
     def _put_aside_if_damaged(self, step: int) -> bool:
         path = self._folder / str(step)
+        places.fetch(path)
 
         def put_aside() -> bool:
             problem = seal.damage(path)
@@ -254,8 +288,15 @@ class Checkpoints:
 
         damaged = processes.by_first(put_aside)
         if damaged:
+            _fetch_all_but_states(self._folder)
             self._manager.reload()
         return damaged
+
+    def _remove_dropped(self) -> None:
+        """Removes checkpoints from a bucket that are not kept here, or that have no seal there."""
+        for name in places.names(self._folder):
+            if _NUMBER.fullmatch(name) and not (self._folder / name).exists():
+                places.remove(self._folder / name)
 
     def _check_model(self, step: int, abstract_state: Any) -> None:
         tree = self._manager.item_metadata(step)["state"].tree
@@ -291,11 +332,11 @@ def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
 
 def set_aside(workdir: str | os.PathLike[str], steps: Sequence[int]) -> None:
     """Renames checkpoints to "replaced-STEP", the newest first; the run no longer counts them."""
-    folder = Path(workdir).absolute() / FOLDER
+    folder = places.local(workdir).absolute() / FOLDER
     for step in sorted(steps, reverse=True):
         aside = folder / f"replaced-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (folder / str(step)).rename(aside)
+        places.remove(aside)
+        places.move(folder / str(step), aside)
 
 
 def check_state(workdir: str | os.PathLike[str], abstract_state: Any) -> Path:
@@ -306,7 +347,7 @@ def check_state(workdir: str | os.PathLike[str], abstract_state: Any) -> Path:
       RunError: when all are damaged.
     """
     _, extras = restore_fields(workdir, ("step",))
-    path = Path(workdir).absolute() / FOLDER / str(extras["step"])
+    path = places.local(workdir).absolute() / FOLDER / str(extras["step"])
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
     _check_tensors(path, handler.metadata(path / "state").tree, abstract_state)
     return path
@@ -335,7 +376,8 @@ def restore_state(workdir: str | os.PathLike[str], abstract_state: Any) -> tuple
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """The steps of a run's checkpoints, the newest first."""
-    folder = Path(workdir).absolute() / FOLDER
+    folder = places.local(workdir).absolute() / FOLDER
+    _fetch_all_but_states(folder)
     found = (path for path in folder.glob("*") if _NUMBER.fullmatch(path.name) and path.is_dir())
     return sorted((int(path.name) for path in found), reverse=True)
 
@@ -344,8 +386,13 @@ def _set_aside(path: Path, problem: str) -> None:
     """Renames a damaged checkpoint: the way is free for its step to be saved again."""
     aside = path.with_name(f"{_ASIDE}{path.name}")
     _warn(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, not used")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+    places.remove(aside)
+    places.move(path, aside)
+
+
+def _fetch_all_but_states(folder: Path) -> None:
+    """Brings what is known of the checkpoints in a bucket, without their largest part."""
+    places.fetch(folder, without=(_STATE,), marked_by=seal.NAME)
 
 
 def _is_readable(path: Path) -> bool:
@@ -374,7 +421,7 @@ def restore_fields(
       UserError: if there is no such checkpoint.
       RunError: if every candidate is damaged.
     """
-    folder = Path(workdir).absolute() / FOLDER
+    folder = places.local(workdir).absolute() / FOLDER
     steps = saved_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, or check the path")
@@ -382,16 +429,17 @@ def restore_fields(
         raise UserError(f"{folder} holds no checkpoint of step {step}, only {sorted(steps)}")
     for candidate in steps if step is None else [step]:
         path = folder / str(candidate)
+        places.fetch(path)
         damage = seal.damage(path)
         if damage:
             _warn(f"checkpoint {path} is damaged ({damage})")
             continue
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-        tree = handler.metadata(path / "state").tree
+        tree = handler.metadata(path / _STATE).tree
         wanted = {name: tree[name] for name in fields if tree.get(name)}
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             restored = checkpointer.restore(
-                path / "state",
+                path / _STATE,
                 args=ocp.args.PyTreeRestore(
                     item=wanted,
                     restore_args=jax.tree.map(
@@ -425,7 +473,7 @@ def count_parameters(workdir: str | os.PathLike[str]) -> int | None:
     steps = saved_steps(workdir)
     if not steps:
         return None
-    path = Path(workdir).absolute() / FOLDER / str(steps[0]) / "state"
+    path = places.local(workdir).absolute() / FOLDER / str(steps[0]) / _STATE
     try:
         tree = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()).metadata(path).tree
     except (OSError, ValueError):
@@ -472,6 +520,13 @@ def _leave_late_writes_alone() -> None:
 def _is_no_late_write(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     return not (_cannot_write(error) or str(error) == _LOOP_CLOSED)
+
+
+def _is_no_matter_of_course(record: logging.LogRecord) -> bool:
+    """Keeps Orbax from warning that each process writes apart, or that its own file is not kept."""
+    text = str(record.msg)
+    usual = ("Global object size logging", "Metadata file does not exist")
+    return not text.startswith(usual) and "Skipping merge" not in text
 
 
 def _cannot_write(error: BaseException | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from mlip_jax.data.sets.cache import cache_folder
+from mlip_jax.core.cache import cache_folder
 
 
 def keep_compiled(cache_dir: str = "") -> None:
@@ -22,7 +22,7 @@ def keep_compiled(cache_dir: str = "") -> None:
     these (jaxlib 0.10).
 
     Args:
-      cache_dir: the folder of the data cache, see `mlip_jax.data.sets.cache`; it holds "compiled".
+      cache_dir: the folder of the data cache, see `mlip_jax.core.cache`; it holds "compiled".
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder(cache_dir) / "compiled" / _host()

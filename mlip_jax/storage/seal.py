@@ -10,16 +10,17 @@ from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
 
 NAME = "files.json"
+Files = dict[str, list[int]]
 # Orbax writes these after the seal: when it commits.
 _UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt", NAME}
 
 
-def write(folder: Path) -> None:
-    """Records the files that are in the folder now."""
-    (folder / NAME).write_text(json.dumps(_files(folder)), encoding="utf-8")
+def write(folder: Path, files: Files) -> None:
+    """Records files of the folder."""
+    (folder / NAME).write_text(json.dumps(files), encoding="utf-8")
 
 
-def _files(folder: Path, unread: str = "") -> dict[str, list[int]]:
+def files_of(folder: Path, unread: str = "") -> Files:
     """Relative path -> [size, CRC-32] of the files that the seal covers."""
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -43,7 +44,7 @@ def damage(folder: Path, *, unread: str = "") -> str:
     """
     try:
         sealed = read_json(folder / NAME)
-        present = _files(folder, unread)
+        present = files_of(folder, unread)
     except (OSError, UserError) as error:
         return str(error)
     if not sealed:

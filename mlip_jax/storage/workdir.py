@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -16,14 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from mlip_jax.core import schema, versions
+from mlip_jax.core import locks, places, schema, versions
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import check_writable, open_lock, remove_drafts, write_atomically
+from mlip_jax.core.files import check_writable, remove_drafts, write_atomically
 from mlip_jax.core.trained import ENVIRONMENT, FOLDER, read_config
 from mlip_jax.devices import processes
 
@@ -67,7 +66,7 @@ def open_workdir(
       UserError: if another run trains there, a run of another config is kept there, or not all
         processes see the folder.
     """
-    folder = Path(workdir)
+    folder = places.local(workdir)
     with contextlib.ExitStack() as held:
         holder = processes.by_first(lambda: _take(folder, config, held, accept))
         _check_shared(folder, holder)
@@ -79,12 +78,15 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack, accept: 
     check_writable(folder, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context(open_lock(folder / _LOCK))
+        holder = held.enter_context(locks.held(folder / _LOCK))
+    except locks.InUse as other:
+        raise UserError(
+            f"{other} trains in {folder} already: stop it, or give another --workdir"
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"cannot use {str(folder)[:200]} as --workdir: {error.strerror}") from error
-    _lock(lock, folder)
     for place in (folder, folder / "report"):
         remove_drafts(place, others_write=True)
     path = folder / "config.json"
@@ -93,7 +95,7 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack, accept: 
     write_atomically(path, schema.to_json(config))
     recorded = {**environment(), FOLDER: str(Path.cwd())}
     write_atomically(folder / ENVIRONMENT, json.dumps(recorded, indent=2))
-    return str(os.getpid())
+    return holder
 
 
 def _check_shared(folder: Path, holder: str) -> None:
@@ -101,13 +103,13 @@ def _check_shared(folder: Path, holder: str) -> None:
     deadline = time.monotonic() + _SHARED_SECONDS
     while jax.process_index():
         # Shared file systems show new files late.
-        with contextlib.suppress(OSError):
-            if (folder / _LOCK).read_text(encoding="utf-8") == holder:
-                return
+        if locks.holder(folder / _LOCK) == holder:
+            return
         if time.monotonic() > deadline:
             raise UserError(
                 f"process {jax.process_index()} on {socket.gethostname()} does not see what "
-                f"process 0 writes in {folder}: --workdir must be on a file system that all share"
+                f"process 0 writes in {folder}: --workdir must be on a file system that all share, "
+                "or in a bucket"
             )
         time.sleep(0.1)
 
@@ -127,21 +129,6 @@ def environment() -> dict[str, Any]:
 def origin() -> dict[str, Any]:
     """Versions of this package and what it stands on, and the commit: {"versions", "commit"}."""
     return {"versions": versions.installed(), "commit": _commit()}
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    # A record lock: it ends with this process, and the processes that load data do not inherit it.
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise UserError(
-            f"process {file.read().strip() or '?'} trains in {folder} already: stop it, or give "
-            "another --workdir"
-        ) from error
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
 
 
 def _commit() -> str | None:

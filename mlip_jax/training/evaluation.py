@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from mlip_jax.core import places
 from mlip_jax.core.stopping import STOPPED, leave_at_end
 from mlip_jax.core.waiting import announced
 from mlip_jax.devices import processes
@@ -55,7 +56,7 @@ def _finish(run: Run, variables: Any, done: int, results: Results | None) -> Res
     run.console.print(table(results))
     if not results.figures:
         run.console.print(suites.WITHOUT_VALIDATION)
-    run.console.print(f"results: {path}\nreport:  {report}")
+    run.console.print(f"results: {places.shown(path)}\nreport:  {places.shown(report)}")
     return results
 
 

@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import schema
+from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.trained import START, read_config
@@ -72,7 +72,7 @@ def accept(folder: Path, old: ConfigDict, new: ConfigDict, console: Console) -> 
     checkpoint.set_aside(folder, [step for step in steps if step > kept])
     later = len([step for step in steps if step > kept])
     aside = f"; {later} later checkpoints are kept as checkpoints/replaced-STEP" if later else ""
-    console.print(f"{folder} goes on from step {kept} with {words}{aside}")
+    console.print(f"{places.shown(folder)} goes on from step {kept} with {words}{aside}")
 
 
 def _advice(old: ConfigDict, new: ConfigDict, done: int) -> str:
@@ -86,8 +86,8 @@ def _advice(old: ConfigDict, new: ConfigDict, done: int) -> str:
 
 def _same_rates(old: ConfigDict, new: ConfigDict, steps: int) -> bool:
     """Whether the learning rates of the first `steps` steps are the same, bit for bit."""
-    places = np.unique(np.linspace(0, steps - 1, min(steps, _RATES_COMPARED)).astype(np.int32))
-    first, second = (learning_rate(config)(jnp.asarray(places)) for config in (old, new))
+    sampled = np.unique(np.linspace(0, steps - 1, min(steps, _RATES_COMPARED)).astype(np.int32))
+    first, second = (learning_rate(config)(jnp.asarray(sampled)) for config in (old, new))
     return bool(np.array_equal(np.asarray(first), np.asarray(second)))
 
 
@@ -98,7 +98,7 @@ def check_branch(config: ConfigDict, abstract: TrainState) -> None:
       UserError: for a folder without checkpoints, another optimizer, another model (it names a
         tensor), or a key that changes what the weights mean.
     """
-    source = Path(config.start_from).expanduser()
+    source = places.local(config.start_from).expanduser()
     lines = _changed(config)
     for key in _OF_STATE:
         if key in lines and _keeps_other_arrays(key, config):
@@ -124,7 +124,7 @@ def _changed(config: ConfigDict) -> dict[str, str]:
 
 
 def _source(config: ConfigDict) -> ConfigDict:
-    return read_config(Path(config.start_from).expanduser())
+    return read_config(places.local(config.start_from).expanduser())
 
 
 def _keeps_other_arrays(key: str, config: ConfigDict) -> bool:
@@ -144,7 +144,7 @@ def branch(config: ConfigDict, abstract: TrainState) -> tuple[TrainState, list[s
     Raises:
       UserError: as `check_branch`.
     """
-    source = Path(config.start_from).expanduser()
+    source = places.local(config.start_from).expanduser()
     restored, step = checkpoint.restore_state(source, abstract)
 
     def zero(leaf: Any) -> jax.Array:
@@ -158,7 +158,10 @@ def branch(config: ConfigDict, abstract: TrainState) -> tuple[TrainState, list[s
         optimizer=jax.tree.map(restart, restored.optimizer, abstract.optimizer, is_leaf=_restarts),
     )
     words = [f"  {line}" for line in _changed(config).values()]
-    return state, [f"starts from {source} at step {step:,}: weights and optimizer", *words]
+    return state, [
+        f"starts from {places.shown(source)} at step {step:,}: weights and optimizer",
+        *words,
+    ]
 
 
 def _restarts(node: Any) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.stopping import STOPPED
 from mlip_jax.data.batches.feed import Feed, InputLost, input_seconds
@@ -43,14 +44,14 @@ class Trained:
     """How a run stands when `train` returns.
 
     Attributes:
-      workdir: the run's folder; `mlip_jax.load` opens it.
+      workdir: the run's folder, a URL if that was given; `mlip_jax.load` opens it.
       step: steps done.
       code: the command line's exit code: 0 for a finished run, 75 for one that a signal stopped.
       figures: of the last evaluation by key, such as "retrieval/SET/text_to_image_recall@1"; empty
         for a run that was stopped, and in all processes but the first.
     """
 
-    workdir: Path
+    workdir: Path | str
     step: int
     code: int
     figures: Mapping[str, float]
@@ -72,7 +73,7 @@ def train(
 
     Args:
       config: validated.
-      workdir: the run's folder; one that holds this run is resumed.
+      workdir: the run's folder, a path or a URL; one that holds this run is resumed.
       source: the training set, in place of what config.data.train names.
       callbacks: told of metrics, evaluations and checkpoints.
 
@@ -93,7 +94,8 @@ def train(
         if step:
             state, results = run_steps(run, step, state, int(state.step))
         code, figures = finish(run, state, results)
-        return Trained(run.folder, int(state.step), code, figures)
+        place = str(workdir) if places.is_url(workdir) else run.folder
+        return Trained(place, int(state.step), code, figures)
 
 
 def _save_without_input(

@@ -25,6 +25,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import RunError
 from mlip_jax.core.files import decode_json, write_atomically
 from mlip_jax.training.callbacks import Callback
@@ -165,6 +166,8 @@ class MetricWriter(Callback):
                 restart = SessionLog(status=SessionLog.START)
                 self._event(start_step + 1, session_log=restart)
                 self._events.flush()
+        self._copies = contextlib.ExitStack()
+        self._copies.enter_context(places.following(self._path, folder))
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -242,7 +245,11 @@ class MetricWriter(Callback):
             self._print(message)
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
+        """Ends the bar and closes the files.
+
+        Raises:
+          RunError: if a bucket does not take them.
+        """
         if not self._active:
             return
         if self._bar:
@@ -251,6 +258,7 @@ class MetricWriter(Callback):
         # Every write was flushed; what could fail again here has been told already.
         with contextlib.suppress(OSError):
             self._events.close()
+        self._copies.close()
 
     def _print(self, message: Any) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)

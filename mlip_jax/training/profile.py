@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from mlip_jax.core import places
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.run import Run
 
@@ -49,7 +50,9 @@ class Profile(Callback):
         self._tracing = False
         jax.effects_barrier()
         jax.profiler.stop_trace()
-        folder: Path = self._run.folder / FOLDER
+        traces: Path = self._run.folder / FOLDER
+        places.publish(traces)
+        folder = places.shown(traces)
         self._run.console.print(
             f"profile: {folder} (tensorboard --logdir={folder}, or xprof --logdir={folder})"
         )

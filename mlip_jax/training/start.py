@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import schema, versions
+from mlip_jax.core import places, schema, versions
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.waiting import announced
@@ -115,7 +115,7 @@ def _open(
     with announced(f"reading {config.data.train}", console.print):
         source, validation = _data(config.data, cleaning, source)
     goes_on = has_checkpoints(workdir)
-    before = Path(workdir) / "config.json"
+    before = places.local(workdir) / "config.json"
     is_kept = goes_on and before.is_file()
     config = lengths.resolve(config, len(source), schema.from_file(before) if is_kept else None)
     suites.check(config)
@@ -124,7 +124,7 @@ def _open(
     workers_for(config, len(parallel.local_rows(mesh, config.batch_size)))
     attention_choice.check(config, mesh)
     with announced("preparing the tokenizer", console.print):
-        tokenizer = _tokenizer(config, source, Path(workdir))
+        tokenizer = _tokenizer(config, source, places.local(workdir))
     network = building.build_for(config, tokenizer)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
@@ -187,7 +187,8 @@ def _data(data: ConfigDict, cleaning: str, given: Source | None) -> tuple[Source
 def _tokenizer(config: ConfigDict, source: Source, workdir: Path) -> Tokenizer:
     """The run's tokenizer; a vocabulary, trained or read, is the workdir's from then on."""
     text = config.model.text
-    for folder in (workdir, *([Path(config.start_from).expanduser()] if config.start_from else ())):
+    before = [places.local(config.start_from).expanduser()] if config.start_from else []
+    for folder in (workdir, *before):
         saved = folder / TOKENIZER
         if not (text.tokenizer.startswith(("wordpiece", "folder:")) and saved.is_file()):
             continue
@@ -215,7 +216,7 @@ def _restore(opened: Opened) -> TrainState | None:
     done = int(state.step)
     goes_on = done < run.steps
     left = f"going on from step {done}" if goes_on else "it is finished"
-    run.console.print(f"{run.folder} holds this run: {left}")
+    run.console.print(f"{places.shown(run.folder)} holds this run: {left}")
     changed = versions.changes(extras.get("versions", {}))
     if changed and goes_on:
         run.console.print(

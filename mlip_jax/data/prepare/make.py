@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mlip_jax.core import places
 from mlip_jax.core.files import decode_json, open_lock, whole_file, write_atomically
 from mlip_jax.core.texts import whole
 from mlip_jax.data.batches.workers import end_with_parent
@@ -222,6 +223,12 @@ class Maker:
         made = Made(shard, tuple(plain))
         write_atomically(self._folder / DRAFTS / f"{piece.name}.json", made.to_json())
         return made
+
+    def hand_over(self, made: Made) -> None:
+        """Brings a shard to the bucket where the folder is in one, and then what is noted of it."""
+        for name, *_ in made.shard.files():
+            places.hand_over(self._folder / name)
+        places.publish(self._folder / DRAFTS / f"{made.shard.name}.json")
 
     def _write(
         self, piece: Piece, records: Path, texts: Path, tally: Tally, broken: list[Broken]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from mlip_jax.core import locks, places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import open_lock, read_json, remove_drafts, write_atomically
 from mlip_jax.data.prepare import card
@@ -26,7 +26,7 @@ from mlip_jax.data.prepare.make import (
     checksum,
 )
 from mlip_jax.data.sets import shards
-from mlip_jax.data.sets.shards import INDEX, SHARD_SUFFIX
+from mlip_jax.data.sets.shards import BROKEN, INDEX, SHARD_SUFFIX
 
 _JOB = "job.json"
 
@@ -43,18 +43,22 @@ def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in folder.iterdir()} - {LOCK}
+        present = set(places.names(folder)) - {LOCK}
         lock = open_lock(folder / LOCK)
     except OSError as error:
         raise UserError(f"cannot use {folder} as --out: {error.strerror}") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock)
         try:
+            stack.enter_context(locks.leased(folder / LOCK))
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
-        except OSError:
+        except (OSError, locks.InUse):
             raise UserError(f"another process prepares a dataset in {folder} already") from None
         # Waits for the workers of one that was killed: what they write is not this one's.
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, WORKERS_BYTE)
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, WORKERS_BYTE)
+        for name in (INDEX, BROKEN, DRAFTS):
+            places.fetch(folder / name)
         job_file = folder / DRAFTS / _JOB
         if (folder / DRAFTS).is_symlink():
             raise UserError(f"{folder / DRAFTS} is a link: remove it")
@@ -69,14 +73,14 @@ def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if not any(folder.glob(f"*{SHARD_SUFFIX}")):
+            if not any(name.endswith(SHARD_SUFFIX) for name in places.names(folder)):
                 _take_away(folder, new)
             raise
 
 
 def _take_away(folder: Path, new: Sequence[Path]) -> None:
     with contextlib.suppress(OSError):
-        shutil.rmtree(folder / DRAFTS)
+        places.remove(folder / DRAFTS)
         (folder / LOCK).unlink()
         for path in new:
             path.rmdir()
@@ -120,15 +124,13 @@ def done_before(folder: Path, console: Console) -> dict[str, Made]:
                 console.print(f"{folder / INDEX}: {error}: it is made again")
                 continue
             done[shard.name] = Made(shard, tuple(broken.get(shard.name, ())))
+    present = places.sizes(folder)
     for path in sorted((folder / DRAFTS).glob("*.json")):
         if path.name == _JOB:
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             made = Made.from_json(path.read_bytes())
-            complete = all(
-                (folder / name).stat().st_size == size for name, size, _ in made.shard.files()
-            )
-            if complete:
+            if all(present.get(name) == size for name, size, _ in made.shard.files()):
                 done[made.shard.name] = made
     return done
 
@@ -137,12 +139,18 @@ def remove_others(folder: Path, done: Iterable[Made], made: Iterable[Made]) -> N
     """Removes shards of an earlier run that are none now, because files of the source are gone."""
     current = {name for each in made for name, *_ in each.shard.files()}
     for name in {name for each in done for name, *_ in each.shard.files()} - current:
-        (folder / name).unlink(missing_ok=True)
+        places.remove(folder / name)
 
 
 def damaged_files(folder: Path, parts: Sequence[shards.Shard], console: Console) -> list[str]:
-    """The files that are missing or whose checksum is another one."""
+    """The files that are missing or whose checksum is another one.
+
+    Of files in a bucket the sizes are compared: they are checked by whoever brings them.
+    """
     files = [each for shard in parts for each in shard.files()]
+    if places.mirror_of(folder):
+        present = places.sizes(folder)
+        return [name for name, size, _ in files if present.get(name) != size]
     hidden = not console.is_terminal
     damaged = []
     for name, _, expected in track(

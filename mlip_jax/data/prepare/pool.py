@@ -88,6 +88,7 @@ def make_all(
                 finished, _ = wait(pending, timeout=_LOOK, return_when=FIRST_COMPLETED)
                 for future in finished:
                     result = made[pending.pop(future)] = future.result()
+                    maker.hand_over(result)
                     bar.broken += len(result.broken)
                 bar.show()
 

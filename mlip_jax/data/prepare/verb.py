@@ -6,13 +6,13 @@ import contextlib
 import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mlip_jax.core import places
 from mlip_jax.core.cores import cores
 from mlip_jax.core.errors import RunError, UserError, suggestion
 from mlip_jax.core.files import write_atomically
@@ -60,7 +60,7 @@ def prepare(
     Args:
       config: None.
       workdir: None.
-      out: the dataset's folder.
+      out: the dataset's folder, a path or a URL: shards are brought to a bucket one by one.
       source: KIND:PATH; see docs/data.md.
       columns: ROLE=NAME,...; see `columns.read_columns`.
       split: what all records belong to; "": as the source says.
@@ -82,7 +82,8 @@ def prepare(
       RunError: when a worker process is killed, or a file cannot be written.
     """
     del config, workdir
-    folder = Path(out).expanduser()
+    folder = places.local(out, empty=True).expanduser()
+    places.fetch(folder / shards.INDEX)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if check:
         return _check(folder, console)
@@ -126,7 +127,7 @@ def prepare(
         )
         _judge(made, max_skipped_share, source, folder)
         card.write(folder, index, made)
-        shutil.rmtree(folder / DRAFTS)
+        places.remove(folder / DRAFTS)
     _tell(console, folder, index, made)
     return 0
 
@@ -189,9 +190,10 @@ def _check(folder: Path, console: Console) -> int:
     index = shards.read_index(folder)
     damaged = output.damaged_files(folder, index.shards, console)
     for name in damaged:
-        console.print(f"{folder / name} is damaged")
+        console.print(f"{places.shown(folder / name)} is damaged")
     number = sum(len(shard.files()) for shard in index.shards)
-    console.print(f"{number - len(damaged):,} of {number:,} files have their checksums")
+    what = "sizes" if places.mirror_of(folder) else "checksums"
+    console.print(f"{number - len(damaged):,} of {number:,} files have their {what}")
     return 1 if damaged else 0
 
 
@@ -227,12 +229,13 @@ def _tell(console: Console, folder: Path, index: Index, made: Sequence[Made]) ->
     records = sum(splits.values())
     size = sum(size for shard in index.shards for _, size, _ in shard.files())
     each = ", ".join(f"{split} {count:,}" for split, count in splits.items())
-    console.print(f"{folder}: {records:,} images ({each}), {size / 2**20:,.1f} MiB")
+    console.print(f"{places.shown(folder)}: {records:,} images ({each}), {size / 2**20:,.1f} MiB")
     broken = [b for one in made for b in one.broken]
     if broken:
-        console.print(f"{_broken_line(broken, records)}\nall of them are in {folder / BROKEN}")
+        console.print(_broken_line(broken, records))
+        console.print(f"all of them are in {places.shown(folder / BROKEN)}")
     for note in index.notes:
         console.print(note)
     if not index.licence:
         console.print("the card states no licence: add --licence=NAME to the same command")
-    console.print(f"train on it with --config.data.train=prepared:{folder}")
+    console.print(f"train on it with --config.data.train=prepared:{places.shown(folder)}")

@@ -28,9 +28,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from mlip_jax.core.cache import cache_folder
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import open_lock, remove_drafts, whole_folder
-from mlip_jax.data.sets.cache import cache_folder
 
 ATTRIBUTION = (
     "OpenMoji emoji by the OpenMoji project (https://openmoji.org), CC BY-SA 4.0; "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.sets.records import MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted
@@ -54,10 +55,20 @@ def _not_here(name: str, opening: Opening) -> Source:
 OBJECT = DatasetKind(_not_here, "NAME")
 
 
-def by_path(open_path: Callable[[Path, Opening], Source]) -> DatasetKind:
-    """A kind of dataset that is a file or a folder."""
+def by_path(
+    open_path: Callable[[Path, Opening], Source],
+    open_url: Callable[[str, Opening], Source] | None = None,
+) -> DatasetKind:
+    """A kind of dataset that is a file or a folder, and perhaps one in a bucket."""
 
     def open_where(where: str, opening: Opening) -> Source:
-        return open_path(Path(where).expanduser(), opening)
+        if not places.is_url(where):
+            return open_path(Path(where).expanduser(), opening)
+        if open_url is None:
+            raise UserError(
+                f"{where}: datasets of this kind are read from this machine alone; one that "
+                "mlip prepare has made may lie in a bucket, as prepared:URL"
+            )
+        return open_url(where, opening)
 
     return DatasetKind(open_where, "PATH")

@@ -19,6 +19,7 @@ from mlip_jax.data.sets.kinds import Opening, by_path
 from mlip_jax.data.sets.records import Record
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Index, Shard
 from mlip_jax.data.sets.splits import STANDARD, Choice
+from mlip_jax.data.sets.stored import Store
 from mlip_jax.data.text.captions import usable
 
 _MOST_OPEN = 256  # shards; a process may often have 1,024 files open
@@ -190,11 +191,40 @@ def open_prepared(folder: Path, opening: Opening) -> PreparedSource:
     """
     index = shards.read_index(folder)
     check_sizes(folder, index)
+    return _open(folder, index, *_choose(str(folder), index, opening), opening.cleaning)
+
+
+def open_from_bucket(url: str, opening: Opening) -> PreparedSource:
+    """Opens a prepared dataset in a bucket: the shards of the split are brought and kept here.
+
+    What is brought is compared with the checksums of the index.
+
+    Raises:
+      MissingSplit: when it has no such split.
+      UserError: when it cannot be reached, is no prepared dataset or is damaged, and when the cache
+        has no room for it.
+    """
+    store = Store(url, opening.cache_dir)
+    store.bring_anew(shards.INDEX)
+    index = shards.read_index(store.folder)
+    choice, parts = _choose(url, index, opening)
+    store.bring([file for shard in parts for file in shard.files()])
+    return _open(store.folder, index, choice, parts, opening.cleaning)
+
+
+def _choose(place: str, index: Index, opening: Opening) -> tuple[Choice, list[Shard]]:
+    """What the wanted split is made of, and its shards."""
     splits = dict.fromkeys(shard.split for shard in index.shards if shard.records)
-    choice = STANDARD.choose(folder, opening.wanted, splits)
+    choice = STANDARD.choose(place, opening.wanted, splits)
     parts = [s for part in choice.parts for s in index.shards if s.split == part and s.records]
+    return choice, parts
+
+
+def _open(
+    folder: Path, index: Index, choice: Choice, parts: Sequence[Shard], cleaning: str
+) -> PreparedSource:
     kind = MultiLabelPreparedSource if index.multi_label else PreparedSource
-    return kind(folder, choice, parts, index, opening.cleaning)
+    return kind(folder, choice, parts, index, cleaning)
 
 
 def check_sizes(folder: Path, index: Index) -> None:
@@ -214,4 +244,4 @@ def check_sizes(folder: Path, index: Index) -> None:
                 )
 
 
-KIND = by_path(open_prepared)
+KIND = by_path(open_prepared, open_from_bucket)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from mlip_jax.core.cache import cache_folder
 from mlip_jax.core.errors import UserError
-from mlip_jax.data.sets.cache import cache_folder
 
 
 class Place(NamedTuple):

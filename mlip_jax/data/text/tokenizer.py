@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Encoder
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json
 from mlip_jax.data.text import encoders, hugging_face, wordpiece
@@ -252,9 +253,9 @@ def load_tokenizer(
         return Tokenizer(_clip(_CLIP_SIZES[name]), cleaning, written=written)
     kind, _, path = name.partition(":")
     if kind == "wordpiece" and path:
-        return Tokenizer(wordpiece.read(Path(path).expanduser()), cleaning)
+        return Tokenizer(wordpiece.read(places.local(path).expanduser()), cleaning)
     if kind == "folder" and path:
-        return folder_tokenizer(Path(path).expanduser(), cleaning, vocab_size)
+        return folder_tokenizer(places.local(path).expanduser(), cleaning, vocab_size)
     if name != "wordpiece":
         raise UserError(
             f"unknown tokenizer {name!r}: expected one of {', '.join(TOKENIZERS)}, wordpiece:PATH, "

@@ -1,4 +1,4 @@
-"""Where datasets lie that the user names by one word."""
+"""Where named datasets lie, and what is kept of places elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder(cache_dir: str) -> Path:
-    """The folder for named datasets: `cache_dir`, $MLIP_JAX_CACHE or ~/.cache/mlip_jax."""
+    """The folder for what can be had again: `cache_dir`, $MLIP_JAX_CACHE or ~/.cache/mlip_jax."""
     chosen = cache_dir or os.environ.get("MLIP_JAX_CACHE", "") or "~/.cache/mlip_jax"
     return Path(chosen).expanduser()
