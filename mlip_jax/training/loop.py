@@ -187,9 +187,8 @@ def run_steps(
             log.add(metrics)
             callbacks.tell("on_step", done)
             watchdog.alive()
-            if (
-                done == start + 2 and log.pending == 2
-            ):  # the first step is done, and the second one tells its speed
+            if done == start + 2 and log.pending == 2:
+                # The first step is done, and the second one tells its speed.
                 writer.begin(start + 1, log.first())
 
             evaluates = done == run.steps or run.due(done, config.evaluation.every_samples)
