@@ -508,6 +508,7 @@ def test_a_model_that_cannot_be_trained_on_is_refused(clip, tmp_path, monkeypatc
         pretrained.adopt(schema.default(), str(other))
     config = schema.default()
     config.model.pretrained = config.model.text.pretrained = "bert"
+    config.model.text.architecture = "bert"
     with pytest.raises(UserError, match=r"model\.text\.pretrained both say"):
         validate(config)
     bare = open_clip_folder(tmp_path / "bare")

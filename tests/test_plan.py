@@ -150,7 +150,7 @@ def test_memory_of_a_device_is_its_share_of_state_and_batch(config, on_cpus):
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     state_bytes = sum(map(share, jax.tree.leaves(state)))
-    batch = 8 // 8 * (16 * 16 * 3 + 4 * 8)
+    batch = 8 // 8 * (16 * 16 * 3 + 4 * 8 + 4)  # pixels, token ids, the record's number
     memory = on_cpus.memory
     assert memory.arguments == state_bytes + batch
     assert memory.aliased == state_bytes  # donated

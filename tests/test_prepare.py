@@ -164,10 +164,15 @@ def test_parquet_with_columns_of_other_names(tmp_path):
 
 
 def test_numbers_in_a_column_of_splits_name_none(tmp_path):
-    table = pa.table({"image": [picture(1), picture(2)], "text": ["a", "b"], "split": [1, 0]})
-    pq.write_table(table, tmp_path / "x-val.parquet")
-    out = prepare(tmp_path, f"parquet:{tmp_path / 'x-val.parquet'}")
-    assert len(open_source(f"prepared:{out}", "validation")) == 2
+    images, splits = [picture(seed) for seed in range(3)], ["1", "0", "val"]
+    table = pa.table({"image": images, "text": ["a", "b", "c"], "split": splits})
+    for number, column in enumerate((table["split"], pa.array([1, 0, 2]))):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(table.set_column(2, "split", column), file)
+    out = prepare(tmp_path, f"parquet:{tmp_path / '0.parquet'}", "--max-skipped-share=0.7")
+    assert open_source(f"prepared:{out}", "validation")[0].captions == ("c",)
+    assert len(broken(out)) == 2
+    assert run(f"--source=parquet:{tmp_path / '1.parquet'}", f"--out={tmp_path / 'none'}") == 2
 
 
 def save_to_disk(folder, table, batch=2):

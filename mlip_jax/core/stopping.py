@@ -35,6 +35,11 @@ class Listener:
         self._thread.start()
         self._former = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
+    def replace(self, other: Listener) -> None:
+        """Closes one that listened before; at the end, who listened before that one does again."""
+        self._former = other._former
+        other.close()
+
     def close(self) -> None:
         """Ends the thread, and gives way to who listened before; one who came later goes on."""
         current = signal.set_wakeup_fd(self._former, warn_on_full_buffer=False)
@@ -68,11 +73,11 @@ def let_come() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def hand_over() -> None:
-    """Ends `listen_early`: somebody else listens now."""
+def hand_over(listener: Listener) -> None:
+    """Ends `listen_early`: another one listens now."""
     global _early
     if _early is not None:
-        _early.close()
+        listener.replace(_early)
         _early = None
 
 

@@ -65,7 +65,7 @@ class Stop:
         for number in former:
             signal.signal(number, ask)
         listener = stopping.Listener(self._hear_signal)
-        stopping.hand_over()
+        stopping.hand_over(listener)
         try:
             with processes.hearing(_WORD, self._hear):
                 yield self
