@@ -228,19 +228,19 @@ def test_a_save_that_the_bucket_refuses_leaves_the_former_good(saved, monkeypatc
     assert places.names(places.local(saved) / "checkpoints") == ["1", "2"]
 
 
-# Two processes, each with a folder of its own, save an array in parts and one that both hold.
+# Two processes, each with a folder of its own, go on from what is there and save an array in parts
+# and one that both hold.
 PARTS = """
 import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from mlip_jax.core import buckets as mirrors
 from mlip_jax.core import places
 from mlip_jax.devices import cluster, processes
 from mlip_jax.storage.checkpoint import Checkpoints
 
 cluster.start()
-url = sys.argv[1]
+url, first = sys.argv[1], int(sys.argv[2])
 mesh = jax.make_mesh((2,), ("fsdp",))
 whole = np.arange(4096, dtype=np.float32).reshape(64, 64)
 
@@ -264,23 +264,25 @@ def check(checkpoints, step):
 
 with processes.together():
     with Checkpoints(url, keep_last=2) as checkpoints:
-        for step in 1, 2, 3:
+        if first > 1:
+            check(checkpoints, first - 1)
+        for step in range(first, first + 3):
             checkpoints.save(step, state(step), {})
         checkpoints.wait()
     places.release()
     with Checkpoints(url, keep_last=2) as checkpoints:
-        check(checkpoints, 3)
+        check(checkpoints, first + 2)
 """
 
 
-def run_parts(url, folder):
+def run_parts(url, first, folder):
     address = f"127.0.0.1:{buckets.free_port()}"
     with contextlib.ExitStack() as stack:
         processes = []
         for index in range(2):
             flags = {"COORDINATOR": address, "PROCESSES": "2", "PROCESS_ID": str(index)}
             variables = {f"MLIP_{name}": value for name, value in flags.items()}
-            command = [sys.executable, "-c", PARTS, url]
+            command = [sys.executable, "-c", PARTS, url, str(first)]
             log = stack.enter_context((folder / f"{index}.log").open("w"))
             process = subprocess.Popen(
                 command, cwd=ROOT, env=with_devices(1) | variables, stderr=log
@@ -292,11 +294,21 @@ def run_parts(url, folder):
     assert codes == [0, 0], "\n".join(path.read_text() for path in folder.glob("*.log"))
 
 
-def test_two_processes_bring_their_parts_and_one_commit(url, tmp_path):
-    run_parts(url, tmp_path)
+def test_two_processes_bring_their_parts_and_one_commit_and_one_process_goes_on(url, tmp_path):
+    run_parts(url, 1, tmp_path)
     assert places.names(places.local(url) / "checkpoints") == ["2", "3"]
     whole = np.arange(4096, dtype=np.float32).reshape(64, 64)
     fields, extras = restore_fields(url, ["parts", "same"])
     assert extras["step"] == 3
     assert np.array_equal(fields["parts"], whole * 3)
     assert np.array_equal(fields["same"], whole * 3)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=device)
+    with Checkpoints(url, keep_last=2) as checkpoints:
+        restored, _ = checkpoints.restore({"parts": like, "same": like})
+        assert np.array_equal(restored["parts"], whole * 3)
+        checkpoints.save(4, jax.tree.map(lambda _: jax.numpy.asarray(whole * 4), restored), {})
+        checkpoints.wait()
+    places.release()
+    run_parts(url, 5, tmp_path)
+    assert places.names(places.local(url) / "checkpoints") == ["6", "7"]

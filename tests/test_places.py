@@ -50,6 +50,26 @@ def test_what_is_written_whole_is_there_from_another_machine(bucket, elsewhere):
     assert contents(elsewhere()) == {"config.json": b"[]"}
 
 
+def test_what_is_removed_while_a_folder_is_brought_is_left_out(bucket, elsewhere, monkeypatch):
+    folder = elsewhere() / "steps"
+    mirror = places.mirror_of(folder)
+    for name in ("steps/1/mark", "steps/1/y", "steps/2/mark"):
+        mirror.write(name, b"content")
+    find, listings = mirror._find, []
+
+    def removing(path):
+        listings.append(find(path))
+        for name in ("steps/1/mark", "steps/1/y"):
+            mirror.delete(name)
+        return listings[-1]
+
+    monkeypatch.setattr(mirror, "_find", removing)
+    places.fetch(folder)
+    assert [len(found) for found in listings] == [3, 1]
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    assert contents(folder) == {"2/mark": b"content"}
+
+
 def test_a_folder_is_brought_without_parts_and_where_it_is_marked(bucket, elsewhere):
     folder = places.local(bucket) / "steps"
     for step, files in {"1": ["mark", "big/x", "y"], "2": ["y"]}.items():

@@ -26,6 +26,7 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra of setup.py that reads
 PATIENCE = 300.0  # seconds for which a server may be away
 AT_START = 30.0  # the same before anything is done
 PAUSE = 0.5  # seconds before the first other try; they double
+_LISTINGS = 5  # of a folder whose files vanish meanwhile
 _AT_ONCE = 8  # transfers, of which each may hold 50 MB in memory
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors of this machine's disk
 _NEVER = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
@@ -93,8 +94,13 @@ class Mirror:
             raise UserError(f"cannot use {self.url}: {reason}") from error
         if empty:
             return
-        deeper = {name for name in self._versions if "/" in name}
-        self._bring(self.root, direct, kept={*direct, *deeper})
+        first = [direct]
+
+        def listed() -> tuple[dict[str, Any], Collection[str]]:
+            found = first.pop() if first else self._direct()
+            return found, {*found, *(name for name in self._versions if "/" in name)}
+
+        self._bring(self.root, listed)
 
     def names(self, folder: Path) -> list[str]:
         """The names in a folder of the bucket; none where it does not exist."""
@@ -121,25 +127,29 @@ class Mirror:
           without: names of folders at any depth that are not brought.
           marked_by: of folders in this one, only those are brought that hold a file of this name.
         """
-        found = self._find(path)
         depth = len(PurePosixPath(self._name(path)).parts)
-        if marked_by:
-            marked = {
-                PurePosixPath(name).parts[depth]
-                for name in found
-                if PurePosixPath(name).parts[depth + 1 :] == (marked_by,)
-            }
-            found = {
+
+        def listed() -> tuple[dict[str, Any], Collection[str]]:
+            found = self._find(path)
+            if marked_by:
+                marked = {
+                    PurePosixPath(name).parts[depth]
+                    for name in found
+                    if PurePosixPath(name).parts[depth + 1 :] == (marked_by,)
+                }
+                found = {
+                    name: one
+                    for name, one in found.items()
+                    if PurePosixPath(name).parts[depth] in marked
+                }
+            wanted = {
                 name: one
                 for name, one in found.items()
-                if PurePosixPath(name).parts[depth] in marked
+                if not set(PurePosixPath(name).parts[depth:-1]) & set(without)
             }
-        wanted = {
-            name: one
-            for name, one in found.items()
-            if not set(PurePosixPath(name).parts[depth:-1]) & set(without)
-        }
-        self._bring(path, wanted, kept=found)
+            return wanted, found
+
+        self._bring(path, listed)
 
     def publish(self, path: Path, target: Path | None = None, anew: bool = False) -> None:
         """Writes a local file, or the files of a folder that are new or changed, to the bucket.
@@ -293,8 +303,23 @@ class Mirror:
             if ".." not in key.split("/")
         }
 
-    def _bring(self, path: Path, wanted: dict[str, Any], kept: Collection[str]) -> None:
-        """Fetches what is wanted and is not here; forgets what is no longer kept in the bucket."""
+    def _bring(
+        self, path: Path, listed: Callable[[], tuple[dict[str, Any], Collection[str]]]
+    ) -> None:
+        """Fetches what is wanted and is not here; forgets what is no longer kept in the bucket.
+
+        Args:
+          path: the file or folder.
+          listed: gives what is wanted, and all that is kept there; it is asked again when some of
+            it has been removed meanwhile, as a run that trains does.
+        """
+        for _ in range(_LISTINGS):
+            if self._bring_listed(path, *listed()):
+                return
+        raise RunError(f"what is in {self.url} vanishes while it is read")
+
+    def _bring_listed(self, path: Path, wanted: dict[str, Any], kept: Collection[str]) -> bool:
+        """Does so once; whether all was there."""
         with self._transfers:
             below = f"{self._name(path)}/" if path != self.root else ""
             for name in [name for name in self._versions if name.startswith(below)]:
@@ -307,12 +332,17 @@ class Mirror:
                 if not (self.held and name in self._published)
             }
             if not lacking:
-                return
+                return True
             targets = [self.root / name for name in lacking]
             for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)
-            self._each(self._files.get_file, map(self._object, lacking), map(str, targets))
+            sources = map(self._object, lacking)
+            results = self._each(self._files.get_file, sources, map(str, targets), missing=False)
             self._versions.update(lacking)
+            gone = [name for name, got in zip(lacking, results, strict=True) if got is False]
+            for name in gone:
+                self._forget(name, path)
+            return not gone
 
     def _forget(self, name: str, up_to: Path) -> None:
         """Removes the local copy of an object that is gone, and folders that are empty by that."""
@@ -326,13 +356,18 @@ class Mirror:
                 folder.rmdir()
 
     def _each(
-        self, transfer: Callable[[str, str], None], sources: Iterable[str], targets: Iterable[str]
-    ) -> None:
-        """Transfers files, several at a time. Each is tried again by itself."""
+        self,
+        transfer: Callable[[str, str], None],
+        sources: Iterable[str],
+        targets: Iterable[str],
+        *,
+        missing: Any = FileNotFoundError,
+    ) -> list[Any]:
+        """Transfers files, several at a time; gives what `_try` gives of each."""
         # Not by the library's own call for many: where one fails, it leaves the others lying.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             acts = [partial(transfer, *pair) for pair in zip(sources, targets, strict=True)]
-            list(pool.map(self._try, acts))
+            return list(pool.map(partial(self._try, missing=missing), acts))
 
     def _check_held(self) -> None:
         if self.lost:

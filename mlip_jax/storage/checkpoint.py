@@ -122,7 +122,11 @@ class Checkpoints:
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 multiprocessing_options=together,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(
+                    # One process's word that they are made would be taken for that of all.
+                    create_directories_asynchronously=not self._apart,
+                    post_finalization_callback=self._seal,
+                ),
             ),
             handler_registry=registry,
         )
