@@ -97,7 +97,11 @@ def over_shifts(
 
     Args:
       of_pairs: scores [1 + shifts, rows] -> their mean loss.
-      image, text, scale, shifts, mesh: see `jsd`.
+      image: L2-normalised.
+      text: L2-normalised.
+      scale: multiplies cosines.
+      shifts: negatives a positive.
+      mesh: the devices that the rows lie on; None: one.
       keys: of the rows; equal ones are no negatives of each other; None: all are.
 
     Raises:
