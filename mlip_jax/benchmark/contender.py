@@ -25,7 +25,7 @@ from mlip_jax.models import building
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
-from mlip_jax.training.step import abstract_batch, compile_lowered, lower_step, make_train_step
+from mlip_jax.training.step import compile_lowered, lower_step, make_train_step, random_rows
 from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
 
 
@@ -194,14 +194,7 @@ def _random(
     config: ConfigDict, mesh: jax.sharding.Mesh, vocab_size: int
 ) -> Generator[dict[str, np.ndarray]]:
     """One random batch of this process's rows, again and again."""
-    rng = np.random.default_rng(config.seed)
-    rows = len(parallel.local_rows(mesh, config.batch_size))
-    batch = {
-        name: rng.integers(
-            0, 256 if leaf.dtype == np.uint8 else vocab_size, (rows, *leaf.shape[1:]), leaf.dtype
-        )
-        for name, leaf in abstract_batch(config, mesh).items()
-    }
+    batch = random_rows(config, mesh, vocab_size, config.seed)
     while True:
         yield batch
 

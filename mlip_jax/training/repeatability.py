@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt32
 from mlip_jax.devices import parallel
 from mlip_jax.training.run import Run
 from mlip_jax.training.state import TrainState
-from mlip_jax.training.step import Step, abstract_batch
+from mlip_jax.training.step import Step, random_rows
 
 _PROBED = ("gpu",)  # platforms
 
@@ -48,14 +48,8 @@ def probe(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
 
 def random_batch(run: Run) -> dict[str, Array]:
     """Random pixels and token ids in the place of a batch, on the run's devices."""
-    rng = np.random.default_rng(0)
-    rows = len(parallel.local_rows(run.mesh, run.config.batch_size))
-    limits = {np.dtype(np.uint8): 256, np.dtype(np.int32): run.tokenizer.vocab_size}
-    batch = {
-        name: rng.integers(0, limits[np.dtype(leaf.dtype)], (rows, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in abstract_batch(run.config, run.mesh).items()
-    }
-    messages = run.channel.tell(np.full(rows, -1, np.int32), False)
+    batch = random_rows(run.config, run.mesh, run.tokenizer.vocab_size, seed=0)
+    messages = run.channel.tell(np.full(len(batch["record"]), -1, np.int32), False)
     return parallel.global_batch(batch, run.mesh) | messages
 
 

@@ -264,3 +264,16 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     if config.perspectives.other_caption.weight > 0:
         shapes["token_ids_2"] = token_ids
     return shapes
+
+
+def random_rows(
+    config: ConfigDict, mesh: Mesh, vocab_size: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Random values in the place of this process's rows of a batch."""
+    rng = np.random.default_rng(seed)
+    rows = len(parallel.local_rows(mesh, config.batch_size))
+    limits = {np.dtype(np.uint8): 256, np.dtype(np.int32): vocab_size}
+    return {
+        name: rng.integers(0, limits[np.dtype(leaf.dtype)], (rows, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in abstract_batch(config, mesh).items()
+    }

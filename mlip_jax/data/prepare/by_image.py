@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader
+from mlip_jax.data.sets.one_image import bits_of
 from mlip_jax.data.sets.shards import Example
 
 _AT_ONCE = 4096  # records whose refs are held; their images come one by one
@@ -104,7 +105,7 @@ class ByImage(Reader):
         for first, chunk in self._chunks(scout):
             for place, glance in enumerate(scout.glances([ref for _, ref in chunk])):
                 if glance:
-                    keys.append(_bits(chunk[place][0].encode(), glance))
+                    keys.append(bits_of(b"\0".join((chunk[place][0].encode(), glance))))
                     rows.append(first + place)
         _, inverse, counts = np.unique(
             np.array(keys, np.uint64), return_inverse=True, return_counts=True
@@ -147,10 +148,6 @@ class ByImage(Reader):
             if time.monotonic() - told > _LINE:
                 told = time.monotonic()
                 self._console.print(f"looking for equal images: {first + len(chunk):,} records")
-
-
-def _bits(*parts: bytes) -> int:
-    return int.from_bytes(blake2b(b"\0".join(parts), digest_size=8).digest(), "little")
 
 
 def _digest(split: str, example: Example) -> bytes:
