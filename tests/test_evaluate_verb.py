@@ -244,6 +244,15 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert "<td" in (tmp_path / "comparison.html").read_text()
 
 
+def test_a_run_of_the_same_seed_is_no_second_seed(tmp_path, capsys):
+    for name in ("one", "again"):
+        run(tmp_path / name, 0, 0.4)
+    assert door.main(["mlip", "evaluate", f"--compare={tmp_path}/one,{tmp_path}/again"]) == 0
+    output = capsys.readouterr().out
+    assert ["Figure", "one", "again", "Chance"] in table_lines(output)
+    assert "standard deviation" not in output
+
+
 def test_what_a_run_lacks_is_a_dash(tmp_path, capsys):
     run(tmp_path / "one", 0, 0.4, top1=0.2)
     run(tmp_path / "two", 0, 0.5, rate=0.3)

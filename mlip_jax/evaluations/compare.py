@@ -87,10 +87,13 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
 
 
 def group(runs: Sequence[Run]) -> list[Column]:
-    """Puts runs whose configs differ in the seed alone, or in what moves no parameter, together."""
+    """Puts runs whose configs differ in the seed alone together.
+
+    What moves no parameter may differ as well. A run of the same seed again is a column of its own.
+    """
     groups: list[list[Run]] = []
     for run in runs:
-        column_runs = next((other for other in groups if _belongs(run, other[0])), None)
+        column_runs = next((others for others in groups if _belongs(run, others)), None)
         if column_runs is None:
             groups.append([run])
         else:
@@ -211,8 +214,12 @@ def _read(workdir: Path, name: str) -> list[Run]:
     return runs
 
 
-def _belongs(run: Run, other: Run) -> bool:
-    return run.variant == other.variant and not _differences(run, other)
+def _belongs(run: Run, others: Sequence[Run]) -> bool:
+    return (
+        run.variant == others[0].variant
+        and not _differences(run, others[0])
+        and run.config.seed not in [other.config.seed for other in others]
+    )
 
 
 def _differences(one: Run, other: Run) -> list[str]:
