@@ -40,6 +40,8 @@ def config_of(accumulation, **changes):
     config.model.image.patch_dropout = 0.5
     config.model.image.drop_path = config.model.text.dropout = config.model.text.drop_path = 0.2
     config.perspectives.augmented_image.weight = 0.5
+    config.perspectives.spatial_tokens.odds = 4.0
+    config.perspectives.spatial_tokens.learn_bias = True
     config.optimizer.ema = 0.0
     config.seed = 1  # by 0's parameters two tokens are so near that rounding picks the one to merge
     config.update_from_flattened_dict(changes)

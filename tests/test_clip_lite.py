@@ -241,11 +241,13 @@ def test_the_concat_critic_is_trained_on_the_pairs_of_the_bound():
     config = small_config(**{"model.critic": "concat", "model.prior_weight": 0.0})
     for view in ALL_TERMS[1:]:
         config.perspectives[view].weight = 0.0
-    config.perspectives.spatial_global.shifts = 2
+    spatial = config.perspectives.spatial_global
+    spatial.shifts, spatial.odds, spatial.learn_bias, spatial.init_bias = 2, 3.0, True, -1.5
     model, optimizer, step = parts(config)
     state = jax.jit(lambda: initial_state(model, optimizer, config))()
     assert not any(name.startswith(("log_scale", "image_heads")) for name in state.params)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    unbiased = state.params | {"bias_spatial_global": jnp.float32(0)}
+    variables = {"params": unbiased, "batch_stats": state.batch_stats}
 
     @jax.jit
     def by_hand(variables, batch):
@@ -261,13 +263,14 @@ def test_the_concat_critic_is_trained_on_the_pairs_of_the_bound():
         image, text = embeddings["spatial_global"], embeddings["text_global"]
         texts = jnp.stack([jnp.roll(text, -shift, axis=0) for shift in range(3)])
         scores = model.apply(variables, "spatial_global", image, texts, method="score_pairs")
-        return contrastive.jsd_of_scores(scores)
+        return contrastive.jsd_of_scores(scores - 1.5, 3.0)
 
     expected = by_hand(variables, one_view())
     after, metrics = jax.jit(step)(state, one_view())
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, state.params)
     assert all(change > 0 for change in jax.tree.leaves(moved["pair_critics_spatial_global"]))
+    assert moved["bias_spatial_global"] > 0
 
 
 def test_pairs_within_a_modality_have_critics_of_their_own():

@@ -34,6 +34,7 @@ MISTAKES = [
     ("perspectives.spatial_global.weight", 0.0, "nothing to train on"),
     ("perspectives.frequency_global.weight", 1.0, "needs a Frequency Stage"),
     ("perspectives.spatial_tokens.weight", -1.0, "must be at least 0"),
+    ("perspectives.spatial_tokens.odds", -1.0, "must be at least 0"),
     ("optimizer.learning_rate", 0.0, "config.optimizer.learning_rate=0.0 must be above 0"),
     ("optimizer.learning_rate", math.nan, "config.optimizer.learning_rate=nan must be"),
     ("optimizer.ema", 1.5, r"must be in \[0, 1\)"),
@@ -105,6 +106,15 @@ def test_jsd_shifts_stay_within_the_batch(config):
     config.perspectives.spatial_global.shifts = config.batch_size
     with pytest.raises(UserError, match="shifts=256 must be from 1 to 255"):
         validate(config)
+
+
+@pytest.mark.parametrize(("key", "value"), [("odds", 2.0), ("learn_bias", True)])
+def test_what_weighs_few_negatives_is_not_for_losses_over_all_pairs(config, key, value):
+    config.perspectives.spatial_global[key] = value
+    with pytest.raises(UserError, match=f"{key}={value} is of losses that score few pairs"):
+        validate(config)
+    config.perspectives.spatial_global.loss = "jsd"
+    validate(config)
 
 
 def test_json_keeps_every_value_and_type(config):

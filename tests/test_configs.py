@@ -109,6 +109,7 @@ def test_clip_lite_takes_negatives_and_has_the_papers_recipe():
     assert parse("clip_lite.py").perspectives.spatial_global.shifts == 4
     assert parse("clip_lite.py:size=RN50,data=coco").perspectives.spatial_global.shifts == 1
     assert parse("clip_lite.py:negatives=31").perspectives.spatial_global.shifts == 31
+    assert parse("clip_lite.py:odds=0").perspectives.spatial_global.odds == 0
     recipe = parse("clip_lite.py:size=RN50,data=coco")
     assert (recipe.batch_size, recipe.samples // recipe.batch_size) == (1024, 250_000)
     assert recipe.optimizer.name == "sgd" and recipe.optimizer.lookahead.period == 5
@@ -124,6 +125,7 @@ def test_clip_lite_takes_negatives_and_has_the_papers_recipe():
 
 MISTAKES = [
     ("clip_lite.py:negatives=many", "negatives='many': expected a whole number"),
+    ("clip_lite.py:odds=all", "odds=.all.: expected a number"),
     ("clip_lite.py:negatives=32", "shifts=32 must be from 1 to 31"),
     ("clip_lite.py:text=nowhere", "nowhere: no such folder"),
     ("clip.py:size=B/15", "unknown size 'B/15'.* did you mean 'B/1?32|B/16'"),

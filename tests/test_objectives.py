@@ -81,6 +81,54 @@ def test_jsd_negatives_are_the_next_rows():
     np.testing.assert_allclose(objectives.jsd(image, text, 9.0, shifts=3), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("level", ["global", "tokens"])
+@pytest.mark.parametrize(("odds", "bias"), [(1.0, 0.0), (3.5, -2.0)])
+def test_jsd_with_odds_and_bias_is_its_formula(tokens, level, odds, bias):
+    """softplus(-T) of pairs + odds * the mean softplus(T) of negatives: values and gradients."""
+    shifts, batch = 4, 11
+    rng = np.random.default_rng(4)
+    if level == "global":
+        sides = unit(rng, batch, 8), unit(rng, batch, 8)
+    else:
+        sides = tokens["image_tokens"], tokens["text_tokens"]
+    rest = tokens["image_weights"], tokens["text_mask"]
+
+    def ours(one, other, scale, bias):
+        if level == "global":
+            return objectives.jsd(one, other, scale, shifts, odds=odds, bias=bias)
+        how = {"shifts": shifts, "odds": odds}
+        return token_level_loss("jsd", one, other, *rest, scale, bias, **how)
+
+    def by_hand(one, other, scale, bias):
+        both = [one @ other.T] if level == "global" else similarity(one, other, *rest)
+        losses = []
+        for cosines in both:
+            scores = scale * cosines + bias
+            pairs = sum(jnp.log1p(jnp.exp(-scores[i, i])) for i in range(batch)) / batch
+            negatives = [
+                jnp.log1p(jnp.exp(scores[i, (i + k) % batch]))
+                for i in range(batch)
+                for k in range(1, shifts + 1)
+            ]
+            losses.append(pairs + odds * sum(negatives) / (shifts * batch))
+        return sum(losses) / len(losses)
+
+    inputs = *sides, jnp.float32(5.0), jnp.float32(bias)
+    one, other = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*inputs) for f in (ours, by_hand)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
+
+
+def test_jsd_of_all_negatives_at_their_odds_is_the_sigmoid_loss():
+    rng = np.random.default_rng(5)
+    image, text = unit(rng, 6, 8), unit(rng, 6, 8)
+    one = objectives.jsd(image, text, 9.0, shifts=5, odds=5.0, bias=-3.0)
+    np.testing.assert_allclose(
+        one, objectives.sigmoid_contrastive(image, text, 9.0, -3.0), rtol=1e-5
+    )
+
+
 def test_jsd_of_two_pairs_is_the_sigmoid_loss_without_bias():
     rng = np.random.default_rng(2)
     image, text, scale = unit(rng, 2, 8), unit(rng, 2, 8), jnp.float32(5.0)
@@ -197,8 +245,8 @@ def test_token_losses_are_the_mean_of_both_directions(tokens, loss):
         if loss == "sigmoid":
             sign = 2 * np.eye(11) - 1
             return np.logaddexp(0, -sign * (scores - 1)).sum() / 11
-        negatives = [scores[i, (i + k) % 11] for i in range(11) for k in (1, 2)]
-        return np.logaddexp(0, -np.diag(scores)).mean() + np.logaddexp(0, negatives).mean()
+        negatives = [scores[i, (i + k) % 11] - 1 for i in range(11) for k in (1, 2)]
+        return np.logaddexp(0, 1 - np.diag(scores)).mean() + np.logaddexp(0, negatives).mean()
 
     expected = (by_hand(7 * image_to_text, 1) + by_hand(7 * text_to_image, 0)) / 2
     value, _ = token_loss(loss, tokens, chunk=4)
@@ -294,6 +342,13 @@ def test_the_total_is_the_weighted_sum(embeddings, tokens):
         np.testing.assert_allclose(losses[view], value, rtol=1e-5, err_msg=view)
     by_hand = sum(weights[view] * value for view, value in expected.items())
     np.testing.assert_allclose(total, by_hand, rtol=1e-5)
+
+
+def test_odds_of_0_are_those_of_the_other_rows():
+    config = schema.from_json("{}")  # as runs before the key wrote it
+    assert perspectives.terms(config)[0].odds == 1.0
+    config.batch_size, config.perspectives.spatial_global.odds = 48, 0.0
+    assert perspectives.terms(config)[0].odds == 47.0
 
 
 def test_a_weight_warms_up(embeddings):

@@ -195,19 +195,19 @@ def test_a_rule_that_cannot_be_followed_is_refused(small, rule, message):
 
 
 LOSSES = {
-    "softmax": ("softmax", 1),
-    "sigmoid": ("sigmoid", 1),
-    "jsd": ("jsd", 1),
-    "jsd5": ("jsd", 5),  # on 4 and 8 devices more than a device has rows
+    "softmax": ("softmax", 1, 1.0),
+    "sigmoid": ("sigmoid", 1, 1.0),
+    "jsd": ("jsd", 1, 1.0),
+    "jsd5": ("jsd", 5, 3.0),  # on 4 and 8 devices more than a device has rows
 }
 
 
 def value_and_gradients(embeddings, scales, biases, mesh=None):
     """Of every loss, the total over a global and a token-level perspective."""
     results = {}
-    for name, (loss, shifts) in LOSSES.items():
+    for name, (loss, shifts, odds) in LOSSES.items():
         terms = tuple(
-            perspectives.Term(view, loss, weight, shifts, 0)
+            perspectives.Term(view, loss, weight, shifts, 0, odds)
             for view, weight in (("spatial_global", 1.0), ("spatial_tokens", 0.5))
         )
 

@@ -210,7 +210,11 @@ def default() -> ConfigDict:
                 "shifts": 1,  # jsd: negatives per positive
                 "warmup_samples": 0,  # the weight rises linearly over the first samples
                 "init_scale": 1 / 0.07,
-                "init_bias": 0.0,  # sigmoid only
+                # jsd: what the mean over the negatives weighs against the pair; 0: as many as the
+                # other rows of the batch, which the negatives stand for
+                "odds": 1.0,
+                "learn_bias": False,  # jsd: a bias is added to the scores; sigmoid always has one
+                "init_bias": 0.0,  # where a bias is learned
             }
             for view in PERSPECTIVES
         }
@@ -325,6 +329,18 @@ def whole_number(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"config argument {name}={text!r}: expected a whole number") from None
+
+
+def number(name: str, text: str) -> float:
+    """The value of a config argument that must be a number.
+
+    Raises:
+      UserError: when it is not.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"config argument {name}={text!r}: expected a number") from None
 
 
 def views_of(config: ConfigDict, perspective: str) -> int:

@@ -80,7 +80,7 @@ _RULES = (
         r"(optimizer\.warmup|optimizer\.cooldown|checkpoint\.every|evaluation\.every)_samples",
         "at least -1",
     ),
-    (r".*(_samples|_penalty|\.weight|\.depth)", "at least 0"),
+    (r".*(_samples|_penalty|\.weight|\.depth|\.odds)", "at least 0"),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
 _LONG = re.compile(r"seed|(.*_)?samples")  # whole numbers that may be large
@@ -276,6 +276,12 @@ def _check_perspectives(config: ConfigDict) -> None:
             raise UserError(
                 f"config.perspectives.{view}.shifts={perspective.shifts} must be from 1 to "
                 f"{config.batch_size - 1}, one less than the batch"
+            )
+        if perspective.weight and not few and (perspective.learn_bias or perspective.odds != 1):
+            key = "learn_bias" if perspective.learn_bias else "odds"
+            raise UserError(
+                f"config.perspectives.{view}.{key}={perspective[key]} is of losses that score few "
+                f"pairs, such as 'jsd'; the loss is {perspective.loss!r}"
             )
 
 

@@ -143,7 +143,7 @@ class Model:
 
     @property
     def logit_bias(self) -> float:
-        """What is added to scaled cosines, where the sigmoid loss has learned it; else 0."""
+        """What is added to scaled cosines, where the loss has learned it; else 0."""
         bias = self._variables["params"].get(f"bias_{self._view}", 0.0)
         return float(jax.device_get(bias))
 

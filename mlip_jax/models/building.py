@@ -124,7 +124,8 @@ def build(
         view: (
             config.perspectives[view].init_scale,
             config.perspectives[view].init_bias
-            if LOSSES[config.perspectives[view].loss].learns_bias
+            if config.perspectives[view].learn_bias
+            or LOSSES[config.perspectives[view].loss].learns_bias
             else None,
         )
         for view in PERSPECTIVES  # a ConfigDict would give them by the alphabet

@@ -78,7 +78,7 @@ class TwoTower(nn.Module):
         }
         self.biases = {
             view: self.param(f"bias_{view}", nn.initializers.constant(bias), ())
-            for view in scaled
+            for view in self.critics
             if (bias := self.critics[view][1]) is not None
         }
         self.priors = (
@@ -193,9 +193,12 @@ class TwoTower(nn.Module):
     def score_pairs(
         self, view: str, one: Float[Array, "batch width"], other: Float[Array, "k batch width_2"]
     ) -> Float[Array, "k batch"]:
-        """What the concat critic of a perspective says of features, `other` several times over."""
+        """What the concat critic of a perspective says of features, `other` several times over.
+
+        Its bias is added, where it learns one.
+        """
         one = jnp.broadcast_to(one, (*other.shape[:2], one.shape[-1]))
-        return self.pair_critics[view](one, other)
+        return self.pair_critics[view](one, other) + self.biases.get(view, 0.0)
 
     def touch(
         self,

@@ -68,17 +68,29 @@ def jsd(
     text: Float[Array, "batch width"],
     scale: Float[Array, ""] | float,
     shifts: int = 1,
+    *,
+    odds: float = 1.0,
+    bias: Float[Array, ""] | float = 0.0,
 ) -> Scalar:
     """The Jensen-Shannon bound with `shifts` negatives a positive (CLIP-Lite, arXiv 2112.07133).
 
-    mean softplus(-T(x_i, y_i)) + mean softplus(T(x_i, y_(i+k mod n))), over k = 1..shifts.
+    mean softplus(-T(x_i, y_i)) + odds * mean softplus(T(x_i, y_(i+k mod n))), over k = 1..shifts.
+    The paper has one shift, odds of 1 and no bias; the rest is our choice.
+
+    Args:
+      image: L2-normalised.
+      text: L2-normalised.
+      scale: multiplies cosines.
+      shifts: negatives a positive.
+      odds: what the negatives weigh, see `jsd_of_scores`.
+      bias: T is scale * cosine + bias.
 
     Raises:
       ValueError: unless 1 <= shifts < batch; past it, a pair would be its own negative.
     """
     check_shifts(shifts, image.shape[0])
     scores = shifted_scores(image, followed(text, shifts), scale, shifts)
-    return jsd_of_scores(scores)
+    return jsd_of_scores(scores + bias, odds)
 
 
 def followed(rows: Shaped[Array, "batch *rest"], count: int) -> Shaped[Array, "more *rest"]:
@@ -107,6 +119,14 @@ def check_shifts(shifts: int, batch: int) -> None:
         )
 
 
-def jsd_of_scores(scores: Float[Array, "shifts1 batch"]) -> Scalar:
-    """mean softplus(-positive) + mean softplus(negative); the first row is the positives'."""
-    return jnp.mean(jax.nn.softplus(-scores[0])) + jnp.mean(jax.nn.softplus(scores[1:]))
+def jsd_of_scores(scores: Float[Array, "shifts1 batch"], odds: float = 1.0) -> Scalar:
+    """mean softplus(-positive) + odds * mean softplus(negative).
+
+    Args:
+      scores: the first row is the positives'.
+      odds: how many negatives there are for a positive, as far as the loss knows. It is the
+        cross-entropy of telling the two apart, whose optimum is the log of p(x, y) / (p(x) p(y))
+        less the log of the odds: a skewed Jensen-Shannon bound.
+    """
+    negative = jnp.mean(jax.nn.softplus(scores[1:]))
+    return jnp.mean(jax.nn.softplus(-scores[0])) + odds * negative

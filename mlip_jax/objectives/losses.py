@@ -32,12 +32,13 @@ class Scoring(NamedTuple):
     """How pairs are scored, and where."""
 
     scale: Float[Array, ""] | float  # multiplies cosines
-    bias: Float[Array, ""] | float = 0.0  # is added, by losses that learn one
+    bias: Float[Array, ""] | float = 0.0  # is added, where one is learned
     shifts: int = 1  # negatives a positive, of losses that score few pairs
     chunk: int = 32  # texts a block of the token-level scores
     blocks: str = "auto"  # see `in_blocks`
     mesh: Mesh | None = None  # the devices that the rows lie on; None: one
     keys: Keys | None = None  # of the rows; equal ones are no negatives; None: all are
+    odds: float = 1.0  # what the negatives weigh, of losses that score few pairs
 
 
 class Tokens(NamedTuple):
@@ -52,6 +53,8 @@ class Tokens(NamedTuple):
 # Scaled scores image to text and text to image [batch, batch] -> the loss. Of whole images and
 # texts both are the same array.
 OfScores = Callable[[Array, Array], Scalar]
+# Scores [1 + shifts, batch], the first row of the pairs themselves, and the odds -> the loss.
+OfPairs = Callable[[Array, float], Scalar]
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,15 @@ class Loss:
       of_embeddings: image and text embeddings [batch, width], L2-normalised -> the mean loss.
       of_tokens: the same of the token level.
       of_pairs: of a loss that scores the pairs of each image with its own and the next `shifts`
-        texts: their scores [1 + shifts, batch] -> the mean loss. None: it scores all pairs.
+        texts: (their scores [1 + shifts, batch], the odds) -> the mean loss. None: it scores all
+        pairs.
       learns_bias: whether a bias is added to the scores, learned from the perspective's init_bias.
+        A loss that scores few pairs learns one where the perspective says learn_bias.
     """
 
     of_embeddings: Callable[[Array, Array, Scoring], Scalar]
     of_tokens: Callable[[Tokens, Scoring], Scalar]
-    of_pairs: Callable[[Array], Scalar] | None = None
+    of_pairs: OfPairs | None = None
     learns_bias: bool = False
 
     def scored_pairs(self, batch: int, shifts: int) -> int:
@@ -135,20 +140,23 @@ def over_all_pairs(
     return Loss(of_embeddings, of_tokens, learns_bias=learns_bias)
 
 
-def over_shifts(of_pairs: Callable[[Array], Scalar]) -> Loss:
+def over_shifts(of_pairs: OfPairs) -> Loss:
     """A loss on each image's scores with its own text and with the next few of the batch.
 
     Args:
-      of_pairs: scores [1 + shifts, batch], the first row of the pairs themselves -> the loss. The
-        scores of equal rows are `equality.LOWEST`.
+      of_pairs: the loss. The scores of equal rows are `equality.LOWEST`.
     """
+
+    def weighed(scoring: Scoring) -> Callable[[Array], Scalar]:
+        return lambda scores: of_pairs(scores, scoring.odds)
 
     def of_embeddings(image: Array, text: Array, scoring: Scoring) -> Scalar:
         return sharded.over_shifts(
-            of_pairs,
+            weighed(scoring),
             image,
             text,
             scoring.scale,
+            scoring.bias,
             scoring.shifts,
             mesh=scoring.mesh,
             keys=scoring.keys,
@@ -156,9 +164,10 @@ def over_shifts(of_pairs: Callable[[Array], Scalar]) -> Loss:
 
     def of_tokens(tokens: Tokens, scoring: Scoring) -> Scalar:
         return sharded.tokens_over_shifts(
-            of_pairs,
+            weighed(scoring),
             *tokens,
             scoring.scale,
+            scoring.bias,
             scoring.shifts,
             mesh=scoring.mesh,
             keys=scoring.keys,

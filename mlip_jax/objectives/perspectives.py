@@ -29,13 +29,21 @@ class Term(NamedTuple):
     weight: float
     shifts: int
     warmup_samples: int
+    odds: float = 1.0
 
 
 def terms(config: ConfigDict) -> tuple[Term, ...]:
     """The perspectives of a config whose weight is above 0."""
     in_order = [(view, config.perspectives[view]) for view in PERSPECTIVES]
     return tuple(
-        Term(view, p.loss, float(p.weight), p.shifts, p.warmup_samples)
+        Term(
+            view,
+            p.loss,
+            float(p.weight),
+            p.shifts,
+            p.warmup_samples,
+            float(p.odds or config.batch_size - 1),
+        )
         for view, p in in_order
         if p.weight > 0
     )
@@ -60,14 +68,14 @@ def term_loss(
       embeddings: by view, float32, L2-normalised unless there is a critic; token views come with
         "text_mask" and, for "spatial_tokens", "sizes" [batch, merged].
       scale: multiplies cosines.
-      bias: added to scores by losses that learn one.
+      bias: added to scaled cosines, where one is learned.
       chunk, blocks, mesh, keys: see `Scoring`.
       critic: scores pairs of global features in place of the scaled cosine, for losses that score
         few pairs.
     """
     one, other = embeddings[term.view], embeddings[PERSPECTIVES[term.view]]
     loss = LOSSES[term.loss]
-    scoring = Scoring(scale, bias, term.shifts, chunk, blocks, mesh, keys)
+    scoring = Scoring(scale, bias, term.shifts, chunk, blocks, mesh, keys, term.odds)
     if one.ndim == 3:
         weights = _token_weights(term.view, one, embeddings)
         return loss.of_tokens(Tokens(one, other, weights, embeddings["text_mask"]), scoring)
@@ -76,7 +84,7 @@ def term_loss(
             raise ValueError(f"the loss {term.loss!r} scores all pairs; a critic scores some")
         scores = critic(term.view, one, sharded.shifted(other, term.shifts, mesh))
         equals = sharded.equal_at_shifts(keys, term.shifts, mesh)
-        return loss.of_pairs(sharded.distinct(scores, equals))
+        return loss.of_pairs(sharded.distinct(scores, equals), term.odds)
     return loss.of_embeddings(one, other, scoring)
 
 

@@ -11,6 +11,7 @@ tensor axis computes the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -73,6 +74,8 @@ def jsd(
     scale: Float[Array, ""] | float,
     shifts: int = 1,
     *,
+    odds: float = 1.0,
+    bias: Float[Array, ""] | float = 0.0,
     mesh: Mesh | None,
 ) -> Scalar:
     """`contrastive.jsd` of a batch whose rows lie on the mesh's data and fsdp axes, if it has one.
@@ -80,7 +83,8 @@ def jsd(
     Raises:
       ValueError: unless 1 <= shifts < batch.
     """
-    return over_shifts(jsd_of_scores, image, text, scale, shifts, mesh=mesh)
+    of_pairs = functools.partial(jsd_of_scores, odds=odds)
+    return over_shifts(of_pairs, image, text, scale, bias, shifts, mesh=mesh)
 
 
 def over_shifts(
@@ -88,6 +92,7 @@ def over_shifts(
     image: Float[Array, "batch width"],
     text: Float[Array, "batch width"],
     scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
     shifts: int,
     *,
     mesh: Mesh | None,
@@ -100,6 +105,7 @@ def over_shifts(
       image: L2-normalised.
       text: L2-normalised.
       scale: multiplies cosines.
+      bias: is added to them.
       shifts: negatives a positive.
       mesh: the devices that the rows lie on; None: one.
       keys: of the rows; equal ones are no negatives of each other; None: all are.
@@ -109,17 +115,23 @@ def over_shifts(
     """
     check_shifts(shifts, image.shape[0])
 
-    def local(image: Array, text: Array, scale: Array | float, equals: Array | None) -> Array:
+    def local(
+        image: Array,
+        text: Array,
+        scale: Array | float,
+        bias: Array | float,
+        equals: Array | None,
+    ) -> Array:
         scores = shifted_scores(image, _followed(text, shifts, mesh), scale, shifts)
-        loss = of_pairs(distinct(scores, equals))
+        loss = of_pairs(distinct(scores + bias, equals))
         return loss if shards(mesh) == 1 else jax.lax.pmean(loss, AXES)
 
     equals = equal_at_shifts(keys, shifts, mesh)
     if shards(mesh) == 1:
-        return local(image, text, scale, equals)
-    specs = BATCH, BATCH, _EVERYWHERE, _SHIFTED
+        return local(image, text, scale, bias, equals)
+    specs = BATCH, BATCH, _EVERYWHERE, _EVERYWHERE, _SHIFTED
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
-    return everywhere(image, text, jnp.asarray(scale), equals)
+    return everywhere(image, text, jnp.asarray(scale), jnp.asarray(bias), equals)
 
 
 def tokens_over_shifts(
@@ -129,6 +141,7 @@ def tokens_over_shifts(
     image_weights: Weights,
     text_mask: Mask,
     scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
     shifts: int,
     *,
     mesh: Mesh | None,
@@ -147,10 +160,16 @@ def tokens_over_shifts(
         scores = tokenwise.shifted_scores(
             image_tokens, text_tokens, image_weights, text_mask, shifts
         )
-        return tokenwise.directed(of_pairs, distinct(scale * scores, equals))
+        return tokenwise.directed(of_pairs, distinct(scale * scores + bias, equals))
 
     def local(
-        image: Array, text: Array, weights: Array, mask: Array, scale: Array, equals: Array | None
+        image: Array,
+        text: Array,
+        weights: Array,
+        mask: Array,
+        scale: Array,
+        bias: Array,
+        equals: Array | None,
     ) -> Array:
         # The mask travels as one more column, so that one exchange brings both.
         packed = jnp.concatenate([text, mask[..., None].astype(text.dtype)], axis=-1)
@@ -158,15 +177,14 @@ def tokens_over_shifts(
         scores = tokenwise.shifted_scores(
             image, packed[..., :-1], weights, packed[..., -1] > 0, shifts
         )
-        scores = distinct(scale * scores, equals)
+        scores = distinct(scale * scores + bias, equals)
         loss: Array = jax.lax.pmean(tokenwise.directed(of_pairs, scores), AXES)
         return loss
 
-    specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE, _SHIFTED
+    specs = BATCH, BATCH, BATCH, BATCH, _EVERYWHERE, _EVERYWHERE, _SHIFTED
     everywhere = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_EVERYWHERE)
-    return everywhere(
-        image_tokens, text_tokens, image_weights, text_mask, jnp.asarray(scale), equals
-    )
+    shared = jnp.asarray(scale), jnp.asarray(bias)
+    return everywhere(image_tokens, text_tokens, image_weights, text_mask, *shared, equals)
 
 
 def equal_at_shifts(

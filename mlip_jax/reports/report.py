@@ -319,7 +319,10 @@ def _loss(perspective: ConfigDict) -> str:
     if LOSSES[perspective.loss].of_pairs is None:
         return perspective.loss
     plural = "s" if perspective.shifts > 1 else ""
-    return f"{perspective.loss} with {perspective.shifts} negative{plural}"
+    words = f"{perspective.loss} with {perspective.shifts} negative{plural}"
+    if perspective.odds == 1:
+        return words
+    return f"{words} at odds of {perspective.odds or 'all other rows'}"
 
 
 def _environment(workdir: Path) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from mlip_jax.inference import Model
 from mlip_jax.interop import foreign
 
 _MOVE_AN_EMBEDDING = ("model.", "perspectives.", "evaluation.frequency_mix")
+_OF_TRAINING = (".odds", ".learn_bias")  # in no index made before they were keys
 
 
 def digest(model: Model) -> str:
@@ -23,7 +24,11 @@ def digest(model: Model) -> str:
     its number format are left out: they move an embedding by rounding alone.
     """
     config = schema.flatten(model.config.to_dict())
-    settings = {key: config[key] for key in sorted(config) if key.startswith(_MOVE_AN_EMBEDDING)}
+    settings = {
+        key: config[key]
+        for key in sorted(config)
+        if key.startswith(_MOVE_AN_EMBEDDING) and not key.endswith(_OF_TRAINING)
+    }
     preprocessing = foreign.preprocessing_values(model.preprocess)
     if preprocessing.get("orientation") == "ignore":
         del preprocessing["orientation"]  # as in the digests of indexes made before there was one
