@@ -92,7 +92,6 @@ setup(
         "ann": ["usearch>=2.21.0"],
         "test": [
             "beartype>=0.20",
-            "hypothesis>=6.100",
             "import-linter>=2.2",
             "mypy>=2.4",
             "psutil>=5.9",

@@ -21,7 +21,13 @@ from tokenizers import models, pre_tokenizers, processors
 import mlip_jax
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, Preprocessing
-from mlip_jax.data.text.tokenizer import Affixes, Tokenizer, folder_tokenizer, load_tokenizer
+from mlip_jax.data.text.tokenizer import (
+    OWN_FILE,
+    Affixes,
+    Tokenizer,
+    folder_tokenizer,
+    load_tokenizer,
+)
 from mlip_jax.interop import clip_layouts, layouts, open_clip, positions
 
 DATA = Path(__file__).parent / "data"
@@ -485,6 +491,49 @@ def test_another_model_is_refused_by_name(tmp_path, make, message):
         mlip_jax.load(make(tmp_path / "folder"))
 
 
+ODD = [
+    ("config.json", {"model_type": ["clip"]}, r"model_type is \['clip'\]"),
+    ("config.json", {"vision_config": {"hidden_act": ["gelu"]}}, "hidden_act is .* one of gelu"),
+    ("config.json", {"vision_config": {"image_size": [[1], [2]]}}, "image_size is .* whole number"),
+    ("config.json", {"vision_config": {"intermediate_size": 10**400}}, "expected a whole number"),
+    ("config.json", {"text_config": {"layer_norm_eps": 10**400}}, "expected a number above 0"),
+    ("preprocessor_config.json", {"resample": [3]}, r"resample is \[3\]; expected one of 0, 1"),
+    ("preprocessor_config.json", {"size": 0.5}, "images become 0.5"),
+    ("preprocessor_config.json", {"image_mean": 10**400}, "expected three numbers"),
+    ("tokenizer_config.json", {"bos_token": ["<s>"]}, "bos_token is .*; expected a text"),
+    ("tokenizer_config.json", {"additional_special_tokens": [3]}, "a token that is none: 3 is no"),
+    ("tokenizer_config.json", {"additional_special_tokens": [{"a": 1}]}, "that is none: 'content'"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "a token that is none: invalid"),
+    ("open_clip_config.json", {"text_cfg": {"pool_type": ["mean"]}}, "pool_type is .* one of"),
+    ("open_clip_config.json", {"text_cfg": {"tokenizer_kwargs": "x"}}, "tokenizer_kwargs is 'x'"),
+    (
+        "open_clip_config.json",
+        {"text_cfg": {"pool_type": "eos", "eos_id": "x"}},
+        "eos_id is 'x'; expected one of 512 ids",
+    ),
+    ("open_clip_config.json", {"init_logit_bias": ["x"]}, "init_logit_bias is .* a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), ODD, ids=range(len(ODD)))
+def test_values_of_odd_kinds_are_named(tmp_path, name, changes, message):
+    folder = tmp_path / "folder"
+    if name.startswith("open_clip"):
+        open_clip_folder(folder)
+    else:
+        hugging_face_folder(folder)
+        write_preprocessor(folder, size=32)
+        small_encoder().save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "</s>"}))
+    values = json.loads((folder / name).read_text())
+    inner = values["model_cfg"] if name.startswith("open_clip") else values
+    for key, value in changes.items():
+        inner[key] = {**inner.get(key, {}), **value} if isinstance(value, dict) else value
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        mlip_jax.load(folder).tokenize(["a"])
+
+
 class Trap:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
@@ -558,3 +607,29 @@ def test_threads_load_and_embed_at_once(folders):
     for rows, texts in results:
         np.testing.assert_array_equal(rows, alone)
         np.testing.assert_allclose(texts, unit(expected["text_features"]), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "affixes",
+    [
+        [[298], [-1], 5, 300],
+        [[298], [299], -1, 300],
+        [[298], [299], 5, 299],
+        [[298], [299], 5, "x"],
+        [[298], [299], 5, 300, False, False, "x"],
+        [[298], [299], 5, 300, False, False, 0],
+    ],
+    ids=range(6),
+)
+def test_ids_that_no_table_has_are_refused(tmp_path, affixes):
+    values = {"cleaning": "none", "encoder": small_encoder().to_str(), "affixes": affixes}
+    (tmp_path / OWN_FILE).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="damaged: .* (no number of tokens|with the id)"):
+        folder_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_library_cannot_encode_is_one_line():
+    encoder = small_encoder()
+    encoder.model.unk_token = "none"
+    with pytest.raises(UserError, match="cannot encode these texts: WordLevel error: Missing"):
+        Tokenizer(encoder, "none", Affixes((298,), (299,), 5, 300)).encode(["x"], 8)

@@ -12,7 +12,9 @@ from mlip_jax.data.images.limits import MOST_PIXELS, UnreadableImage
 from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
 from mlip_jax.data.prepare.examine import examine
 
-EACH = 50  # files made of each image
+EACH = pytest.mark.parametrize(  # files made of each image
+    "files_of_each", [50, pytest.param(1820, marks=pytest.mark.slow)], ids=["few", "many"]
+)
 EXTREMES = (0x00, 0x01, 0x7F, 0x80, 0xFE, 0xFF)
 
 
@@ -77,13 +79,14 @@ def by_pillow(data):
         return size, size
 
 
+@EACH
 @pytest.mark.parametrize("name", originals())
-def test_damaged_images_are_right_or_unreadable(name):
+def test_damaged_images_are_right_or_unreadable(name, files_of_each):
     files = originals()
     rng = np.random.default_rng(list(name.encode()))
     square = Preprocessing(24, transparency="white", orientation="exif")
     refused = 0
-    for number in range(EACH):
+    for number in range(files_of_each):
         data = damaged(files[name], list(files.values()), rng)
         try:
             image = decode(data)
@@ -109,4 +112,4 @@ def test_damaged_images_are_right_or_unreadable(name):
         assert (image.size, turned.shape[1::-1]) == by_pillow(data), number
         assert square(data).shape == (24, 24, 3)
         assert examine(data).data == data
-    assert 0 < refused < EACH
+    assert 0 < refused < files_of_each

@@ -4,6 +4,7 @@ import errno
 import importlib
 import inspect
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -20,7 +21,7 @@ from mlip_jax.benchmark import peers
 from mlip_jax.cli import command_line, flags, kinds
 from mlip_jax.cli.subcommands import SUBCOMMANDS
 from mlip_jax.core import schema, versions
-from mlip_jax.core.errors import RunError
+from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.registry import EXPORT_FORMATS
 
 CONFIG = """
@@ -243,6 +244,15 @@ def test_what_ends_a_run_is_one_line(calls, capsys, monkeypatch, error, code, me
     monkeypatch.setattr(sys.modules["mlip_jax.training.verb"], "train", train)
     assert main("--config=tried.py") == code
     assert_one_line(capsys, message)
+
+
+def test_a_message_is_one_printable_line_and_no_essay():
+    text = "a\n\ud83d\u2028b\t" + "x" * 100_000 + " mend it"
+    for error in (UserError(text), RunError(text), pickle.loads(pickle.dumps(UserError(text)))):
+        line = str(error)
+        assert line.startswith(r"a \ud83d b xxx") and line.endswith("xxx mend it")
+        assert " ... " in line and len(line) < 1600
+        assert error.args == (text,)
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(calls, monkeypatch):

@@ -6,15 +6,28 @@ import difflib
 from collections.abc import Iterable
 
 from mlip_jax.core.stopping import STOPPED
+from mlip_jax.core.texts import shown
 
 _MOST_COMPARED = 100  # characters; the time grows with them
+_MOST_SAID = 1500
+_ENDING = 300  # of them, where a message is cut: there stands what to do
 
 
-class UserError(Exception):
+class Told(Exception):
+    """One whose message may quote anything: it is told in one printable line, and no essay."""
+
+    def __str__(self) -> str:
+        line = shown(" ".join(super().__str__().split()))
+        if len(line) > _MOST_SAID:
+            return f"{line[: _MOST_SAID - _ENDING]} ... {line[-_ENDING:]}"
+        return line
+
+
+class UserError(Told):
     """A mistake that the user can mend: shown as one line, exit code 2."""
 
 
-class RunError(Exception):
+class RunError(Told):
     """A run that cannot go on for a reason outside the config: shown as one line, exit code 1.
 
     Attributes:

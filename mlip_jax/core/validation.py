@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -332,6 +333,12 @@ def _check_name(name: str) -> None:
 
 
 def _check_range(key: str, value: Any) -> None:
-    wanted = next((words for pattern, words in _RULES if re.fullmatch(pattern, key)), None)
+    wanted = _wanted(key)
     if wanted and not _RANGES[wanted](value):
         raise UserError(f"config.{key}={value} must be {wanted}")
+
+
+@functools.cache  # of a few hundred keys
+def _wanted(key: str) -> str:
+    """What a key's value must be; "" for anything."""
+    return next((words for pattern, words in _RULES if re.fullmatch(pattern, key)), "")

@@ -8,6 +8,8 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 
+from mlip_jax.core.errors import Told
+
 __version__ = "0.1.0"
 # The first version and the last minor one that the whole test suite passed on. Nothing is said
 # about another one unless something fails.
@@ -39,6 +41,8 @@ def named_in_errors() -> Iterator[None]:
     """Adds to an unexpected error, below its traceback, that this JAX was not tested."""
     try:
         yield
+    except Told:  # which says all that there is to say
+        raise
     except Exception as error:
         if note := _untested():
             error.add_note(note)

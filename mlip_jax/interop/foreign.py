@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import decode_json
+from mlip_jax.core.files import decode_json, is_number
 from mlip_jax.data.images.preprocessing import Preprocessing, check_image_size
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.interop import layouts
@@ -21,6 +21,7 @@ from mlip_jax.interop.layouts import Layout
 from mlip_jax.models import building
 
 Computed = Mapping[str, tuple[Any, Any]]
+_MOST = 2**31 - 1  # of a whole number in a config
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,35 @@ def positive_int(file: Path, section: str, values: Mapping[str, Any], key: str, 
     """
     value = values.get(key)
     value = absent if value is None else value
-    if isinstance(value, list) and len(set(value)) == 1:
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
         value = value[0]
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= _MOST:
         raise UserError(f"{file}: {section}.{key} is {value!r}; expected a whole number above 0")
     return value
+
+
+def chosen(
+    file: Path,
+    section: str,
+    values: Mapping[str, Any],
+    key: str,
+    known: Mapping[Any, str],
+    absent: Any,
+) -> str:
+    """Our word for a value of a config.
+
+    Raises:
+      UserError: when it is not known.
+    """
+    value = values.get(key)
+    value = absent if value is None else value
+    # Compared, not looked up: a list has no hash.
+    word = next((word for name, word in known.items() if name == value), None)
+    if word is None:
+        raise UserError(
+            f"{file}: {section}.{key} is {value!r}; expected one of {', '.join(map(str, known))}"
+        )
+    return word
 
 
 def number(file: Path, section: str, values: Mapping[str, Any], key: str, absent: float) -> float:
@@ -210,7 +235,7 @@ def number(file: Path, section: str, values: Mapping[str, Any], key: str, absent
     """
     value = values.get(key)
     value = absent if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise UserError(f"{file}: {section}.{key} is {value!r}; expected a number above 0")
     return float(value)
 
@@ -240,7 +265,7 @@ def colours(
     value = [value] * 3 if isinstance(value, (int, float)) else value
     try:
         first, second, third = map(float, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{file}: {key} is {value!r}; expected three numbers") from None
     return first, second, third
 

@@ -17,6 +17,7 @@ from mlip_jax.interop.foreign import (
     base_config,
     check_computed,
     checked,
+    chosen,
     colours,
     lost,
     number,
@@ -142,13 +143,7 @@ def _set_tower(
     tower.heads = size("num_attention_heads")
     tower.mlp_ratio = size("intermediate_size") / tower.width
     tower.norm_epsilon = number(file, section, values, "layer_norm_eps", absent.layer_norm_eps)
-    activation = values.get("hidden_act") or absent.hidden_act
-    if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"{file}: {section}.hidden_act is {activation!r}; expected one of "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
-    tower.activation = _ACTIVATIONS[activation]
+    tower.activation = chosen(file, section, values, "hidden_act", _ACTIVATIONS, absent.hidden_act)
     if section == "text_config":
         tower.context_length = size("max_position_embeddings")
         return
@@ -233,16 +228,14 @@ def _preprocessing(folder: Path, image_size: int, kind: str) -> Preprocessing:
         raise UserError(f"{file}: rescale_factor is {factor}; only 1/255 is supported")
     half = (0.5, 0.5, 0.5)
     mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (half, half)
-    resample = values.get("resample", 3)
-    if resample not in _RESAMPLE:
-        raise UserError(f"{file}: resample is {resample!r}; expected one of {list(_RESAMPLE)}")
+    resample = chosen(file, "preprocessor", values, "resample", _RESAMPLE, 3)
     resize, short_side = _resize(file, values, image_size, kind)
     prepared = Preprocessing(
         image_size,
         colours(file, values, "image_mean", mean),
         colours(file, values, "image_std", std),
         "drop" if values.get("do_convert_rgb") is False else "drop_first",
-        _RESAMPLE[resample],
+        resample,
         resize,
         short_side,
         "floor",
@@ -261,6 +254,7 @@ def _resize(file: Path, values: dict[str, Any], image_size: int, kind: str) -> t
     crops = values.get("do_center_crop", kind == "clip")
     if isinstance(crop, dict):
         crop = crop.get("height") if crop.get("height") == crop.get("width") else None
+    size = size if isinstance(size, dict) else {}
     if set(size) == {"shortest_edge"} and crops and crop == image_size:
         short = positive_int(file, "size", size, "shortest_edge", 0)
         if short >= image_size:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import read_json
+from mlip_jax.core.files import is_number, read_json
 from mlip_jax.data.images.preprocessing import CLIP_MEAN, CLIP_STD, RESIZES, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
 from mlip_jax.interop import clip_layouts
@@ -18,6 +18,7 @@ from mlip_jax.interop.foreign import (
     base_config,
     check_computed,
     checked,
+    chosen,
     colours,
     lost,
     number,
@@ -129,9 +130,12 @@ def describe(folder: Path) -> Foreign:
     _set_text(file, config.model.text, text, quick)
     biased = bool(text.get("proj_bias", False))
     config.model.head = "linear_bias" if biased or siglip else "linear"
-    if model.get("init_logit_bias") is not None:
+    bias = model.get("init_logit_bias")
+    if bias is not None:
+        if not is_number(bias):
+            raise UserError(f"{file}: model_cfg.init_logit_bias is {bias!r}; expected a number")
         config.perspectives.spatial_global.loss = "sigmoid"
-        config.perspectives.spatial_global.init_bias = float(model["init_logit_bias"])
+        config.perspectives.spatial_global.init_bias = float(bias)
     elif siglip:
         raise UserError(f"{file}: model_cfg.init_logit_bias is missing, which SigLIP has")
     layout = clip_layouts.open_clip(
@@ -210,12 +214,7 @@ def _set_text(file: Path, text: Any, values: dict[str, Any], quick: bool) -> Non
     text.causal = not values.get("no_causal_mask", False)
     text.activation = _activation(file, section, values, quick)
     text.norm_epsilon = _epsilon(file, section, values)
-    pooling = values.get("pool_type", "argmax")
-    if pooling not in _POOLINGS:
-        raise UserError(
-            f"{file}: {section}.pool_type is {pooling!r}; expected one of {', '.join(_POOLINGS)}"
-        )
-    text.pooling = _POOLINGS[pooling]
+    text.pooling = chosen(file, section, values, "pool_type", _POOLINGS, "argmax")
 
 
 def _activation(file: Path, section: str, values: Mapping[str, Any], quick: bool) -> str:
@@ -239,6 +238,10 @@ def _epsilon(file: Path, section: str, values: Mapping[str, Any]) -> float:
 def _tokenizer(folder: Path, config: Any, text: dict[str, Any]) -> Tokenizer:
     vocab_size, name = config.model.text.vocab_size, text.get("hf_tokenizer_name")
     end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else vocab_size - 1
+    if type(end) is not int or not 0 <= end < vocab_size:
+        raise UserError(
+            f"{folder}: {CONFIG}: text_cfg.eos_id is {end!r}; expected one of {vocab_size} ids"
+        )
     if name is None:
         # The folder names it, whose vocabulary is the model's.
         config.model.text.tokenizer = "clip" if vocab_size == 49408 else f"folder:{folder}"
@@ -268,8 +271,9 @@ def _tokenizer(folder: Path, config: Any, text: dict[str, Any]) -> Tokenizer:
 def _cleaning(folder: Path, text: dict[str, Any], absent: str, known: tuple[str, ...]) -> str:
     """Our name of the cleaning that text_cfg.tokenizer_kwargs names."""
     arguments = text.get("tokenizer_kwargs") or {}
-    cleaning = arguments.get("clean", absent)
-    if cleaning not in known or arguments.keys() - {"clean"}:
+    is_known = isinstance(arguments, dict) and not arguments.keys() - {"clean"}
+    cleaning = arguments.get("clean", absent) if is_known else None
+    if cleaning not in known:
         raise UserError(
             f"{folder}: {CONFIG}: text_cfg.tokenizer_kwargs is {arguments!r}; only clean, one "
             f"of {', '.join(known)}, is known here"

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import brief, wrong_path
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NO_PICKLES = (
@@ -72,9 +73,10 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"{path}: {_lacking(path)}")
     try:
         names = set(read_json(index, advice="get it again")["weight_map"].values())
-        strange = sorted(name for name in names if Path(name).name != name)
+        strange = [name for name in names if wrong_path(name) or not Path(name).name == name != ""]
         if strange:
-            raise UserError(f"{index}: names {strange[0]!r}, which is no file of its folder")
+            name = min(strange)
+            raise UserError(f"{index}: names {brief(name)}, which is no file of its folder")
         return [path / name for name in sorted(names)]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged: {error!r}; get it again") from None

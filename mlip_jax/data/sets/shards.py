@@ -12,13 +12,13 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import decode_json, kind_of, read_json
-from mlip_jax.core.texts import brief, is_whole, wrong_text
+from mlip_jax.core.texts import brief, is_whole, whole, wrong_text
 
 INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
 SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"
@@ -142,7 +142,13 @@ def read_index(folder: Path) -> Index:
             shards=shards, class_keys=class_keys, class_names=class_names, notes=notes, **content
         )
         _check(index)
-        return index
+        return replace(
+            index,
+            class_names=tuple(map(whole, index.class_names)),
+            notes=tuple(map(whole, index.notes)),
+            attribution=whole(index.attribution),
+            licence=whole(index.licence),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 

@@ -61,8 +61,8 @@ def encode(encoder: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
     """
     try:
         return guarded(encoder.encode_batch_fast, list(texts), add_special_tokens=False)
-    except _Panic as error:
-        raise UserError(f"the tokenizer cannot encode these texts: {error}") from None
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"the tokenizer cannot encode these texts: {first_line(error)}") from None
 
 
 class _Panic(ValueError):

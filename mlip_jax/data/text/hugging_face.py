@@ -18,8 +18,9 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as _Encoder
 
-from mlip_jax.core.errors import UserError
+from mlip_jax.core.errors import UserError, first_line
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import brief
 from mlip_jax.data.text.encoders import guarded, read_encoder
 
 # By tokenizer_class, without "Fast": the special tokens that transformers 5 takes where the files
@@ -99,7 +100,7 @@ def read(folder: Path, cleaning: str | None = None) -> Parts:
     encoder.no_truncation()
     encoder.no_padding()
     encoder = _built(folder, kind, encoder, settings)
-    _add_tokens(encoder, settings)
+    _add_tokens(folder, encoder, settings)
     if cleaning is None:
         cleaning = "siglip" if kind == "SiglipTokenizer" else "none"
         if cleaning == "siglip" and settings.get("do_lower_case") is False:
@@ -312,20 +313,35 @@ def _clip(folder: Path, given: _Encoder, settings: dict[str, Any]) -> _Encoder:
     return encoder
 
 
-def _add_tokens(encoder: _Encoder, settings: dict[str, Any]) -> None:
+def _add_tokens(folder: Path, encoder: _Encoder, settings: dict[str, Any]) -> None:
     """Makes tokens of what the settings name as such, so that they are found whole in texts.
 
     Special tokens that the vocabulary lacks are left out: no model has a row for them.
+
+    Raises:
+      UserError: for what names no tokens.
     """
     decoder = settings.get("added_tokens_decoder") or {}
-    tokens = [AddedToken(**decoder[identity]) for identity in sorted(decoder, key=int)]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    special = [*map(settings.get, _NAMED), *(extra if isinstance(extra, list) else extra.values())]
-    texts = [token["content"] if isinstance(token, dict) else token for token in special if token]
-    known = [str(text) for text in texts if encoder.token_to_id(str(text)) is not None]
-    tokens += [AddedToken(text, special=True) for text in known]
-    there = {token.content for token in encoder.get_added_tokens_decoder().values()}
-    encoder.add_tokens([token for token in tokens if token.content not in there])
+    try:
+        tokens = [AddedToken(**decoder[identity]) for identity in sorted(decoder, key=int)]
+        more = extra if isinstance(extra, list) else extra.values()
+        texts = [_token_text(token) for token in (*map(settings.get, _NAMED), *more) if token]
+        known = [text for text in texts if encoder.token_to_id(text) is not None]
+        tokens += [AddedToken(text, special=True) for text in known]
+        there = {token.content for token in encoder.get_added_tokens_decoder().values()}
+        guarded(encoder.add_tokens, [token for token in tokens if token.content not in there])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: tokenizer_config.json names a token that is none: {first_line(error)}"
+        ) from None
+
+
+def _token_text(token: Any) -> str:
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise TypeError(f"{brief(text)} is no text")
+    return text
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -333,10 +349,14 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         settings |= read_json(folder / name, missing={}, advice="get it again")
-    return {
+    settings = {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
         for key, value in settings.items()
     }
+    for key in _NAMED:
+        if not isinstance(settings.get(key), str | None):
+            raise UserError(f"{folder}: {key} is {brief(settings[key])}; expected a text")
+    return settings
 
 
 def _affixes(encoder: _Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as _Encoder
 from mlip_jax.core import places
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json
+from mlip_jax.core.texts import brief
 from mlip_jax.data.text import encoders, hugging_face, wordpiece
 from mlip_jax.data.text.captions import check_cleaning, clean, repairs, unescape, unescapes
 
@@ -208,8 +209,11 @@ class Tokenizer:
 
     def _check_ids(self) -> None:
         """Raises ValueError for an id that has no row in a table of `vocab_size` rows."""
-        ids = (encoders.highest_id(self._encoder), *self.start, *self.end, self.pad)
-        if not all(type(each) is int and -1 <= each < self.vocab_size for each in ids):
+        for value in (self.vocab_size, 1 if self.longest is None else self.longest):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{brief(value)} is no number of tokens")
+        ids = (max(encoders.highest_id(self._encoder), 0), *self.start, *self.end, self.pad)
+        if not all(type(each) is int and 0 <= each < self.vocab_size for each in ids):
             raise ValueError(f"a tokenizer of {self.vocab_size} tokens with the id {max(ids)}")
 
     def __reduce__(self) -> tuple[object, ...]:
