@@ -39,6 +39,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mlip_jax import main as door  # noqa: E402
+from mlip_jax.core import buckets as mirrors  # noqa: E402
 from mlip_jax.core import places, schema, waiting  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
@@ -158,6 +159,19 @@ def bucket(object_server, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     yield f"{scheme}://{buckets.BUCKET}/{tmp_path.name}"
     places.release()
+
+
+@pytest.fixture
+def faults(object_server, bucket, monkeypatch):
+    """Stands before the server; what is opened from now on goes through it."""
+    scheme, variables = object_server
+    opened = buckets.Faults(scheme, variables)
+    for name, value in opened.variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mirrors, "PAUSE", 0.1)
+    monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0.05, raising=False)  # between its own tries
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ MISTAKES = [
     ("data.augment.crop", (0.9, 0.1), "the smaller first"),
     ("data.workers", -2, "must be from -1 to 1,024"),
     ("data.workers", 100_000, "must be from -1 to 1,024"),
+    ("data.window", -2, "must be from -1 to 100,000"),
     ("perspectives.spatial_global.init_bias", math.nan, "init_bias=nan must be finite"),
     ("perspectives.spatial_global.init_scale", math.inf, "init_scale=inf must be finite"),
     ("optimizer.weight_decay", math.inf, "weight_decay=inf must be finite"),

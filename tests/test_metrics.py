@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mlip_jax.core.errors import RunError
-from mlip_jax.training.metrics import Clock, MetricWriter, Paces, cut_back, describe
+from mlip_jax.training.metrics import Clock, MetricWriter, Paces, brief, cut_back, describe
 
 SCALARS = {
     "loss": 3.25,
@@ -213,3 +213,10 @@ def test_clock_measures_speed_and_the_share_of_waiting():
     assert clock.lap(steps=2) == {"images_per_second": 2.0, "data_wait": 0.25}
     now += 2.0
     assert clock.lap(steps=1) == {"images_per_second": 2.0, "data_wait": 0.0}
+    now += 2.0
+    measured = clock.lap(1, brought=3_000_000)
+    assert measured["bucket_bytes_per_second"] == 1.5e6
+    assert describe(measured) == "2 images/s  data wait 0 %  1.5 MB/s from buckets"
+    now += 2.0
+    assert clock.lap(1, brought=3_000_000)["bucket_bytes_per_second"] == 0.0
+    assert brief({"images_per_second": 2.0, "data_wait": 0.5}) == "2 images/s data wait 50 %"

@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-import buckets
 import pytest
 
 from mlip_jax import main as door
@@ -168,19 +167,6 @@ def test_nothing_is_left_on_the_disk_not_even_of_a_killed_process(bucket, tmp_pa
     assert list(above.glob("*/")) == [folder.parent]
     places.release()
     assert not list(above.glob("*/"))
-
-
-@pytest.fixture
-def faults(object_server, bucket, monkeypatch):
-    """Stands before the server; what is opened from now on goes through it."""
-    scheme, variables = object_server
-    opened = buckets.Faults(scheme, variables)
-    for name, value in opened.variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mirrors, "PAUSE", 0.1)
-    monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0.05, raising=False)  # between its own tries
-    yield opened
-    opened.close()
 
 
 def test_a_server_that_fails_every_tenth_request_costs_nothing_but_time(faults, bucket, elsewhere):

@@ -12,6 +12,7 @@ import errno
 import logging
 import random
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -25,6 +26,7 @@ from mlip_jax.core.errors import RunError, Unreachable, UserError, first_line
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra of setup.py that reads it
 PATIENCE = 300.0  # seconds for which a server may be away
 AT_START = 30.0  # the same before anything is done
+_QUIET = 5.0  # seconds after which it is said that a server is waited for
 PAUSE = 0.5  # seconds before the first other try; they double
 _LISTINGS = 5  # of a folder whose files vanish meanwhile
 _AT_ONCE = 8  # transfers, of which each may hold 50 MB in memory
@@ -61,6 +63,10 @@ class Mirror:
         self.root = root
         self.held = False  # whether this process alone writes there
         self.lost = ""  # why nothing may be written any more
+        # What to add when its server stays away.
+        self.afterwards = (
+            "; what was saved before is kept there, and the same command goes on from it"
+        )
         self._scheme, _, place = self.url.partition("://")
         if not place.split("/")[0]:
             raise UserError(f"{url} names no bucket: write {self._scheme}://BUCKET/FOLDER")
@@ -241,6 +247,36 @@ class Mirror:
         )
         return copied is not False
 
+    def read_part(self, name: str, start: int, end: int) -> bytes | None:
+        """Some bytes of an object, fewer at its end; None where there is none."""
+
+        def part() -> bytes:
+            return self._files.cat_file(self._object(name), start=start, end=end)
+
+        return self._try(part, missing=None)
+
+    def listing(self, folder: str, *, below: bool = False) -> dict[str, tuple[Any, Any, int]]:
+        """The objects directly in a folder: name -> what tells this version from others, and bytes.
+
+        Args:
+          folder: below this one; "" is this one.
+          below: also what lies deeper.
+        """
+        place = self._object(folder)
+
+        def found() -> dict[str, Any]:
+            if below:
+                return self._files.find(place, detail=True)
+            entries = self._files.ls(place, detail=True)
+            return {one["name"]: one for one in entries if one["type"] == "file"}
+
+        return self._versions_of(self._try(found, patience=AT_START, missing={}))
+
+    def version(self, name: str) -> tuple[Any, Any, int] | None:
+        """What `listing` gives of an object now; None where there is none."""
+        found = self._try(lambda: self._files.info(self._object(name)), missing=None)
+        return None if found is None else self._versions_of({self._object(name): found})[name]
+
     def write(self, name: str, content: bytes) -> None:
         """Writes an object."""
         self._try(lambda: self._files.pipe_file(self._object(name), content))
@@ -389,12 +425,14 @@ class Mirror:
         """
         if patience is None:
             patience = 0.0 if self._away else PATIENCE
-        deadline = time.monotonic() + patience
-        pause = PAUSE
+        start = time.monotonic()
+        pause, told = PAUSE, False
         while True:
             try:
                 value = act()
                 self._away = False
+                if told:
+                    self._tell(f"the server answers again after {time.monotonic() - start:.0f} s")
                 return value
             except FileNotFoundError:
                 if missing is FileNotFoundError:
@@ -402,14 +440,21 @@ class Mirror:
                 return missing
             except Exception as error:
                 self._explain(error)
-                if time.monotonic() + pause > deadline:
+                waited = time.monotonic() - start
+                if waited > _QUIET and not told:
+                    told = True
+                    self._tell(f"the server does not answer ({first_line(error)}): waiting for it")
+                if waited + pause > patience:
                     self._away = True
                     raise Unreachable(
-                        f"the server of {self.url} does not answer ({first_line(error)}); what was "
-                        "saved before is kept there, and the same command goes on from it"
+                        f"the server of {self.url} does not answer ({first_line(error)})"
+                        f"{self.afterwards}"
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, 15)
+
+    def _tell(self, words: str) -> None:
+        print(f"{self.url}: {words}", file=sys.stderr)
 
     def _explain(self, error: Exception) -> None:
         """Raises what another try would not mend, in words for the user where there are any."""

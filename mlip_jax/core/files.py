@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -122,6 +123,14 @@ def open_lock(path: Path) -> TextIO:
             raise
         raise OSError(errno.ELOOP, f"{path.name} is a link: remove it", str(path)) from None
     return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def exclusively(path: Path) -> Iterator[None]:
+    """Holds a lock file that the processes of this machine wait for."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_draft(path: Path) -> bool:

@@ -167,6 +167,8 @@ DATASETS: Table[DatasetKind] = Table(
         "voc": "mlip_jax.data.sets.voc:KIND",
         "objects": "mlip_jax.data.sets.coco_objects:KIND",
         "prepared": "mlip_jax.data.sets.prepared:KIND",
+        "webdataset": "mlip_jax.data.tars.source:KIND",
+        "wds": "mlip_jax.data.tars.source:KIND",
         "tfds": "mlip_jax.data.sets.tfds:TFDS",
         "object": "mlip_jax.data.sets.kinds:OBJECT",
     },

@@ -100,6 +100,8 @@ def default() -> ConfigDict:
     data.validation = "auto"
     data.cache_dir = ""  # "": $MLIP_JAX_CACHE, else ~/.cache/mlip_jax
     data.workers = -1  # processes that decode and augment; -1: by the number of cores
+    # Shards whose samples are mixed; 0: all; -1: 16 of tar files, else all (docs/data.md)
+    data.window = -1
     # "exif": images are turned upright as their EXIF data say, which the recipes take; "ignore":
     # as they are stored, which is what a config without the key means.
     data.orientation = "ignore"

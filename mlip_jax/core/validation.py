@@ -45,6 +45,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "above 0 and at most 1": lambda value: 0 < value <= 1,
     "above 0 and at most 1,000": lambda value: 0 < value <= 1000,
     "from -1 to 1,024": lambda value: -1 <= value <= 1024,
+    "from -1 to 100,000": lambda value: -1 <= value <= 100_000,
     "from 0 to 1,000": lambda value: 0 <= value <= 1000,
     "from 1 to 1,000": lambda value: 1 <= value <= 1000,
     "from 1 to 8,192": lambda value: 1 <= value <= 8192,
@@ -76,6 +77,7 @@ _RULES = (
     (r"data\.max_skipped_share|model\.image\.merging\.(.*_mix|rate)", "in [0, 1]"),
     (r"data\.augment\.(affine|color)", "in [0, 2]"),
     (r"data\.workers", "from -1 to 1,024"),
+    (r"data\.window", "from -1 to 100,000"),
     (r"optimizer\.(weight_decay|clip_norm|rates\..*|lookahead\.period)", "at least 0"),
     (
         r"(optimizer\.warmup|optimizer\.cooldown|checkpoint\.every|evaluation\.every)_samples",

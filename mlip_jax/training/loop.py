@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.stopping import STOPPED
-from mlip_jax.data.batches.feed import Feed, InputLost, input_seconds
+from mlip_jax.data.batches.feed import Feed, input_seconds
 from mlip_jax.data.batches.training import SkipCounter, train_batches
 from mlip_jax.data.sets.kinds import OBJECT_NAME
 from mlip_jax.data.sets.mixtures import samples_by_set
 from mlip_jax.data.sets.records import Source
+from mlip_jax.data.sets.stored import brought
 from mlip_jax.devices import cluster, parallel, processes
 from mlip_jax.evaluations import Results
 from mlip_jax.storage import checkpoint
@@ -104,7 +105,7 @@ def _save_without_input(
     """Saves what was done before the input failed; returns where the run was asked to stop.
 
     Raises:
-      RunError: that the input is lost, where the run was not asked to stop.
+      RunError: that the input is lost, or cannot be had, where the run was not asked to stop.
       Exception: another error, as it was.
     """
     if jax.process_count() > 1:  # which save together, and the others wait in the next step
@@ -120,8 +121,10 @@ def _save_without_input(
         saved = f"everything is saved at step {done}"
     if run.stop.asked:
         return
-    if isinstance(error, InputLost):
-        raise RunError(f"{error}; {saved}, and the same command goes on") from error
+    if isinstance(error, RunError):
+        told = RunError(f"{error}; {saved}, and the same command goes on")
+        told.code = error.code  # 75 where a server stays away
+        raise told from error
     raise error
 
 
@@ -172,7 +175,7 @@ def run_steps(
                 done, results = done - 1, None
                 if log.pending:
                     counts = samples_by_set(run.source, done * config.batch_size)
-                    log.interval(done, clock.lap(log.pending) | counts)
+                    log.interval(done, clock.lap(log.pending, brought()) | counts)
                     log.flush()
                 _save_without_input(run, state, done, start, error)
                 break
@@ -198,7 +201,7 @@ def run_steps(
             pauses = saves or stops
             if pauses or done % config.log_every == 0:
                 counts = samples_by_set(run.source, done * config.batch_size)
-                log.interval(done, clock.lap(log.pending) | counts)
+                log.interval(done, clock.lap(log.pending, brought()) | counts)
             if pauses:
                 watchdog.rest()
                 log.flush()
@@ -208,7 +211,7 @@ def run_steps(
                     writer.note(f"step {done}: {summary.headline(results.figures)}")
                 run.save(state, done, results.figures if results else None)
                 callbacks.tell("on_checkpoint", done, run.folder / checkpoint.FOLDER / str(done))
-                clock.lap(0)
+                clock.lap(0, brought())
                 if stops or processes.by_first(lambda: run.stop.asked):
                     break
         skipped.update(run.channel.last())

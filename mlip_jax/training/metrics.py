@@ -33,6 +33,7 @@ from mlip_jax.training.callbacks import Callback
 _PACES = 100  # steps whose median is the measure
 _FEWEST_PACES = 10
 _OUTLIER = 3.0
+_MUCH_WAITING = 0.05  # share of the time that is shown beside the bar
 
 
 class Clock:
@@ -49,6 +50,7 @@ class Clock:
         self._now = now
         self._start = now()
         self._waited = 0.0
+        self._brought = 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -59,17 +61,25 @@ class Clock:
         finally:
             self._waited += self._now() - start
 
-    def lap(self, steps: int) -> dict[str, float]:
+    def lap(self, steps: int, brought: int = 0) -> dict[str, float]:
         """{"images_per_second", "data_wait"} since the last lap, and starts the next.
 
         Call it without steps after what is no training, such as an evaluation, so that the next
         lap does not count it.
+
+        Args:
+          steps: of the lap.
+          brought: bytes of data that have come from buckets so far. Where there are any,
+            "bucket_bytes_per_second" is measured, too.
         """
         seconds = max(self._now() - self._start, 1e-9)
         measured = {
             "images_per_second": steps * self._batch_size / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
         }
+        if brought:
+            measured["bucket_bytes_per_second"] = max(brought - self._brought, 0) / seconds
+            self._brought = brought
         self._start, self._waited = self._now(), 0.0
         return measured
 
@@ -321,6 +331,8 @@ def describe(scalars: Mapping[str, float]) -> str:
         parts.append(f"{scalars['images_per_second']:,.0f} images/s")
     if "data_wait" in scalars:
         parts.append(f"data wait {100 * scalars['data_wait']:.0f} %")
+    if "bucket_bytes_per_second" in scalars:
+        parts.append(f"{scalars['bucket_bytes_per_second'] / 1e6:,.1f} MB/s from buckets")
     if "learning_rate" in scalars:
         parts.append(f"lr {scalars['learning_rate']:.1e}")
     sets = {key[8:]: count for key, count in scalars.items() if key.startswith("samples/")}
@@ -334,6 +346,8 @@ def brief(scalars: Mapping[str, float]) -> str:
     parts = [f"loss {scalars['loss']:.3f}"] if "loss" in scalars else []
     if "images_per_second" in scalars:
         parts.append(f"{scalars['images_per_second']:,.0f} images/s")
+    if scalars.get("data_wait", 0.0) >= _MUCH_WAITING:
+        parts.append(f"data wait {100 * scalars['data_wait']:.0f} %")
     if "learning_rate" in scalars:
         parts.append(f"lr {scalars['learning_rate']:.1e}")
     return " ".join(parts)

@@ -165,7 +165,7 @@ def _open(
         channel=Channel(mesh),
         callbacks=() if quiet else tuple(callbacks),
     )
-    summary.print_data(run.console, source, validation)
+    summary.print_data(run.console, source, validation, jax.process_count())
     summary.print_length(run.console, config, source)
     if not quiet:
         write_atomically(folder / TOKENIZER, tokenizer.to_json())

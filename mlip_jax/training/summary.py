@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax.core.tables import make_table
-from mlip_jax.data.sets.mixtures import Mixture
-from mlip_jax.data.sets.records import Source
+from mlip_jax.data.sets.mixtures import Mixture, datasets_of
+from mlip_jax.data.sets.records import InShards, Source
 from mlip_jax.devices import huge_pages, parallel
 from mlip_jax.models.building import (
     compute_dtype,
@@ -34,14 +34,25 @@ _MANY_PASSES = 300
 _TOWERS = {"image_encoder": "image encoder", "text_encoder": "text encoder"}
 
 
-def print_data(console: Console, source: Source, validation: Source | None) -> None:
-    """The sets, what was left out of them, and whom to thank."""
+def print_data(
+    console: Console, source: Source, validation: Source | None, processes: int = 1
+) -> None:
+    """The sets, what was left out of them, and whom to thank; warns of shards that are shared."""
     held_out = f"{len(validation):,} images of {validation.name}" if validation else "none"
     console.print(f"data: {len(source):,} images of {source.name}; validation: {held_out}")
     for note in (*source.notes, *(validation.notes if validation else ())):
         console.print(f"  {note}")
     if source.attribution:
         console.print(f"  {source.attribution}")
+    windows = {
+        part.window for part in datasets_of(source) if isinstance(part, InShards) and part.window
+    }
+    if shared := [window for window in windows if window % processes]:
+        console.print(
+            f"  warning: with a window of {shared[0]} shards, {processes} processes read some "
+            f"shards more than once; with --config.data.window="
+            f"{-(-max(shared) // processes) * processes} each reads its own"
+        )
 
 
 def print_length(console: Console, config: ConfigDict, source: Source) -> None:

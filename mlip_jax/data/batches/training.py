@@ -25,18 +25,22 @@ from PIL import Image
 from mlip_jax.core.cores import cores
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.schema import views_of
-from mlip_jax.data.batches.order import order
+from mlip_jax.data.batches.ahead import ReadAhead
+from mlip_jax.data.batches.order import order, windowed_orders
 from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
 from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, end_with_parent, worker_count
 from mlip_jax.data.images.augment import augment, by_pillow, short_side, trim
 from mlip_jax.data.images.fast_decoding import decode_pixels
 from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
-from mlip_jax.data.sets.mixtures import neighbours
-from mlip_jax.data.sets.records import Record, Source
+from mlip_jax.data.sets.mixtures import datasets_of, stand_ins
+from mlip_jax.data.sets.one_image import bits_of
+from mlip_jax.data.sets.records import InShards, Record, Source
 from mlip_jax.data.text import captions
 from mlip_jax.data.text.tokenizer import Tokenizer
 
+_BUFFERED = 2  # batches of a thread
 _MAX_THREADS = 8  # of an evaluation
+_LARGEST = 2**31 - 1  # what an int32 holds
 _MAX_REPLACEMENTS = 100  # unreadable images in a row
 _KEPT_BYTES = 256 * 2**20  # decoded images a process, when the whole dataset fits
 _LAST_WISHES_SECONDS = 30.0
@@ -69,7 +73,8 @@ def train_batches(
     Yields:
       "image": uint8 [b, image_size, image_size, 3];
       "token_ids": int32 [b, context_length];
-      "record": int32 [b], the index of the record that stands in each row;
+      "record": int32 [b], the index of the record that stands in each row, or, where nobody has
+        looked for equal images before, 31 bits of its image;
       "skipped": int32 [b], the index of the record whose image could not be read and for which the
       next readable record stands; -1 where all is well;
       "image_2", where config.perspectives.augmented_image has a weight: as "image", another view of
@@ -83,14 +88,15 @@ def train_batches(
     if not len(source):
         raise UserError(f"the training set {source.name!r} is empty")
     process_rows = tuple(range(config.batch_size) if rows is None else map(int, rows))
-    examples = order(source, config.seed).random_map(_Example(config, source))
+    batch_size = config.batch_size
+    examples = order(source, config.seed, batch_size).random_map(_Example(config, source))
     workers = workers_for(config, len(process_rows))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
     shared_pieces = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
     batch_source = _Batches(
         examples,
-        config.batch_size,
+        batch_size,
         process_rows,
         tokenizer,
         config.model.text.context_length,
@@ -101,14 +107,23 @@ def train_batches(
         .slice(slice(start_step, None))
         # An element is a whole batch: a deep buffer of them would be large, and late. A worker has
         # one ready and one in the making, in one thread.
-        .to_iter_dataset(grain.ReadOptions(0, 0) if workers else grain.ReadOptions(1, 2))
+        .to_iter_dataset(grain.ReadOptions(0, 0) if workers else grain.ReadOptions(1, _BUFFERED))
     )
     batches = grain.experimental.WithOptionsIterDataset(batches, _SMALL_ARRAYS_ARE_COPIED)
+    datasets = datasets_of(source)
+    remote = [
+        (dataset, windowed)
+        for number, windowed in windowed_orders(source, config.seed, batch_size)
+        if isinstance(dataset := datasets[number], InShards) and dataset.is_remote
+    ]
     return _until_closed(
         batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
             worker_init_fn=_outlive_nobody,
-        )
+        ),
+        ReadAhead(
+            remote, process_rows, start_step, BATCHES_IN_FLIGHT * workers if workers else _BUFFERED
+        ),
     )
 
 
@@ -126,16 +141,20 @@ def workers_for(config: ConfigDict, rows: int) -> int:
     return worker_count(config.data.workers, batch_bytes(config, rows))
 
 
-def _until_closed(batches: grain.IterDataset) -> Generator[dict[str, np.ndarray]]:
+def _until_closed(
+    batches: grain.IterDataset, shards: ReadAhead
+) -> Generator[dict[str, np.ndarray]]:
     iterator, receiver = iter(batches), Receiver()
     try:
         for batch in iterator:
+            shards.advance()
             yield {
                 key: receiver.images(value) if isinstance(value, Lent) else value
                 for key, value in batch.items()
             }
             del batch  # held while the next is waited for, it would not be given back
     finally:
+        shards.end()
         iterator.close()
 
 
@@ -157,11 +176,14 @@ class _Example:
         self._at_least = 0 if self._exact else short_side(self._augment, self._size)
         self._two_images = config.perspectives.augmented_image.weight > 0
         self._two_captions = config.perspectives.other_caption.weight > 0
-        self._cache: dict[int, tuple[Record, _Decoded]] = {}
+        self._by_content = any(
+            isinstance(dataset, InShards) and dataset.by_content for dataset in datasets_of(source)
+        )
+        self._cache: dict[int, tuple[Record, _Decoded, int]] = {}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         index = int(index)
-        record, image, place = self._readable(index)
+        record, image, number, place = self._readable(index)
         # The same draws in the same order, whether second views follow or not.
         pixels, flipped = self._view(image, rng)
         words = record.captions, record.tags, self._caption, rng
@@ -170,7 +192,7 @@ class _Example:
         if flipped:
             texts = tuple(captions.swap_sides(text) for text in texts)
         skipped = -1 if place == index else index
-        example = {"image": pixels, "record": place, "skipped": skipped}
+        example = {"image": pixels, "record": number, "skipped": skipped}
         example |= zip(("caption", "caption_2"), texts, strict=False)
         if self._two_images:
             example["image_2"], _ = self._view(image, rng)
@@ -181,24 +203,25 @@ class _Example:
             image, self._augment, self._size, rng, exact=self._exact, trimmed=self._trimmed
         )
 
-    def _readable(self, index: int) -> tuple[Record, _Decoded, int]:
-        """The record, or the next one of its dataset whose image can be read, and its index."""
+    def _readable(self, index: int) -> tuple[Record, _Decoded, int, int]:
+        """The record, or another of its dataset whose image can be read.
+
+        With its number by which it is told from others, and its index.
+        """
         first_error = None
-        candidates = neighbours(self._source, index)
-        for step in range(min(_MAX_REPLACEMENTS, len(candidates))):
+        tried = 0
+        for place in stand_ins(self._source, index, _MAX_REPLACEMENTS):
+            tried += 1
             try:
-                place = candidates[(index - candidates.start + step) % len(candidates)]
-                record, image = self._decoded(place)
+                return *self._decoded(place), place
             except OSError as error:
                 first_error = first_error or error
-                continue
-            return record, image, place
         raise UserError(
-            f"none of {step + 1} images in a row of {self._source.name!r} can be read; the first: "
+            f"none of {tried} images in a row of {self._source.name!r} can be read; the first: "
             f"{self._source.name_of(index)} ({first_error})"
         )
 
-    def _decoded(self, index: int) -> tuple[Record, _Decoded]:
+    def _decoded(self, index: int) -> tuple[Record, _Decoded, int]:
         if index in self._cache:
             return self._cache[index]
         record = self._source[index]
@@ -211,11 +234,13 @@ class _Example:
         else:
             pixels = decode_pixels(record.image, self._at_least, upright=self._upright)
             image, area = pixels, pixels.shape[0] * pixels.shape[1]
+        # Of equal bits are two of a batch of 10,000 images in one of 40 batches.
+        number = bits_of(record.image) & _LARGEST if self._by_content else index
         record = replace(record, image=b"")
         # A small dataset is decoded once, which about halves the work of its later epochs.
         if 3 * area * len(self._source) <= _KEPT_BYTES:
-            self._cache[index] = record, image.copy()
-        return record, image
+            self._cache[index] = record, image.copy(), number
+        return record, image, number
 
 
 class _Batches:

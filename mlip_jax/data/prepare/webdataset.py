@@ -37,7 +37,7 @@ _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)")
 _TEXTS = ("txt", "text", "caption", "captions")
 _LABELS = ("cls", "label", "class")
 _JSON = "json"
-_ANNOTATIONS = frozenset((*_TEXTS, *_LABELS, _JSON))
+ANNOTATIONS = frozenset((*_TEXTS, *_LABELS, _JSON))
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _MOST_FILES = 1_000_000
@@ -54,12 +54,15 @@ class _Sample(NamedTuple):
 
     def is_whole(self) -> bool:
         """Whether there is an image and something is said about it."""
-        return bool(self.image) and not _ANNOTATIONS.isdisjoint(self.members)
+        return bool(self.image) and not ANNOTATIONS.isdisjoint(self.members)
 
 
-def _sample(number: int, key: str, members: dict[str, tuple[int, int]]) -> _Sample:
+Sample = _Sample  # its own name stands in the digests of prepared shards
+
+
+def sample_of(number: int, key: str, members: dict[str, tuple[int, int]]) -> Sample:
     """Of several images that with the plainest ending is taken, such as "jpg"."""
-    images = [ending for ending in members if ending not in _ANNOTATIONS]
+    images = [ending for ending in members if ending not in ANNOTATIONS]
     image = min(images, key=lambda ending: ending.count("."), default="")
     return _Sample(number, key, image, members)
 
@@ -113,21 +116,21 @@ class WebDataset(Reader):
             yield f"{self._twice:,} {keys} came twice in a tar file; both records are kept"
 
     def refs(self) -> Iterator[tuple[str, Any]]:
-        """A _Sample or Broken each."""
+        """A Sample or Broken each."""
         done = 0
         for number, (file, split, size) in enumerate(
             zip(self._files, self._splits, self._sizes, strict=True)
         ):
             for ref in self._samples(number, file):
                 self._seen += 1
-                if isinstance(ref, _Sample):
+                if isinstance(ref, Sample):
                     end = sum(next(reversed(ref.members.values())))
                     self._scanned = done + min(end, size)  # what is packed has more than its size
                 yield split, ref
             done += size
             self._scanned = done
 
-    def _samples(self, number: int, file: Path) -> Iterator[_Sample | Broken]:
+    def _samples(self, number: int, file: Path) -> Iterator[Sample | Broken]:
         keys: set[int] = set()  # hashes, of this tar file
         waiting: dict[str, dict[str, tuple[int, int]]] = {}  # not whole: members are not adjacent
         # Members of a packed file that lie apart could only be read by unpacking again and again.
@@ -142,9 +145,9 @@ class WebDataset(Reader):
             if not sample.is_whole():
                 former = waiting.pop(sample.key, {})
                 if former.keys() & sample.members.keys():
-                    yield _not_whole(file, _sample(number, sample.key, former))
+                    yield _not_whole(file, sample_of(number, sample.key, former))
                     former = {}
-                sample = _sample(number, sample.key, former | sample.members)
+                sample = sample_of(number, sample.key, former | sample.members)
                 if not sample.is_whole():
                     waiting[sample.key] = sample.members
                     continue
@@ -152,11 +155,11 @@ class WebDataset(Reader):
             keys.add(hash(sample.key))
             if len(sample.members) > 2:
                 self._others.update(
-                    e for e in sample.members if e not in _ANNOTATIONS | {sample.image}
+                    e for e in sample.members if e not in ANNOTATIONS | {sample.image}
                 )
             yield sample
         for key, members in waiting.items():
-            yield _not_whole(file, _sample(number, key, members))
+            yield _not_whole(file, sample_of(number, key, members))
 
     def _useful_members(self, file: Path) -> Iterator[tuple[str, str, tar.Member] | Broken]:
         """Key, ending and member of what may belong to a record."""
@@ -174,31 +177,31 @@ class WebDataset(Reader):
             key, ending = match.groups() if match else ("", "")
             ending = ending.lower()
             plain = ending.rpartition(".")[2]
-            if match and (ending in _ANNOTATIONS or f".{plain}" in IMAGE_SUFFIXES):
+            if match and (ending in ANNOTATIONS or f".{plain}" in IMAGE_SUFFIXES):
                 yield key, ending, member
-            elif match and plain in _ANNOTATIONS:
+            elif match and plain in ANNOTATIONS:
                 self._cut += 1
                 self._first_cut = self._first_cut or f"{file}/{name}"
             else:
                 self._others[plain or "without a key"] += 1
 
-    def read(self, refs: Sequence[_Sample | Broken]) -> Iterator[InputRecord | Broken]:
+    def read(self, refs: Sequence[Sample | Broken]) -> Iterator[InputRecord | Broken]:
         """Reads the members by their offsets."""
         for number, group in itertools.groupby(refs, lambda ref: getattr(ref, "tar", None)):
             if number is None:
                 yield from cast("Iterator[Broken]", group)
                 continue
             path = self._files[number]
-            samples = cast("list[_Sample]", list(group))
+            samples = cast("list[Sample]", list(group))
             try:
                 with opened(path) as container:
                     for sample in samples:
-                        yield self._record(container, f"{path}/{sample.key}", sample)
+                        yield read_sample(container, f"{path}/{sample.key}", sample, self._columns)
             except OSError as error:  # of `opened`
                 for sample in samples:
                     yield Broken(f"{path}/{sample.key}", f"cannot read: {error.strerror}")
 
-    def glances(self, refs: Sequence[_Sample | Broken]) -> Iterator[bytes]:
+    def glances(self, refs: Sequence[Sample | Broken]) -> Iterator[bytes]:
         """By the middle of the images; what is packed is read whole."""
         for number, group in itertools.groupby(refs, lambda ref: getattr(ref, "tar", None)):
             samples = list(group)
@@ -211,50 +214,62 @@ class WebDataset(Reader):
                 except OSError:
                     yield from itertools.repeat(b"", len(samples))
                     continue
-                for sample in cast("list[_Sample]", samples):
+                for sample in cast("list[Sample]", samples):
                     yield glance_at_part(container.read, *sample.members[sample.image])
 
-    def _record(self, container: Container, name: str, sample: _Sample) -> InputRecord | Broken:
-        try:
-            return self._from_contents(name, sample, _contents(container, sample))
-        except (ValueError, OSError) as error:
-            return Broken(name, str(error))
 
-    def _from_contents(
-        self, name: str, sample: _Sample, contents: Mapping[str, bytes]
-    ) -> InputRecord:
-        image = contents[sample.image]
-        captions: list[str] = []
-        labels: list[str] = []
-        latin = 0
-        for ending in _TEXTS:
-            if ending in contents:
-                text, other = decode_text(contents[ending])
-                captions += texts_of(text, "caption")
-                latin += other
-        for ending in _LABELS:
-            if ending in contents:
-                text, _ = decode_text(contents[ending])
-                labels += keys_of(int(text) if re.fullmatch(r"\s*-?\d{1,18}\s*", text) else text)
-        tags: tuple[str, ...] = ()
-        multi_label = False
-        if _JSON in contents:
-            values, other = parse_object(contents[_JSON])
-            record = column.example(values, self._columns, name, b"", int(other))
-            captions += record.example.captions
-            labels = labels or list(record.example.labels)
-            tags, multi_label, latin = record.example.tags, record.multi_label, latin + other
-        distinct = tuple(dict.fromkeys(captions))
-        return InputRecord(Example(name, image, distinct, tags, tuple(labels)), latin, multi_label)
+def read_sample(
+    container: Container, name: str, sample: Sample, columns: Mapping[str, str]
+) -> InputRecord | Broken:
+    """The record of a sample, or why there is none.
+
+    Args:
+      container: the tar file.
+      name: the record's.
+      sample: where it lies.
+      columns: the roles of the keys of its JSON; see `columns.read_columns`.
+    """
+    try:
+        return _from_contents(name, sample, _contents(container, sample), columns)
+    except (ValueError, OSError) as error:
+        return Broken(name, str(error))
 
 
-def _contents(container: Container, sample: _Sample) -> dict[str, bytes]:
+def _from_contents(
+    name: str, sample: Sample, contents: Mapping[str, bytes], columns: Mapping[str, str]
+) -> InputRecord:
+    captions: list[str] = []
+    labels: list[str] = []
+    latin = 0
+    for ending in _TEXTS:
+        if ending in contents:
+            text, other = decode_text(contents[ending])
+            captions += texts_of(text, "caption")
+            latin += other
+    for ending in _LABELS:
+        if ending in contents:
+            text, _ = decode_text(contents[ending])
+            labels += keys_of(int(text) if re.fullmatch(r"\s*-?\d{1,18}\s*", text) else text)
+    tags: tuple[str, ...] = ()
+    multi_label = False
+    if _JSON in contents:
+        values, other = parse_object(contents[_JSON])
+        record = column.example(values, columns, name, b"", int(other))
+        captions += record.example.captions
+        labels = labels or list(record.example.labels)
+        tags, multi_label, latin = record.example.tags, record.multi_label, latin + other
+    distinct = tuple(dict.fromkeys(captions))
+    image = contents.get(sample.image, b"")
+    return InputRecord(Example(name, image, distinct, tags, tuple(labels)), latin, multi_label)
+
+
+def _contents(container: Container, sample: Sample) -> dict[str, bytes]:
     """What of a record is read, by its endings; in the order of the file."""
     contents = {}
     for ending, (offset, size) in sample.members.items():
-        if ending != sample.image and ending not in _ANNOTATIONS:
+        if ending != sample.image and ending not in ANNOTATIONS:
             continue
-        most = MOST_TEXT if ending in _ANNOTATIONS else MOST_BYTES
+        most = MOST_TEXT if ending in ANNOTATIONS else MOST_BYTES
         if size > most:
             raise ValueError(
                 f"its .{ending} has {size:,} bytes, at most {most:,} are read: refused"
@@ -267,7 +282,7 @@ def _contents(container: Container, sample: _Sample) -> dict[str, bytes]:
 
 def _grouped(
     number: int, entries: Iterable[tuple[str, str, tar.Member] | Broken]
-) -> Iterator[_Sample | Broken]:
+) -> Iterator[Sample | Broken]:
     """Neighbours of one key; an ending that comes again begins another record."""
     key = ""
     members: dict[str, tuple[int, int]] = {}
@@ -276,15 +291,15 @@ def _grouped(
             yield each
             continue
         if members and (each[0] != key or each[1] in members):
-            yield _sample(number, key, members)
+            yield sample_of(number, key, members)
             members = {}
         key, ending, member = each
         members[ending] = (member.offset, member.size)
     if members:
-        yield _sample(number, key, members)
+        yield sample_of(number, key, members)
 
 
-def _not_whole(file: Path, sample: _Sample, where: str = "") -> Broken:
+def _not_whole(file: Path, sample: Sample, where: str = "") -> Broken:
     reason = "has no image" if not sample.image else "has no caption, class or JSON"
     cut = ""
     if "." in sample.image:
@@ -300,15 +315,15 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
       UserError: when there is none.
     """
     files: list[Path] = []
-    for number, pattern in enumerate(_braces(os.path.expanduser(where))):
+    for number, pattern in enumerate(expanded(os.path.expanduser(where))):
         if number == _MOST_FILES:
             raise UserError(f"{where} stands for more than {_MOST_FILES:,} files")
         path = Path(pattern)
-        if path.is_dir():
+        if os.path.isfile(pattern):  # as most are, which may be very many
+            files.append(path)
+        elif path.is_dir():
             below = (path / name for name in files_below(path) if name.endswith(suffixes))
             files += [file for file in below if file.is_file()]
-        elif path.is_file():
-            files.append(path)
         else:
             matches = sorted(p for p in map(Path, glob.glob(pattern)) if p.is_file())
             if not matches:
@@ -319,13 +334,10 @@ def find_files(where: str, *suffixes: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _braces(pattern: str) -> Iterator[str]:
+def expanded(pattern: str) -> Iterator[str]:
     """The patterns that {000..123} and {a,b} stand for, one by one: there may be very many."""
-    if Path(pattern).exists():
-        yield pattern
-        return
     match = _RANGE.search(pattern) or _CHOICE.search(pattern)
-    if match is None:
+    if match is None or os.path.exists(pattern):
         yield pattern
         return
     if match.re is _RANGE:
@@ -337,4 +349,4 @@ def _braces(pattern: str) -> Iterator[str]:
         words = match[1].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
     for word in words:
-        yield from _braces(f"{before}{word}{after}")
+        yield from expanded(f"{before}{word}{after}")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int8
+from jaxtyping import Int8, Int64
 
+from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
-from mlip_jax.data.sets.records import MultiLabel, Record, Source
+from mlip_jax.data.sets.records import InShards, MultiLabel, Record, Source
 
 _MARKED = re.compile(r"(?P<split>[^\[\]]*)\[(?P<begin>[^:\]]*):(?P<end>[^:\]]*)\]")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -107,7 +108,10 @@ def take(source: Source, share: Share, root: str = "") -> Source:
             f"{source.split}{share} of {source.name} is empty: none of its {len(source):,} records "
             "falls there; take a larger share"
         )
-    kind = _MultiLabelShare if isinstance(source, MultiLabel) else _Share
+    if isinstance(source, MultiLabel):
+        kind = _MultiLabelShardedShare if isinstance(source, InShards) else _MultiLabelShare
+    else:
+        kind = _ShardedShare if isinstance(source, InShards) else _Share
     return kind(source, share, chosen)
 
 
@@ -120,8 +124,12 @@ def _place(name: str) -> float:
 def _below(name: str, root: str) -> str:
     if not root:
         return name
-    home = Path(root).expanduser()
-    for folder in (home, home.parent):
+    if places.is_url(root):
+        above: tuple[object, ...] = (root.rstrip("/"), root.rstrip("/").rpartition("/")[0])
+    else:
+        home = Path(root).expanduser()
+        above = (home, home.parent)
+    for folder in above:
         if name.startswith(f"{folder}/"):
             return name[len(str(folder)) + 1 :]
     return name
@@ -167,3 +175,42 @@ class _MultiLabelShare(_Share):
         """Those of the records here; see `MultiLabel`."""
         assert isinstance(self._source, MultiLabel)
         return self._source.targets()[self._chosen]
+
+
+class _ShardedShare(_Share):
+    def __init__(self, source: Source, share: Share, chosen: np.ndarray) -> None:
+        super().__init__(source, share, chosen)
+        assert isinstance(source, InShards)
+        self._shards = source
+        self._ends = np.searchsorted(chosen, source.shard_ends()).astype(np.int64)
+
+    @property
+    def window(self) -> int:
+        """The whole source's."""
+        return self._shards.window
+
+    @property
+    def is_remote(self) -> bool:
+        """The whole source's."""
+        return self._shards.is_remote
+
+    @property
+    def by_content(self) -> bool:
+        """The whole source's."""
+        return self._shards.by_content
+
+    def shard_ends(self) -> Int64[np.ndarray, " shards"]:
+        """Where each shard's records end among these."""
+        return self._ends
+
+    def bring(self, shard: int) -> None:
+        """Has a shard at hand; see `InShards`."""
+        self._shards.bring(shard)
+
+    def release(self, shard: int) -> None:
+        """Says that a shard is not needed for long."""
+        self._shards.release(shard)
+
+
+class _MultiLabelShardedShare(_ShardedShare, _MultiLabelShare):
+    pass

@@ -20,6 +20,7 @@ class Opening:
     max_skipped_share: float = 0.01  # more records without a usable caption than this are an error
     cleaning: str = "none"  # how captions and tags are cleaned, `config.model.text.cleaning`
     cache_dir: str = ""  # where datasets named by one word lie; see `cache.cache_folder`
+    window: int = -1  # shards that are mixed in training, `config.data.window`
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def by_path(
         if open_url is None:
             raise UserError(
                 f"{where}: datasets of this kind are read from this machine alone; one that "
-                "mlip prepare has made may lie in a bucket, as prepared:URL"
+                "mlip prepare has made may lie in a bucket, as prepared:URL, and tar shards, as "
+                "webdataset:URL"
             )
         return open_url(where, opening)
 

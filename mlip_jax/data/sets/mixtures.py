@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Int
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.data.sets.records import Record, Source
+from mlip_jax.data.sets.records import InShards, Record, Source, shard_of
 
 PREFIX = "mix:"
 _PART = re.compile(r"(?P<spec>.+?)\*(?P<weight>[0-9.]+)(?:\+|$)")
 _LONGEST_PERIOD = 10_000
+_NEAR = 10  # neighbours that may stand for a record of a shard
 
 
 class Part(NamedTuple):
@@ -102,23 +103,28 @@ class Mixture:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
-        source, place = self._find(index)
-        record = source[place]
+        number, place = self.find(index)
+        record = self._sources[number][place]
         return record if self.class_names else replace(record, label=-1)
 
     def name_of(self, index: int) -> str:
         """The record's name in its dataset."""
-        source, place = self._find(index)
-        return source.name_of(place)
+        number, place = self.find(index)
+        return self._sources[number].name_of(place)
 
     def captions(self) -> Iterator[str]:
         """Every caption and tag, one dataset after the other, whatever their weights."""
         for source in self._sources:
             yield from source.captions()
 
-    def neighbours(self, index: int) -> range:
-        """The indices of the dataset that an index is of."""
-        return self.sets()[self._number(index)]
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The datasets."""
+        return self._sources
+
+    def drawn(self, number: int) -> Int[np.ndarray, " turns"]:
+        """How many samples of a dataset stand before each turn of a period, and in all of it."""
+        return self._drawn[:, number]
 
     def sets(self) -> list[range]:
         """The indices of each dataset."""
@@ -137,12 +143,10 @@ class Mixture:
         counts = periods * self._drawn[-1] + self._drawn[turn]
         return dict(zip(self._names, counts.tolist(), strict=True))
 
-    def _find(self, index: int) -> tuple[Source, int]:
-        number = self._number(index)
-        return self._sources[number], int(index) - self.sets()[number].start
-
-    def _number(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, index, side="right"))
+    def find(self, index: int) -> tuple[int, int]:
+        """The dataset of a record, and the record's index there."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, int(index) - self.sets()[number].start
 
 
 def samples_by_set(source: Source, position: int) -> dict[str, float]:
@@ -152,9 +156,44 @@ def samples_by_set(source: Source, position: int) -> dict[str, float]:
     return {f"samples/{name}": count for name, count in source.samples(position).items()}
 
 
-def neighbours(source: Source, index: int) -> range:
-    """The indices of the dataset that an index belongs to."""
-    return source.neighbours(index) if isinstance(source, Mixture) else range(len(source))
+def datasets_of(source: Source) -> tuple[Source, ...]:
+    """The datasets of a mixture, or the source itself."""
+    return source.sources if isinstance(source, Mixture) else (source,)
+
+
+def stand_ins(source: Source, index: int, most: int) -> Iterator[int]:
+    """The index and those that stand for it, one after the other, where it cannot be read.
+
+    They are the next ones of its dataset. Where that lies in shards, of which a whole one may be
+    damaged, after the first few they are at its place in the next shards.
+    """
+    start, part = 0, source
+    if isinstance(source, Mixture):
+        number, place = source.find(index)
+        start, part = index - place, source.sources[number]
+    neighbours = _neighbours(range(start, start + len(part)), index)
+    near = list(itertools.islice(neighbours, _NEAR))
+    elsewhere: Iterator[int] = iter(())
+    if isinstance(part, InShards):
+        places = _in_other_shards(part, index - start)
+        elsewhere = (start + place for place in itertools.islice(places, most // 2))
+    yield from itertools.islice(itertools.chain(near, elsewhere, neighbours), most)
+
+
+def _neighbours(indices: range, index: int) -> Iterator[int]:
+    for step in range(len(indices)):
+        yield indices[(index - indices.start + step) % len(indices)]
+
+
+def _in_other_shards(source: InShards, index: int) -> Iterator[int]:
+    """The record at the same place of each next shard."""
+    ends = source.shard_ends()
+    shard, place = shard_of(source, index)
+    for step in range(1, len(ends)):
+        other = (shard + step) % len(ends)
+        start = int(ends[other - 1]) if other else 0
+        if size := int(ends[other]) - start:
+            yield start + place % size
 
 
 def _turns(weights: Sequence[Fraction]) -> Int[np.ndarray, " period"]:

@@ -17,7 +17,7 @@ from mlip_jax.core.registry import DATASETS
 from mlip_jax.data.sets import held_out, mixtures, public
 from mlip_jax.data.sets.held_out import Share
 from mlip_jax.data.sets.kinds import Opening
-from mlip_jax.data.sets.records import MissingSplit, Source
+from mlip_jax.data.sets.records import InShards, MissingSplit, Source
 from mlip_jax.data.sets.splits import Wanted, canonical
 from mlip_jax.data.text.captions import check_cleaning
 
@@ -104,10 +104,11 @@ def _open(
     max_skipped_share: float,
     cleaning: str,
     part: Callable[[Share], Share] = _same,
+    window: int = -1,
 ) -> Source:
     check_cleaning(cleaning)
     if mixtures.is_mixture(spec):
-        return _open_mixture(spec, role, cache_dir, max_skipped_share, cleaning)
+        return _open_mixture(spec, role, cache_dir, max_skipped_share, cleaning, window=window)
     base, marked = split_spec(spec)
     name, share = held_out.parse(marked)
     wanted = Wanted(role, name)
@@ -118,7 +119,7 @@ def _open(
         kind, where = public.find(base, cache_dir)
     elif kind not in DATASETS or not bool(colon) == bool(where) == bool(DATASETS[kind].where):
         raise _unknown(spec, kind, colon)
-    opening = Opening(wanted, max_skipped_share, cleaning, cache_dir)
+    opening = Opening(wanted, max_skipped_share, cleaning, cache_dir, window)
     try:
         source = DATASETS[kind].open(where, opening)
     except UserError as error:
@@ -158,13 +159,15 @@ def _open_mixture(
     max_skipped_share: float,
     cleaning: str,
     first: Callable[[Share], Share] = _same,
+    window: int = -1,
 ) -> Source:
     """A mixture; `first` says which share of its first dataset is opened."""
     if role != "train":
         raise UserError(f"the mixture {spec!r} is for training: name one dataset to evaluate on")
     parts = mixtures.parse(spec)
+    how = (role, cache_dir, max_skipped_share, cleaning)
     opened = [
-        _open(part.spec, role, cache_dir, max_skipped_share, cleaning, _same if place else first)
+        _open(part.spec, *how, _same if place else first, window)
         for place, part in enumerate(parts)
     ]
     if len(opened) == 1:
@@ -191,16 +194,23 @@ def open_training(config_data: ConfigDict, cleaning: str = "none") -> Source:
       UserError: as `open_source`.
     """
     how = (config_data.cache_dir, config_data.max_skipped_share, cleaning)
+    window = config_data.window
     share = held_out_share(config_data)
-    if not share:
-        return _open(config_data.train, "train", *how)
 
     def kept(part: Share) -> Share:
-        return part.without_last(share)
+        return part.without_last(share) if share else part
 
     if mixtures.is_mixture(config_data.train):
-        return _open_mixture(config_data.train, "train", *how, first=kept)
-    return _open(config_data.train, "train", *how, part=kept)
+        source = _open_mixture(config_data.train, "train", *how, first=kept, window=window)
+    else:
+        source = _open(config_data.train, "train", *how, part=kept, window=window)
+    sharded = [isinstance(each, InShards) for each in mixtures.datasets_of(source)]
+    if window > 0 and not any(sharded):
+        raise UserError(
+            f"config.data.window={window} mixes shards, and {config_data.train} has none: prepared "
+            "datasets and tar files have; leave the key out"
+        )
+    return source
 
 
 def held_out_share(config_data: ConfigDict) -> float:
@@ -246,6 +256,7 @@ def open_validation(config_data: ConfigDict, cleaning: str = "none") -> Source |
             skipped,
             cleaning,
             part=lambda part: part.last(share),
+            window=config_data.window,
         )
     if config_data.validation != "auto":
         # Where there are both, the split for validation: the test is not for choosing a checkpoint.

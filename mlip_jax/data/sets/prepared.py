@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -9,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Int8
+from jaxtyping import Int8, Int64
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import brief, lines, shown, whole
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.files import present_names
 from mlip_jax.data.sets.kinds import Opening, by_path
-from mlip_jax.data.sets.records import Record
+from mlip_jax.data.sets.records import Record, shard_of
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Index, Shard
 from mlip_jax.data.sets.splits import STANDARD, Choice
-from mlip_jax.data.sets.stored import Store
+from mlip_jax.data.sets.stored import Shards, Store, Version
 from mlip_jax.data.text.captions import usable
 
 _MOST_OPEN = 256  # shards; a process may often have 1,024 files open
@@ -30,20 +31,31 @@ class PreparedSource:
     """The records of a prepared dataset. In memory is the number of records of each shard."""
 
     def __init__(
-        self, folder: Path, choice: Choice, parts: Sequence[Shard], index: Index, cleaning: str
+        self,
+        folder: Path,
+        choice: Choice,
+        parts: Sequence[Shard],
+        index: Index,
+        opening: Opening,
+        bucket: Shards | None = None,
     ) -> None:
-        """Takes the shards of the split that have records."""
+        """Takes the shards of the split that have records, and a bucket to bring them from."""
         self.name = whole(folder.resolve().name)
         self.split, self.parts = choice
         self.class_names = tuple(map(whole, index.class_names))
         self.attribution = index.attribution
         self.notes: tuple[str, ...] = ()
+        self.window = max(opening.window, 0)
+        self.is_remote = bucket is not None
+        self.by_content = False  # preparing has found them
         self._folder = folder
+        self._bucket = bucket
+        self._files = [shard.files() for shard in parts] if bucket else []
         self._names = [shard.name for shard in parts]
         self._counts = [shard.records for shard in parts]
         self._ends = np.cumsum(self._counts)
         self._labels = {key: label for label, key in enumerate(index.class_keys)}
-        self._cleaning = cleaning
+        self._cleaning = opening.cleaning
         self._readers = _Readers()
 
     def __len__(self) -> int:
@@ -65,7 +77,7 @@ class PreparedSource:
         try:
             return shown(self._example(index).name)
         except OSError:
-            shard, place = self._find(index)
+            shard, place = shard_of(self, index)
             return f"{self._path(shard)}[{place}]"
 
     def captions(self) -> Iterator[str]:
@@ -73,6 +85,32 @@ class PreparedSource:
         for example in self._texts():
             yield from filter(None, self._captions(example))
             yield from usable(example.tags, self._cleaning)
+
+    def shard_ends(self) -> Int64[np.ndarray, " shards"]:
+        """Where each shard's records end."""
+        return self._ends
+
+    def bring(self, shard: int) -> None:
+        """Has a shard on this machine."""
+        self._file(shard)
+
+    def release(self, shard: int) -> None:
+        """Says that a shard is not needed for long."""
+        for name, size, checksum in self._files[shard] if self._bucket else ():
+            assert self._bucket is not None
+            self._bucket.release(name, Version(size, checksum, checksum))
+
+    def _file(self, shard: int, number: int = 0) -> Path:
+        """The file of a shard on this machine, brought where it is not here; 1: that of its texts.
+
+        Raises:
+          RunError: when it cannot be had.
+        """
+        if self._bucket is None:
+            return self._folder / f"{self._names[shard]}{(SHARD_SUFFIX, TEXTS_SUFFIX)[number]}"
+        name, size, checksum = self._files[shard][number]
+        version = Version(size, checksum, checksum)
+        return self._bucket.find(name, version) or self._bucket.bring(name, version)
 
     def _captions(self, example: Example) -> tuple[str, ...]:
         labels = (self._labels[key] for key in example.labels if key in self._labels)
@@ -84,8 +122,8 @@ class PreparedSource:
         return example
 
     def _texts(self) -> Iterator[Example]:
-        for name in self._names:
-            path = self._folder / f"{name}{TEXTS_SUFFIX}"
+        for shard in range(len(self._names)):
+            path = self._file(shard, 1)
             try:
                 with path.open("rb") as file:
                     for line in lines(file):
@@ -98,21 +136,20 @@ class PreparedSource:
                 raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from None
 
     def _example(self, index: int) -> Example:
-        shard, place = self._find(index)
+        shard, place = shard_of(self, index)
         path = self._path(shard)
+        file = path if self._bucket is None else str(self._file(shard))
         try:
-            record = self._readers.read(path, place, self._counts[shard])
+            record = self._readers.read(file, place, self._counts[shard])
             return self._checked(shards.unpack(record))
         # The library raises RuntimeError for a block whose checksum is wrong.
         except (RuntimeError, IndexError, ValueError) as error:
             raise OSError(f"{path} is damaged at record {place}: {error}") from None
 
     def _path(self, shard: int) -> str:
-        return str(self._folder / f"{self._names[shard]}{SHARD_SUFFIX}")
-
-    def _find(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, int(index - (self._ends[shard - 1] if shard else 0))
+        """What a shard is called."""
+        folder = self._folder if self._bucket is None else self._bucket.url
+        return f"{folder}/{self._names[shard]}{SHARD_SUFFIX}"
 
 
 class MultiLabelPreparedSource(PreparedSource):
@@ -165,6 +202,8 @@ class _Readers:
                 reader = ArrayRecordReader(path, _RANDOM_ACCESS)
                 if reader.num_records() != count:
                     raise ValueError(f"it has {reader.num_records()} records, not {count}")
+                for gone in [one for one in self._open if not os.path.exists(one)]:
+                    del self._open[gone]  # its space on the disk is free then
                 self._open[path] = reader
                 # One that another thread still reads from closes when that is done.
                 if len(self._open) > _MOST_OPEN:
@@ -191,13 +230,15 @@ def open_prepared(folder: Path, opening: Opening) -> PreparedSource:
     """
     index = shards.read_index(folder)
     check_sizes(folder, index)
-    return _open(folder, index, *_choose(str(folder), index, opening), opening.cleaning)
+    choice, parts = _choose(str(folder), index, opening)
+    return _kind(index)(folder, choice, parts, index, opening)
 
 
 def open_from_bucket(url: str, opening: Opening) -> PreparedSource:
-    """Opens a prepared dataset in a bucket: the shards of the split are brought and kept here.
+    """Opens a prepared dataset in a bucket.
 
-    What is brought is compared with the checksums of the index.
+    The shards of the split are brought and kept here; with a window in training, each when it is
+    needed. What is brought is compared with the checksums of the index.
 
     Raises:
       MissingSplit: when it has no such split.
@@ -208,8 +249,11 @@ def open_from_bucket(url: str, opening: Opening) -> PreparedSource:
     store.bring_anew(shards.INDEX)
     index = shards.read_index(store.folder)
     choice, parts = _choose(url, index, opening)
+    if opening.window > 0:
+        bucket = Shards(url, opening.cache_dir)
+        return _kind(index)(store.folder, choice, parts, index, opening, bucket)
     store.bring([file for shard in parts for file in shard.files()])
-    return _open(store.folder, index, choice, parts, opening.cleaning)
+    return _kind(index)(store.folder, choice, parts, index, opening)
 
 
 def _choose(place: str, index: Index, opening: Opening) -> tuple[Choice, list[Shard]]:
@@ -220,11 +264,8 @@ def _choose(place: str, index: Index, opening: Opening) -> tuple[Choice, list[Sh
     return choice, parts
 
 
-def _open(
-    folder: Path, index: Index, choice: Choice, parts: Sequence[Shard], cleaning: str
-) -> PreparedSource:
-    kind = MultiLabelPreparedSource if index.multi_label else PreparedSource
-    return kind(folder, choice, parts, index, cleaning)
+def _kind(index: Index) -> type[PreparedSource]:
+    return MultiLabelPreparedSource if index.multi_label else PreparedSource
 
 
 def check_sizes(folder: Path, index: Index) -> None:

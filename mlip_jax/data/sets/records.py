@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int8
+from jaxtyping import Int8, Int64
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import is_whole
@@ -135,3 +135,32 @@ class MultiLabel(Protocol):
 
         It reads no image.
         """
+
+
+@runtime_checkable
+class InShards(Protocol):
+    """What a dataset offers besides when its records lie in shards, one shard after the other."""
+
+    window: int  # how many shards are mixed in training; 0: all
+    is_remote: bool  # whether shards are brought from a server when they are needed
+    by_content: bool  # whether records of equal images are found in a batch alone, by their bytes
+
+    def shard_ends(self) -> Int64[np.ndarray, " shards"]:
+        """Where each shard's records end, as indices; a shard may have none."""
+
+    def bring(self, shard: int) -> None:
+        """Has a shard at hand, so that its records are read at once; where it is, nothing happens.
+
+        Raises:
+          UserError, RunError: when it cannot be had.
+        """
+
+    def release(self, shard: int) -> None:
+        """Says that a shard is not needed for long."""
+
+
+def shard_of(source: InShards, index: int) -> tuple[int, int]:
+    """The shard of a record, and its place there."""
+    ends = source.shard_ends()
+    shard = int(np.searchsorted(ends, index, "right"))
+    return shard, int(index) - (int(ends[shard - 1]) if shard else 0)

@@ -1,0 +1,1 @@
+"""Tar shards that are trained on as they are."""
