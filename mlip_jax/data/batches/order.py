@@ -21,8 +21,8 @@ def order(source: Source, seed: int, batch_size: int = 1) -> grain.MapDataset:
     has a window; then `batch_size` matters, too: see `windows`.
     """
     if not isinstance(source, Mixture):
-        if windowed := windowed_orders(source, seed, batch_size):
-            return grain.MapDataset.source(windowed[0][1]).seed(seed)
+        for _, alone in windowed_orders(source, seed, batch_size):
+            return grain.MapDataset.source(alone).seed(seed)
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     windowed = dict(windowed_orders(source, seed, batch_size))
     indices = [

@@ -89,7 +89,7 @@ class WindowedOrder:
         self._seed = seed
         self._batch_size = batch_size
         self._turns = _Turns(mixture, number)
-        self.lanes = max(1, min(window, batch_size, np.count_nonzero(self._sizes)))
+        self.lanes = max(1, min(window, batch_size, int(np.count_nonzero(self._sizes))))
         self._together = max(1, min(window, len(self._ends)) // self.lanes)  # shards of a piece
         self._bounds = [lane * batch_size // self.lanes for lane in range(self.lanes + 1)]
         rows = np.arange(batch_size)

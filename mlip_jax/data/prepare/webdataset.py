@@ -123,7 +123,7 @@ class WebDataset(Reader):
         ):
             for ref in self._samples(number, file):
                 self._seen += 1
-                if isinstance(ref, Sample):
+                if isinstance(ref, _Sample):
                     end = sum(next(reversed(ref.members.values())))
                     self._scanned = done + min(end, size)  # what is packed has more than its size
                 yield split, ref

@@ -108,6 +108,7 @@ def take(source: Source, share: Share, root: str = "") -> Source:
             f"{source.split}{share} of {source.name} is empty: none of its {len(source):,} records "
             "falls there; take a larger share"
         )
+    kind: type[_Share]
     if isinstance(source, MultiLabel):
         kind = _MultiLabelShardedShare if isinstance(source, InShards) else _MultiLabelShare
     else:

@@ -82,7 +82,8 @@ def build(path: Path, shown: str) -> TarIndex:
     ends: list[int] = []
     endings: list[int] = []
     places: list[tuple[int, int]] = []
-    broken, first = 0, []
+    broken = 0
+    first: list[tuple[str, str]] = []
     for ref in _refs(path):
         if isinstance(ref, Broken):
             broken += 1

@@ -127,7 +127,7 @@ class Shelf:
         # Of tens of thousands of shards, some hundred are in a folder.
         return self._folder / digest[:2] / f"{digest}.npz"
 
-    def list(self, where: str) -> list[Shard]:
+    def matching(self, where: str) -> list[Shard]:
         """The tar files that a pattern names, in its order.
 
         Raises:

@@ -259,7 +259,7 @@ def open_tars(where: str, opening: Opening) -> TarSource:
     """
     shelf = Shelf(where, opening.cache_dir)
     by_split: dict[str, list[Shard]] = {}
-    for shard in shelf.list(where):
+    for shard in shelf.matching(where):
         by_split.setdefault(split_of_file(Path(shard.name)), []).append(shard)
     choice = STANDARD.choose(where, opening.wanted, by_split)
     shards = [shard for part in choice.parts for shard in by_split[part]]
