@@ -206,17 +206,30 @@ def test_one_perspective_is_told_once():
 
 def test_clock_measures_speed_and_the_share_of_waiting():
     now = 0.0
-    clock = Clock(batch_size=4, now=lambda: now)
+    clock = Clock(batch_size=4, done=10, now=lambda: now)
     with clock.waiting():
         now += 1.0
     now += 3.0
-    assert clock.lap(steps=2) == {"images_per_second": 2.0, "data_wait": 0.25}
+    assert clock.lap(done=12) == {"images_per_second": 2.0, "data_wait": 0.25}
     now += 2.0
-    assert clock.lap(steps=1) == {"images_per_second": 2.0, "data_wait": 0.0}
+    assert clock.lap(done=13) == {"images_per_second": 2.0, "data_wait": 0.0}
     now += 2.0
-    measured = clock.lap(1, brought=3_000_000)
+    measured = clock.lap(14, brought=3_000_000)
     assert measured["bucket_bytes_per_second"] == 1.5e6
     assert describe(measured) == "2 images/s  data wait 0 %  1.5 MB/s from buckets"
     now += 2.0
-    assert clock.lap(1, brought=3_000_000)["bucket_bytes_per_second"] == 0.0
+    assert clock.lap(15, brought=3_000_000)["bucket_bytes_per_second"] == 0.0
     assert brief({"images_per_second": 2.0, "data_wait": 0.5}) == "2 images/s data wait 50 %"
+
+
+def test_a_step_under_way_counts_when_it_is_done():
+    now = 0.0
+    clock = Clock(batch_size=4, now=lambda: now)
+    now += 2.0
+    before = clock.lap(done=2)
+    now += 5.0  # an evaluation
+    clock.rest(done=3)
+    now += 0.5
+    assert clock.lap(done=3) == before == {"images_per_second": 4.0, "data_wait": 0.0}
+    now += 1.5
+    assert clock.lap(done=4) == {"images_per_second": 2.0, "data_wait": 0.0}

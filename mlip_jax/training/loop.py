@@ -138,7 +138,7 @@ def run_steps(
     """
     config = run.config
     keep_step = last_step_before_cooldown(config)
-    clock = Clock(config.batch_size)
+    clock = Clock(config.batch_size, start)
     skipped = SkipCounter(run.source, config.data.max_skipped_share)
     batches = train_batches(
         config,
@@ -175,7 +175,8 @@ def run_steps(
                 done, results = done - 1, None
                 if log.pending:
                     counts = samples_by_set(run.source, done * config.batch_size)
-                    log.interval(done, clock.lap(log.pending, brought()) | counts)
+                    jax.block_until_ready(before)
+                    log.interval(done, clock.lap(done, brought()) | counts)
                     log.flush()
                 _save_without_input(run, state, done, start, error)
                 break
@@ -201,7 +202,11 @@ def run_steps(
             pauses = saves or stops
             if pauses or done % config.log_every == 0:
                 counts = samples_by_set(run.source, done * config.batch_size)
-                log.interval(done, clock.lap(log.pending, brought()) | counts)
+                waits = pauses or done == start + 1  # and there is a step to tell of
+                if waits:
+                    jax.block_until_ready(metrics)
+                # Else the last step is still under way.
+                log.interval(done, clock.lap(done if waits else done - 1, brought()) | counts)
             if pauses:
                 watchdog.rest()
                 log.flush()
@@ -211,7 +216,7 @@ def run_steps(
                     writer.note(f"step {done}: {summary.headline(results.figures)}")
                 run.save(state, done, results.figures if results else None)
                 callbacks.tell("on_checkpoint", done, run.folder / checkpoint.FOLDER / str(done))
-                clock.lap(0, brought())
+                clock.rest(done, brought())
                 if stops or processes.by_first(lambda: run.stop.asked):
                     break
         skipped.update(run.channel.last())

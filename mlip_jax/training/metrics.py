@@ -39,18 +39,20 @@ _MUCH_WAITING = 0.05  # share of the time that is shown beside the bar
 class Clock:
     """Images a second, and the share of the time that the loop stood waiting for data."""
 
-    def __init__(self, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, batch_size: int, done: int = 0, now: Callable[[], float] = time.perf_counter
+    ) -> None:
         """Starts the first lap.
 
         Args:
           batch_size: images a step, over all devices.
+          done: steps that are done already.
           now: seconds from some fixed moment.
         """
         self._batch_size = batch_size
         self._now = now
-        self._start = now()
-        self._waited = 0.0
-        self._brought = 0
+        self._measured: dict[str, float] = {}
+        self.rest(done)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -61,27 +63,33 @@ class Clock:
         finally:
             self._waited += self._now() - start
 
-    def lap(self, steps: int, brought: int = 0) -> dict[str, float]:
+    def lap(self, done: int, brought: int = 0) -> dict[str, float]:
         """{"images_per_second", "data_wait"} since the last lap, and starts the next.
 
-        Call it without steps after what is no training, such as an evaluation, so that the next
-        lap does not count it.
-
         Args:
-          steps: of the lap.
+          done: steps that the devices have done by now; what is under way does not count. Where
+            none is done since the last lap, it goes on, and the figures are those of the one
+            before.
           brought: bytes of data that have come from buckets so far. Where there are any,
             "bucket_bytes_per_second" is measured, too.
         """
-        seconds = max(self._now() - self._start, 1e-9)
-        measured = {
-            "images_per_second": steps * self._batch_size / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
-        }
-        if brought:
-            measured["bucket_bytes_per_second"] = max(brought - self._brought, 0) / seconds
-            self._brought = brought
+        steps = done - self._done
+        if steps > 0:
+            seconds = max(self._now() - self._start, 1e-9)
+            self._measured = {
+                "images_per_second": steps * self._batch_size / seconds,
+                "data_wait": min(self._waited / seconds, 1.0),
+            }
+            if brought:
+                bucket_bytes = max(brought - self._brought, 0)
+                self._measured["bucket_bytes_per_second"] = bucket_bytes / seconds
+            self.rest(done, brought)
+        return self._measured
+
+    def rest(self, done: int, brought: int = 0) -> None:
+        """Starts a lap after what is no training, such as an evaluation; arguments as for `lap`."""
         self._start, self._waited = self._now(), 0.0
-        return measured
+        self._done, self._brought = done, brought
 
 
 class Slow(NamedTuple):
