@@ -12,7 +12,7 @@ from mlip_jax import main as door
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.registry import EVALUATIONS
-from mlip_jax.evaluations import Results, compare, read_results, suites, write_results
+from mlip_jax.evaluations import Results, compare, read_results, sets, suites, write_results
 from mlip_jax.evaluations import verb as verb
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.prompts import find_class_names, find_templates
@@ -308,7 +308,10 @@ def test_different_templates_never_share_a_file():
     )
 
 
-def test_several_templates_at_once(workdir, families, capsys):
+def test_several_templates_at_once(workdir, families, capsys, monkeypatch):
+    loaded = []
+    load = verb.load
+    monkeypatch.setattr(verb, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     wanted = "--config.evaluation.templates=clip_7|clip_80|a drawing of {}"
     assert evaluate(workdir, "--suite=zero_shot", wanted) == 0
     files = sorted(path.name for path in workdir.glob("results,*.json"))
@@ -316,10 +319,30 @@ def test_several_templates_at_once(workdir, families, capsys):
         "results,evaluation.templates=clip_7.json",
         "results,evaluation.templates=clip_80.json",
     ]
+    assert len(loaded) == 1
     output = capsys.readouterr().out
     assert "templates: clip_80" in output and f"--compare={workdir}" in output
     assert evaluate(workdir, "--rates=0.25", wanted) == 2
     assert "--rates goes with one name" in capsys.readouterr().err
+
+
+def test_other_prompts_embed_no_image_again(monkeypatch):
+    embedded = []
+
+    def embed_source(*arguments, **options):
+        embedded.append(arguments)
+        return SimpleNamespace(embeddings="embeddings", features=None)
+
+    monkeypatch.setattr(sets, "embed_source", embed_source)
+    config = schema.default()
+    opened = sets.Sets(SimpleNamespace(), config, SimpleNamespace(name="photos"))
+    for templates in ("a {}", "the {}"):
+        other = schema.default()
+        other.evaluation.templates = templates
+        under = opened.under(other)
+        assert under.config.evaluation.templates == templates
+        assert under.evaluation("validation").embeddings == "embeddings"
+    assert len(embedded) == 1 and opened.config is config
 
 
 def test_families_without_labels_are_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,6 +122,16 @@ class Sets:
         self._opened: dict[tuple[str, str], Source | None] = {}
         self._embedded: dict[tuple[str, str], EmbeddedSet] = {}
         self._names: dict[str, str] = {}
+
+    def under(self, config: ConfigDict) -> Sets:
+        """The same datasets, opened and embedded already, for figures by other prompts or rates.
+
+        Args:
+          config: one with the same model and data.
+        """
+        sets = copy.copy(self)
+        sets.config = config
+        return sets
 
     @property
     def model(self) -> Encoder:

@@ -95,6 +95,7 @@ def evaluate(
     families: Sequence[str] | None = None,
     done: Results | None = None,
     keep: Callable[[Results], None] | None = None,
+    sets: Sets | None = None,
 ) -> Results:
     """Scores a model on config.evaluation's datasets.
 
@@ -111,6 +112,7 @@ def evaluate(
       done: figures of the same model that an evaluation which was cut short has kept; they are
         not computed again.
       keep: called with all results so far after each dataset.
+      sets: of the same model, for datasets that are embedded already; see `Sets.under`.
 
     Raises:
       UserError: for an empty dataset, a dataset without captions or labels, a class without images,
@@ -119,7 +121,7 @@ def evaluate(
     """
     results = Results() if done is None else done
     families = list(EVALUATIONS) if families is None else families
-    sets = Sets(model, config, validation, progress)
+    sets = sets or Sets(model, config, validation, progress)
     if config.model.critic == "concat":
         source = sets.source("validation") if "retrieval" in families else None
         if source is not None:

@@ -22,6 +22,7 @@ from mlip_jax.evaluations import merging_rates
 from mlip_jax.evaluations.compare import compare_workdirs
 from mlip_jax.evaluations.prompts import several_templates
 from mlip_jax.evaluations.results import FILE_NAME, Results, read_results, write_results
+from mlip_jax.evaluations.sets import Sets
 from mlip_jax.evaluations.sheets import html, markdown, sheet, table
 from mlip_jax.evaluations.suites import apply_suite, check, evaluate
 from mlip_jax.inference import Model, load
@@ -96,12 +97,14 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
         )
     check_writable(home, "--workdir")
     if not rates:
+        config.evaluation.templates = prompts[0]
+        model = load(workdir, config=config)
+        for sentence in model.about.get("lost", ()):
+            console.print(f"note: lost when this model was exported: {sentence}")
+        sets = Sets(model, config)
         for templates in prompts:
             config.evaluation.templates = templates
-            model = load(workdir, config=config)
-            for sentence in model.about.get("lost", ()):
-                console.print(f"note: lost when this model was exported: {sentence}")
-            results, path = _score(model, config, trained, home, console)
+            results, path = _score(model, sets.under(config), trained, home, console)
             if len(prompts) > 1:
                 console.print(f"templates: {templates}")
             console.print(table(results))
@@ -115,7 +118,7 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
 
     def scored(model: Model, changed: ConfigDict) -> Results:
         console.print(f"merging rate {changed.model.image.merging.rate:g}")
-        return _score(model, changed, trained, home, console)[0]
+        return _score(model, Sets(model, changed), trained, home, console)[0]
 
     wanted = sorted({0.0, *rates})
     path = merging_rates.report(console, home, merging_rates.sweep(config, wanted, loaded, scored))
@@ -124,9 +127,10 @@ def _evaluate(config: ConfigDict, workdir: Path, suite: str, rates: Sequence[flo
 
 
 def _score(
-    model: Model, config: ConfigDict, trained: ConfigDict, home: Path, console: Console
+    model: Model, sets: Sets, trained: ConfigDict, home: Path, console: Console
 ) -> tuple[Results, Path]:
     """Evaluates and files a model; returns what was found, and where it is filed."""
+    config = sets.config
     name = results_name(changes(trained, config))
     draft = home / f".{name}.partial"
     results = _read_draft(draft, model.step)
@@ -134,7 +138,9 @@ def _score(
         console.print(
             f"going on after {', '.join(results.done)}, kept from an evaluation cut short"
         )
-    results = evaluate(model, config, done=results, keep=lambda results: _keep(draft, results))
+    results = evaluate(
+        model, config, done=results, keep=lambda results: _keep(draft, results), sets=sets
+    )
     if not results.figures:
         raise UserError(
             f"{home} names no dataset to evaluate on: add --config.data.validation=jsonl:PATH or "
