@@ -386,8 +386,9 @@ def test_siglips_texts_are_cleaned(tmp_path):
     with pytest.raises(UserError, match="has 300 tokens, its model only 250"):
         folder_tokenizer(tmp_path, None, 250)
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "spiece.model").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no tokenizer\.json \(spiece\.model alone is not read\)"):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    message = r"no tokenizer\.json \(tokenizer\.model alone is not read\)"
+    with pytest.raises(UserError, match=message):
         folder_tokenizer(tmp_path)
 
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as _Encoder
 from mlip_jax.core.errors import UserError, first_line
 from mlip_jax.core.files import read_json
 from mlip_jax.core.texts import brief
+from mlip_jax.data.text import sentence_piece
 from mlip_jax.data.text.encoders import guarded, read_encoder
 
 # By tokenizer_class, without "Fast": the special tokens that transformers 5 takes where the files
@@ -28,7 +29,7 @@ from mlip_jax.data.text.encoders import guarded, read_encoder
 _CLASSES: dict[str, dict[str, str]] = {
     "PreTrainedTokenizer": {},
     "TokenizersBackend": {},
-    "SiglipTokenizer": {"eos_token": "</s>", "pad_token": "</s>"},
+    "SiglipTokenizer": {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"},
     "CLIPTokenizer": {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -36,7 +37,7 @@ _CLASSES: dict[str, dict[str, str]] = {
         "pad_token": "<|endoftext|>",
     },
     "BertTokenizer": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
-    "T5Tokenizer": {"eos_token": "</s>", "pad_token": "<pad>"},
+    "T5Tokenizer": {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
     "Siglip2Tokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
 }
@@ -62,6 +63,7 @@ _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _PROBE = "a"
+_PIECES = "spiece.model"
 
 
 class Parts(NamedTuple):
@@ -78,7 +80,7 @@ class Parts(NamedTuple):
 
 
 def read(folder: Path, cleaning: str | None = None) -> Parts:
-    """The tokenizer of a folder: tokenizer.json, or CLIP's vocab.json and merges.txt.
+    """The tokenizer of a folder: tokenizer.json, CLIP's vocab.json and merges.txt, or spiece.model.
 
     Ids are those of transformers 5. What goes around the words, and pads, is as
     tokenizer_config.json, special_tokens_map.json and tokenizer.json say.
@@ -102,9 +104,10 @@ def read(folder: Path, cleaning: str | None = None) -> Parts:
     encoder = _built(folder, kind, encoder, settings)
     _add_tokens(folder, encoder, settings)
     if cleaning is None:
-        cleaning = "siglip" if kind == "SiglipTokenizer" else "none"
-        if cleaning == "siglip" and settings.get("do_lower_case") is False:
+        if kind == "SiglipTokenizer" and settings.get("do_lower_case") is False:
             raise UserError(f"{folder}: a SigLIP tokenizer that keeps upper case is not read")
+        by_pieces = (folder / _PIECES).is_file() and not (folder / "tokenizer.json").is_file()
+        cleaning = "siglip" if kind == "SiglipTokenizer" and not by_pieces else "none"
     try:
         start, end = _affixes(encoder)
     except ValueError as error:
@@ -163,6 +166,13 @@ def _kind(folder: Path, settings: dict[str, Any], encoder: _Encoder) -> str:
     return kind if type(encoder.model).__name__ == model else "TokenizersBackend"
 
 
+def _of_siglip(folder: Path, settings: dict[str, Any]) -> bool:
+    name = settings.get("tokenizer_class")
+    if name is None:
+        return read_json(folder / "config.json", missing={}).get("model_type") == "siglip"
+    return _class(name) == "SiglipTokenizer"
+
+
 def _is_left(folder: Path, settings: dict[str, Any], key: str, absent: str) -> bool:
     side = settings.get(key) or absent
     if side not in ("left", "right"):
@@ -192,6 +202,8 @@ def _encoder(folder: Path, settings: dict[str, Any]) -> _Encoder:
             words_of = (line.split() for line in lines if not line.startswith("#version"))
             pairs = [(left, right) for left, right in filter(None, words_of)]
             return _Encoder(models.BPE(read_json(words, advice="get it again"), pairs))
+        if (pieces := folder / _PIECES).is_file():
+            return sentence_piece.read(pieces, _of_siglip(folder, settings))
     except UserError:
         raise
     except Exception as error:  # the library raises Exception itself
