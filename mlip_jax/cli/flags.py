@@ -158,6 +158,17 @@ FLAGS = (
         },
     ),
     Flag(
+        "track",
+        {
+            "train": Use(
+                Text("wandb, mlflow, or both with a comma", r"(wandb|mlflow)(,(wandb|mlflow))*"),
+                "NAME,...",
+                "also send config, metrics and evaluations to wandb or mlflow, which the extras "
+                "of these names install",
+            )
+        },
+    ),
+    Flag(
         "suite",
         {
             "evaluate": Use(
