@@ -16,7 +16,8 @@ trains the global perspectives with another loss.
 Arguments: `size`, `data`; `objective`, the loss of the global perspectives: softmax, sigmoid or
 jsd; `pretrained=FOLDER` to start from a model of another library or of this one. A run of this
 config keeps its perspectives, merging and scales. All blocks of another model form the Spatial
-Stage, and a Frequency Stage of a third as many blocks is added before it.
+Stage, and a Frequency Stage of a third as many blocks is added before it. `text=FOLDER` takes the
+frozen BERT in a Hugging Face folder, with its vocabulary, as the text encoder.
 
 The token-level perspectives use jsd. jsd takes 4 negatives here: it scores 5 pairs per example
 instead of a whole batch.
@@ -24,7 +25,7 @@ instead of a whole batch.
 
 from mlip_jax.core.registry import LOSSES
 from mlip_jax.core.schema import IMAGE_VIEWS, arguments
-from mlip_jax.interop.pretrained import adopt, keep_own
+from mlip_jax.interop.pretrained import adopt, adopt_frozen_bert, keep_own
 from mlip_jax.recipes.recipes import recipe
 from mlip_jax.recipes.sizes import QUICK
 
@@ -34,8 +35,8 @@ _QUICK_TOKENS = 0.1
 
 
 def get_config(arg=None):
-    """Takes size, data, objective and pretrained: a folder with a model to start from."""
-    args = arguments(arg, size="quick", data="emoji", objective="", pretrained="")
+    """Takes size, data, objective, and pretrained or text: folders with what to start from."""
+    args = arguments(arg, size="quick", data="emoji", objective="", pretrained="", text="")
     objective = args["objective"] or "softmax"
     LOSSES.check("objective", objective)
     config = recipe(args["size"], args["data"])
@@ -66,6 +67,8 @@ def get_config(arg=None):
         for view in IMAGE_VIEWS:
             if view.endswith("_global"):
                 _set_loss(config.perspectives[view], objective)
+    if args["text"]:
+        adopt_frozen_bert(config, args["text"])
     return config
 
 

@@ -9,20 +9,21 @@ been measured.
 
 is the recipe of the literature, for a TPU pod slice. It has not been run here.
 
-Arguments: `size`, `data`, and `pretrained=FOLDER` to start from a model of another library or of
-this one.
+Arguments: `size`, `data`; `pretrained=FOLDER` to start from a model of another library or of this
+one, or `text=FOLDER` to take the frozen BERT in a Hugging Face folder, with its vocabulary, as the
+text encoder.
 
 Scale and bias start at the values of the paper, 10 and -10.
 """
 
 from mlip_jax.core.schema import arguments
-from mlip_jax.interop.pretrained import adopt, keep_own
+from mlip_jax.interop.pretrained import adopt, adopt_frozen_bert, keep_own
 from mlip_jax.recipes.recipes import recipe
 
 
 def get_config(arg=None):
-    """Takes size, data and pretrained: a folder with a model to start from."""
-    args = arguments(arg, size="quick", data="emoji", pretrained="")
+    """Takes size, data, and pretrained or text: folders with what to start from."""
+    args = arguments(arg, size="quick", data="emoji", pretrained="", text="")
     config = recipe(args["size"], args["data"])
     config.name = "siglip"
     own = adopt(config, args["pretrained"]) if args["pretrained"] else None
@@ -31,4 +32,6 @@ def get_config(arg=None):
     spatial.init_scale = 10.0
     spatial.init_bias = -10.0
     keep_own(config, own)
+    if args["text"]:
+        adopt_frozen_bert(config, args["text"])
     return config

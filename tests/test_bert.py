@@ -96,6 +96,9 @@ def test_pooling():
         "mean": np.stack(
             [rows[word_mask].mean(0) for rows, word_mask in zip(hidden, word_masks, strict=True)]
         ),
+        "mean_all": np.stack(
+            [rows[valid].mean(0) for rows, valid in zip(hidden, mask, strict=True)]
+        ),
     }
     params = reader.read(FILE, parameter_shapes(pooling="mean"))
     assert "pooler" in parameters() and "pooler" not in params

@@ -27,6 +27,7 @@ from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.storage import checkpoint
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.storage.workdir import open_workdir
+from mlip_jax.training import optimizer as optimizers
 
 
 @flax.struct.dataclass
@@ -294,6 +295,38 @@ def test_another_model_names_the_tensor_and_both_shapes(saved):
         fewer = {key: value for key, value in state.params.items() if key != "tower"}
         with pytest.raises(UserError, match="this config's model has no tensor params/tower/bias"):
             checkpoints.restore(abstract(state.replace(params=fewer)))
+
+
+def test_what_the_optimizer_keeps_of_a_tower_may_be_on_one_side_alone(tmp_path):
+    place = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), P())
+
+    def state(rate):
+        settings = schema.default()
+        settings.optimizer.name, settings.optimizer.rates.text = "muon", rate
+        params = {name: {"kernel": jnp.ones((2, 3))} for name in ("image_encoder", "text_encoder")}
+        optimizer = optimizers.make(settings)
+        _, kept = optimizer.update(params, optimizer.init(params), params)
+        whole = State(step=jnp.int32(1), params=params, optimizer=kept, ema={})
+        return jax.device_put(whole, place)
+
+    tuned, frozen = state(1.0), state(0.0)
+    kept = "1/inner_states/muon/inner_state/0/mu/text_encoder/kernel"
+    assert kept in checkpoint._named(tuned.optimizer)
+    assert not any("text" in name for name in checkpoint._named(frozen.optimizer))
+    for name, saved, wanted in (("tuned", tuned, frozen), ("frozen", frozen, tuned)):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(1, saved, {})
+            restored, _ = checkpoints.restore(abstract(wanted))
+        others, _ = checkpoint.restore_state(tmp_path / name, abstract(wanted))
+        assert_same_bits(restored, others)
+        assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+        assert_same_bits(restored.params, saved.params)
+        moments = checkpoint._named(restored.optimizer)
+        expected = checkpoint._named(saved.optimizer)
+        for tensor in moments.keys() & expected.keys():
+            assert_same_bits(moments[tensor], expected[tensor])
+        if wanted is tuned:
+            assert not np.any(moments[kept])
 
 
 def test_fields_come_back_as_numpy_without_touching_the_folder(saved):

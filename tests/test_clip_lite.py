@@ -224,12 +224,22 @@ def test_a_sharded_step_is_the_step_of_one_device():
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_frozen_encoder_keeps_its_parameters_and_statistics(tower):
-    config = small_config(**{f"optimizer.rates.{tower}": 0.0, "optimizer.lookahead.period": 0})
+    config = small_config(
+        **{
+            f"optimizer.rates.{tower}": 0.0,
+            "optimizer.lookahead.period": 0,
+            "optimizer.ema": 0.5,
+        }
+    )
     model, optimizer, step = parts(config)
     state = jax.jit(lambda: initial_state(model, optimizer, config))()
     after, metrics = jax.jit(step)(state, two_views())
     frozen, other = f"{tower}_encoder", {"image": "text", "text": "image"}[tower] + "_encoder"
     assert_same(after.params[frozen], state.params[frozen])
+    assert_same(after.ema[frozen], state.params[frozen])
+    kept = jax.tree_util.tree_leaves_with_path(after.optimizer)
+    names = [jax.tree_util.keystr(path) for path, _ in kept]
+    assert any(other in name for name in names) and not any(frozen in name for name in names)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.params, state.params)
     assert max(jax.tree.leaves(moved[other])) > 0
     if tower == "image":

@@ -1,5 +1,6 @@
 """Encoders that a config takes from files of other programs, as a run starts from them."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -74,6 +75,38 @@ def test_a_folder_gives_sizes_vocabulary_and_weights(folder):
         jax.device_get(state.params["image_encoder"]),
         jax.device_get(fresh.params["image_encoder"]),
     )
+
+
+@pytest.mark.parametrize("name", ["mlip", "clip", "siglip", "filip"])
+def test_a_text_tower_is_a_named_choice(folder, name):
+    config = named(f"{name}:text={folder}")
+    validate(config)
+    text = config.model.text
+    assert (text.architecture, text.pretrained, text.pooling) == ("bert", str(folder), "mean_all")
+    assert config.optimizer.rates.text == 0.0
+    config.model.pretrained = "elsewhere"
+    with pytest.raises(UserError, match="both say what the run starts from"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ({"mean_tokens": True, "cls_token": False}, "mean_all"),
+        ({"mean_tokens": False, "cls_token": True}, "first"),
+        ({"mean_tokens": True, "max_tokens": True}, None),
+        ({"mean_tokens": False}, None),
+    ],
+)
+def test_sentence_transformers_say_how_a_text_is_pooled(folder, modes, expected):
+    (folder / "1_Pooling").mkdir()
+    values = {f"pooling_mode_{key}": value for key, value in modes.items()}
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"dimension": 32, **values}))
+    if expected:
+        assert named(f"clip_lite:text={folder}").model.text.pooling == expected
+        return
+    with pytest.raises(UserError, match="1_Pooling.*only .* is supported"):
+        named(f"clip_lite:text={folder}")
 
 
 def test_a_resnet_brings_its_statistics():

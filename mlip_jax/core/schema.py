@@ -194,7 +194,8 @@ def default() -> ConfigDict:
             "causal": True,  # clip
             "attend_padding": False,  # clip: padding is attended to like words
             # "last": the end-of-text token; "mean": over all words; "first"; clip also "highest",
-            # the highest id, and "final", the last place; bert also "tanh", its pooler on the first
+            # the highest id, and "final", the last place; bert also "tanh", its pooler on the
+            # first, and "mean_all", a mean over the start as well
             "pooling": "last",
             "activation": "gelu",
             "norm_epsilon": 1e-5,  # clip

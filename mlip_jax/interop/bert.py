@@ -33,6 +33,9 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "positions": "max_position_embeddings",
 }
+# Of sentence-transformers' models.
+_POOLING_FILE = "1_Pooling/config.json"
+_POOLINGS = {"pooling_mode_mean_tokens": "mean_all", "pooling_mode_cls_token": "first"}
 _POSITION = "embeddings.position_embeddings.weight"
 _VOCABULARY = "embeddings.word_embeddings.weight"
 
@@ -62,6 +65,25 @@ def describe(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{file}: damaged: {key} is {sizes[name]!r}; expected a whole number")
     ratio = sizes.pop("hidden") / sizes["width"]
     return {**sizes, "mlp_ratio": ratio, "activation": values.get("hidden_act", "gelu")}
+
+
+def pooling(path: str | Path) -> str:
+    """How a sentence-transformers folder makes one vector of a text; "" for any other folder.
+
+    Raises:
+      UserError: when it says so in a way that `BertEncoder` does not compute.
+    """
+    file = places.local(path) / _POOLING_FILE
+    if not file.is_file():
+        return ""
+    values = read_json(file, advice="get it again")
+    chosen = [key for key, value in values.items() if key.startswith("pooling_mode") and value]
+    if len(chosen) == 1 and chosen[0] in _POOLINGS:
+        return _POOLINGS[chosen[0]]
+    raise UserError(
+        f"{file}: {' and '.join(chosen) or 'no pooling'}; only {' or '.join(_POOLINGS)} is "
+        "supported"
+    )
 
 
 def read(path: str | Path, wanted: Mapping[str, Any]) -> dict[str, Any]:

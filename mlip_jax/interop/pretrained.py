@@ -58,18 +58,35 @@ def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, A
 def adopt_bert(config: ConfigDict, path: str) -> None:
     """Makes the config's text encoder the one in a Hugging Face BERT folder, vocabulary included.
 
-    The joint space becomes at least as wide as the encoder, as a projection block needs it.
+    The joint space becomes at least as wide as the encoder, as a projection block needs it. Texts
+    are pooled as a sentence-transformers folder says; of another folder all tokens but the padding
+    count alike, unless the config has a BERT already.
 
     Raises:
-      UserError: for a folder that `bert.describe` refuses.
+      UserError: for a folder that `bert.describe` or `bert.pooling` refuses.
     """
     sizes = bert.describe(path)
     text = config.model.text
+    own = text.pooling if text.architecture == "bert" else "mean_all"
+    text.pooling = bert.pooling(path) or own
+    text.drop_path = 0.0  # it has none
     text.architecture, text.pretrained, text.tokenizer = "bert", path, f"wordpiece:{path}"
     for key in _ADOPTED:
         text[key] = sizes[key]
     config.model.embed_dim = max(config.model.embed_dim, sizes["width"])
     text.context_length = min(text.context_length, sizes["positions"])
+
+
+def adopt_frozen_bert(config: ConfigDict, path: str) -> None:
+    """`adopt_bert` with the encoder frozen: what is learned on top of it is the texts' projection.
+
+    config.optimizer.rates.text, the share of the learning rate, tunes it.
+
+    Raises:
+      UserError: as `adopt_bert`.
+    """
+    adopt_bert(config, path)
+    config.optimizer.rates.text = 0.0
 
 
 _ADOPTED = ("width", "depth", "heads", "mlp_ratio", "activation")

@@ -58,8 +58,9 @@ class BertEncoder(nn.Module):
 
     Ids are [start, words..., end, padding...], which BERT calls [CLS], [SEP] and [PAD]; all are of
     the first token type. The global view (`pooling`) is BERT's pooler, a tanh of a linear map of
-    the first token ("tanh"), the first token itself ("first"), the end ("last") or the mean over
-    the words and the end ("mean"). Dropout is on the embedding and on the output of each branch,
+    the first token ("tanh"), the first token itself ("first"), the end ("last"), the mean over the
+    words and the end ("mean") or over all but the padding ("mean_all"), which sentence-transformers
+    take. Dropout is on the embedding and on the output of each branch,
     not on the attention, which is our choice.
     """
 

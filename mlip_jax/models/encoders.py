@@ -228,7 +228,7 @@ def _check_clip(config: ConfigDict) -> None:
 
 def _check_bert(config: ConfigDict) -> None:
     text = config.model.text
-    choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "last"))
+    choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "mean_all", "last"))
     _check_sizes(config, "text")
     if text.drop_path:
         raise UserError(

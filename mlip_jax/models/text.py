@@ -41,15 +41,17 @@ def spans(token_ids: Int[Array, "batch context"], start_id: int, end_id: int) ->
 def pool(
     x: Float[Array, "batch context width"], pooling: str, tokens: Spans
 ) -> Float[Array, "batch width"]:
-    """The token at the end ("last"), the mean over words and end ("mean"), or a fixed place.
+    """The token at the end ("last"), a mean, or a fixed place.
 
-    The first place is "first", the last one, padding or not, "final".
+    The mean is over words and end ("mean"), or over the start as well ("mean_all"). The first place
+    is "first", the last one, padding or not, "final".
     """
     if pooling in ("first", "final"):
         return x[:, 0 if pooling == "first" else -1]
     if pooling == "last":
         return jnp.take_along_axis(x, tokens.end[:, None, None], axis=1)[:, 0]
-    weight = tokens.spoken.astype(jnp.float32)
+    counted = tokens.valid if pooling == "mean_all" else tokens.spoken
+    weight = counted.astype(jnp.float32)
     weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1.0)
     return jnp.einsum("bt,btd->bd", weight, x.astype(jnp.float32)).astype(x.dtype)
 

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +190,16 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if self._put_aside_if_damaged(step):
                 continue
-            self._check_model(step, abstract_state)
+            tree = self._manager.item_metadata(step)["state"].tree
+            _check_tensors(self._folder / str(step), tree, abstract_state)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state),
+                    state=ocp.args.StandardRestore(_as_saved(tree, abstract_state)),
                     extras=ocp.args.JsonRestore(),
                 ),
             )
-            return restored.state, restored.extras
+            return _as_wanted(restored.state, abstract_state), restored.extras
         if any(self._folder.glob(f"{_ASIDE}*")):
             raise RunError(f"every checkpoint in {self._folder} is damaged: give a new --workdir")
         return None
@@ -302,13 +303,12 @@ class Checkpoints:
             if _NUMBER.fullmatch(name) and not (self._folder / name).exists():
                 places.remove(self._folder / name)
 
-    def _check_model(self, step: int, abstract_state: Any) -> None:
-        tree = self._manager.item_metadata(step)["state"].tree
-        _check_tensors(self._folder / str(step), tree, abstract_state)
-
 
 def _check_tensors(path: Path, tree: Any, abstract_state: Any) -> None:
-    """Compares names, shapes and types: Orbax's own errors name no tensor."""
+    """Compares names, shapes and types: Orbax's own errors name no tensor.
+
+    What the optimizer keeps of a tower may be on one side alone, see `_as_saved`.
+    """
     fields = getattr(abstract_state, "__dataclass_fields__", abstract_state)
     if lacking := sorted(set(fields) - set(tree)):
         raise UserError(
@@ -320,6 +320,8 @@ def _check_tensors(path: Path, tree: Any, abstract_state: Any) -> None:
     other = f"checkpoint {path} is of another model"
     for name in sorted(saved.keys() | wanted.keys()):
         if name not in saved or name not in wanted:
+            if _tower_of(name) in _towers(saved) ^ _towers(wanted):
+                continue
             place = "the checkpoint" if name not in saved else "this config's model"
             raise UserError(f"{other}: {place} has no tensor {name}")
         if saved[name] != wanted[name]:
@@ -327,6 +329,51 @@ def _check_tensors(path: Path, tree: Any, abstract_state: Any) -> None:
                 f"{other}: tensor {name} is {saved[name]} there and {wanted[name]} in this "
                 "config's model"
             )
+
+
+_OF_TOWER = re.compile(r"optimizer/(?:.*/)?(image_encoder|text_encoder)/")
+
+
+def _tower_of(name: str) -> str | None:
+    """The tower that a tensor of the optimizer's state is of; None for any other tensor."""
+    match = _OF_TOWER.match(name)
+    return match[1] if match else None
+
+
+def _towers(names: Iterable[str]) -> set[str]:
+    """Those that an optimizer with tensors of these names keeps a state of."""
+    return {tower for tower in map(_tower_of, names) if tower}
+
+
+def _as_saved(tree: Any, abstract_state: Any) -> Any:
+    """What to ask Orbax for: the state, or, where a tower is frozen on one side, the saved tree.
+
+    The optimizer has no state of a frozen tower, and a run may start from another in which it was
+    not. Checkpoints of versions before this one hold zeros there.
+    """
+    wanted = _named(abstract_state)
+    if _named(tree).keys() == wanted.keys():
+        return abstract_state
+
+    def asked(path: Any, leaf: Any) -> Any:
+        spare = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=abstract_state.step.sharding)
+        return wanted.get(_name(path), spare)
+
+    return jax.tree_util.tree_map_with_path(asked, tree)
+
+
+def _as_wanted(restored: Any, abstract_state: Any) -> Any:
+    """What Orbax gave in the state's structure; what was not saved is 0, as at a run's start."""
+    if jax.tree.structure(restored) == jax.tree.structure(abstract_state):
+        return restored
+    saved = _named(restored)
+
+    def given(path: Any, leaf: Any) -> Any:
+        if _name(path) in saved:
+            return saved[_name(path)]
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(given, abstract_state)
 
 
 def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
@@ -352,8 +399,7 @@ def check_state(workdir: str | os.PathLike[str], abstract_state: Any) -> Path:
     """
     _, extras = restore_fields(workdir, ("step",))
     path = places.local(workdir).absolute() / FOLDER / str(extras["step"])
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    _check_tensors(path, handler.metadata(path / "state").tree, abstract_state)
+    _check_tensors(path, _saved_tree(path), abstract_state)
     return path
 
 
@@ -374,8 +420,15 @@ def restore_state(workdir: str | os.PathLike[str], abstract_state: Any) -> tuple
     """
     path = check_state(workdir, abstract_state)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        state = checkpointer.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
-    return state, int(path.name)
+        wanted = ocp.args.StandardRestore(_as_saved(_saved_tree(path), abstract_state))
+        state = checkpointer.restore(path / _STATE, args=wanted)
+    return _as_wanted(state, abstract_state), int(path.name)
+
+
+def _saved_tree(path: Path) -> Any:
+    """What stands for the arrays of the state in a checkpoint's folder."""
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    return handler.metadata(path / _STATE).tree
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -493,10 +546,15 @@ def served(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(tree: Any) -> dict[str, str]:
     """Name -> "type[shape]" of every array in a tree of arrays, or of what stands for them."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _leave_late_writes_alone() -> None:

@@ -19,7 +19,7 @@ from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.trained import START, read_config
 from mlip_jax.storage import checkpoint
-from mlip_jax.training.optimizer import learning_rate
+from mlip_jax.training.optimizer import frozen_encoders, learning_rate
 from mlip_jax.training.state import TrainState
 
 # Keys that only say how the learning rate goes from here on.
@@ -153,8 +153,12 @@ def branch(config: ConfigDict, abstract: TrainState) -> tuple[TrainState, list[s
     def restart(part: Any, shape: Any) -> Any:
         return part._replace(count=zero(shape.count)) if _restarts(part) else part
 
+    # The average of a tower that is frozen from here on would never reach its weights.
+    frozen = frozen_encoders(config.optimizer) if restored.ema else ()
+    still = {name: jax.tree.map(jnp.copy, restored.params[name]) for name in frozen}
     state = restored.replace(
         step=zero(abstract.step),
+        ema=restored.ema | still,
         optimizer=jax.tree.map(restart, restored.optimizer, abstract.optimizer, is_leaf=_restarts),
     )
     words = [f"  {line}" for line in _changed(config).values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -104,6 +104,7 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     """Clipping by global norm, then config.optimizer.name at each tower's rate; perhaps Lookahead.
 
     With Lookahead (arXiv 1907.08610) the transformation takes and moves `optax.LookaheadParams`.
+    A frozen tower has no state, and its update is 0.
     """
     settings = config.optimizer
     norm, lookahead = settings.clip_norm, settings.lookahead
@@ -112,9 +113,35 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     if any(share != 1.0 for share in settings.rates.values()):
         steps.append(optax.stateless(_scaled(settings.rates.to_dict())))
     chain = optax.chain(*steps)
+    if frozen := frozen_encoders(settings):
+        chain = _of_the_others(chain, frozen)
     if lookahead.period > 0:
         return optax.lookahead(chain, lookahead.period, lookahead.alpha)
     return chain
+
+
+def frozen_encoders(settings: ConfigDict) -> tuple[str, ...]:
+    """The parameters of the frozen towers, by their names in the tree; of config.optimizer."""
+    return tuple(f"{name}_encoder" for name in ("image", "text") if not settings.rates[name])
+
+
+def _of_the_others(
+    inner: optax.GradientTransformation, frozen: Collection[str]
+) -> optax.GradientTransformation:
+    """The transformation of all parameters but the frozen ones, whose updates are 0."""
+
+    def others(tree: Any) -> Any:
+        return {name: part for name, part in tree.items() if name not in frozen}
+
+    def init(params: Any) -> Any:
+        return inner.init(others(params))
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(others(gradient), state, others(params))
+        still = {name: jax.tree.map(jnp.zeros_like, gradient[name]) for name in frozen}
+        return still | updates, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decayed(params: Any) -> Any:

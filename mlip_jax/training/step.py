@@ -20,7 +20,7 @@ from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import equality, perspectives
 from mlip_jax.training import accumulation
-from mlip_jax.training.optimizer import clip_scales, learning_rate
+from mlip_jax.training.optimizer import clip_scales, frozen_encoders, learning_rate
 from mlip_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -213,7 +213,13 @@ def updated(
         # Early on the average follows closely; without this it would remember the start.
         seen = state.step.astype(jnp.float32)
         rate = jnp.minimum(settings.ema, (1.0 + seen) / (10.0 + seen))
-        ema = jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, ema, params)
+        frozen = frozen_encoders(settings)
+        ema = {
+            name: old
+            if name in frozen
+            else jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, old, params[name])
+            for name, old in ema.items()
+        }
     return TrainState(state.step, params, batch_stats, optimizer_state, ema, slow)
 
 
