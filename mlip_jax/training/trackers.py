@@ -7,12 +7,15 @@ import contextlib
 import importlib
 import json
 import logging
+import netrc
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlip_jax.core import places, schema
 from mlip_jax.core.errors import UserError, first_line
@@ -21,6 +24,7 @@ from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.run import Run
 
 FILE = "trackers.json"  # in the workdir: by tracker, the name that it knows the run by
+_WANDB = "https://api.wandb.ai"  # unless WANDB_BASE_URL says another
 _MOST_FAILURES = 3
 _LONGEST_PARAMETER = 500  # characters; MLflow refuses more
 
@@ -134,27 +138,29 @@ class Wandb(Tracker):
         """See `Tracker.open`."""
         wandb = self._module
         options: dict[str, Any] = {"settings": wandb.Settings(silent=True, console="off")}
-        if not (os.environ.get("WANDB_MODE") or _wandb_key(wandb)):
+        if not (os.environ.get("WANDB_MODE") or _has_wandb_key()):
             options["mode"] = "offline"
+        options |= self._options
         self._tracked = wandb.init(
-            id=known or wandb.util.generate_id(),
+            id=known,
             resume="allow",
             name=run.folder.resolve().name,
             dir=str(run.folder),
             config=schema.flatten(run.config.to_dict()),
-            **options | self._options,
+            **options,
         )
         self._tracked.define_metric("*", step_metric="samples")
         self._batch_size = run.config.batch_size
-        place = self._tracked.url
-        if not place:
+        if options.get("mode", os.environ.get("WANDB_MODE")) == "offline":
             folder = places.shown(run.folder / "wandb")
             place = f"offline in {folder}; wandb login, then wandb sync {folder}/offline-run-*"
+        else:
+            place = str(self._tracked.url)
         return self._tracked.id, place
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker.log`."""
-        self._tracked.log({**values, "step": step, "samples": step * self._batch_size})
+        self._tracked.log({**values, "samples": step * self._batch_size}, step=step)
 
     def close(self, finished: bool) -> None:
         """See `Tracker.close`."""
@@ -235,9 +241,17 @@ def trackers(names: str) -> list[Tracker]:
     return [TRACKERS[name]() for name in dict.fromkeys(filter(None, names.split(",")))]
 
 
-def _wandb_key(wandb: ModuleType) -> str | None:
-    key: str | None = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    return key
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key without asking: of its own API each version has another."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _WANDB).hostname or ""
+    files = [Path(os.environ[name]) for name in ("NETRC",) if name in os.environ]
+    for file in files or [Path.home() / name for name in (".netrc", "_netrc")]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(str(file)).authenticators(host):
+                return True
+    return False
 
 
 def _allowed(name: str) -> str:
