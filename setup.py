@@ -92,7 +92,7 @@ setup(
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "ann": ["usearch>=2.21.0"],
         "wandb": ["wandb>=0.19.0"],
-        "mlflow": ["mlflow>=2.19.0"],
+        "mlflow": ["mlflow>=3.12.0"],
         "test": [
             "beartype>=0.20",
             "import-linter>=2.2",
