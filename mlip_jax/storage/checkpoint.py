@@ -364,9 +364,9 @@ def _as_saved(tree: Any, abstract_state: Any) -> Any:
 
 def _as_wanted(restored: Any, abstract_state: Any) -> Any:
     """What Orbax gave in the state's structure; what was not saved is 0, as at a run's start."""
-    if jax.tree.structure(restored) == jax.tree.structure(abstract_state):
-        return restored
     saved = _named(restored)
+    if saved.keys() == _named(abstract_state).keys():
+        return restored  # as it was asked for
 
     def given(path: Any, leaf: Any) -> Any:
         if _name(path) in saved:
