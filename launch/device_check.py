@@ -41,6 +41,7 @@ from rich.table import Table
 
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import read_json, write_atomically
+from mlip_jax.core.schema import ATTENTIONS
 from mlip_jax.evaluations import read_results
 from mlip_jax.planning.gpus import CARDS
 from mlip_jax.storage.checkpoint import FOLDER, restore_fields
@@ -52,8 +53,10 @@ CONFIGS = ("mlip", "clip_lite", "clip", "siglip", "filip")
 GROUPS = ("quick", "largest", "merging", "attention", "open_clip", "plan")
 NO_TIME = "no time left"
 NOT_REACHED = "not reached"
+_MINUTES = 8.0  # for all entries; what an entry may take is told for these
 _LEAST_SECONDS = 5.0  # with less an entry is not begun
 _POLL_SECONDS = 0.02
+_NEEDED = {"cudnn": ("gpu", "needs an NVIDIA GPU"), "pallas": ("tpu", "needs a TPU")}
 _COMPARED = ("step", "params", "optimizer")
 _TIMED = ("--steps=10", "--warmup=3")
 
@@ -212,18 +215,19 @@ class Children:
         """
         self._logs, self._run, self._now = logs, run, now
         self._end = now() + seconds
+        self._slowness = max(seconds / (60 * _MINUTES), 1.0)
         self._entry_end = self._end
         self._log = logs / "log"
 
     def begin(self, name: str, seconds: float) -> None:
-        """Begins an entry, which has at most that time.
+        """Begins an entry, which has at most that time, or more where the whole check has more.
 
         Raises:
           Owed: when hardly any time is left.
         """
         if self._end - self._now() < _LEAST_SECONDS:
             raise Owed(NO_TIME)
-        self._entry_end = min(self._end, self._now() + seconds)
+        self._entry_end = min(self._end, self._now() + seconds * self._slowness)
         self._log = self._logs / f"{re.sub(r'[^a-z0-9.]+', '_', name.lower())}.log"
         self._log.write_text("")
 
@@ -310,7 +314,7 @@ class Check:
             ],
             "attention": [
                 Task(f"clip B/16, {form} attention", 120, partial(self.attention, form))
-                for form in ("plain", "xla", "cudnn")
+                for form in ATTENTIONS
             ],
             "open_clip": [Task("clip B/16 and open_clip", 150, self.open_clip)],
             "plan": [
@@ -380,8 +384,9 @@ class Check:
 
     def attention(self, form: str) -> Found:
         """Times CLIP with a form of attention."""
-        if form == "cudnn" and self._device.get("platform") != "gpu":
-            raise Owed("needs an NVIDIA GPU")
+        platform, words = _NEEDED.get(form, (None, ""))
+        if platform and self._device.get("platform") != platform:
+            raise Owed(words)
         flag = f"--config.attention={form}"
         return self._time(f"clip B/16, {form}", "clip", "attention", flag)
 
@@ -579,7 +584,9 @@ def main(argv: Sequence[str]) -> int:
     """Checks the device; returns 1 if an entry failed, else 0."""
     parser = argparse.ArgumentParser(description="Checks a device and records what it measures.")
     parser.add_argument("--out", type=Path, required=True, help="folder of device.json and logs")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all entries (default: 8)")
+    parser.add_argument(
+        "--minutes", type=float, default=_MINUTES, help="for all entries (default: 8)"
+    )
     parser.add_argument("--only", default="", help=f"groups of entries: {','.join(GROUPS)}")
     parser.add_argument("--batch", type=int, help="where the search for the largest begins")
     parser.add_argument("--tiny", action="store_true", help="tiny models, for any CPU")

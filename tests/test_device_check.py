@@ -130,9 +130,20 @@ def test_what_no_time_is_left_for_is_owed(script, tmp_path):
 
 def test_an_entry_that_hangs_is_a_failed_one(script, tmp_path):
     run = FakeRun(script, takes=10_000)
-    entries = worked_on(script, tmp_path, run, "merging", seconds=100_000)
+    entries = worked_on(script, tmp_path, run, "largest", seconds=480)
     assert {entry.state for entry in entries.values()} == {"failed"}
     assert "took longer" in entries["environment"].words
+
+
+def test_on_a_busy_machine_entries_have_more_time_as_the_whole_check_has(script, tmp_path):
+    states = []
+    for seconds in (480, 1200):
+        run = FakeRun(script, takes=140)
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        entries = worked_on(script, folder, run, "largest", seconds=seconds)
+        states.append([entry.state for entry in entries.values()])
+    assert states == [["failed", "done", "done"], ["done"] * 3]
 
 
 def test_an_abort_fails_its_entry_alone(script, tmp_path):
