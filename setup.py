@@ -82,7 +82,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.9.0"],  # runs on older drivers too, which CUDA 13 does not
         # Compiles for GPUs where there are none; the version must be that of jaxlib.
-        "plan-gpu": ["jax-cuda12-plugin>=0.9.0", "jax-cuda12-pjrt>=0.9.0"],
+        "plan-gpu": ["jax-cuda12-plugin>=0.10.0", "jax-cuda12-pjrt>=0.10.0"],
         "tpu": ["jax[tpu]>=0.9.0"],
         # Workdirs, models and datasets in buckets: gs:// and s3://.
         "gcs": ["gcsfs>=2025.3"],

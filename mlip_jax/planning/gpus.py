@@ -70,7 +70,7 @@ class Card:
         return int(fraction * self.memory)
 
     def target(self) -> str:
-        """A GpuTargetConfigProto in text form, of the fields that jaxlib 0.9 to 0.12 know."""
+        """A GpuTargetConfigProto in text form, of the fields that jaxlib 0.10 to 0.12 know."""
         features = "feature_extension: ACCELERATED_FEATURES" if self.capability >= 9 else ""
         return f"""
             gpu_device_info {{
@@ -171,7 +171,7 @@ def devices(topology: str, card: Card, hosts: int, gpus: int) -> tuple[jax.Devic
     except (RuntimeError, ValueError) as error:
         version = installed().get("jaxlib", "")
         raise UserError(
-            f"jaxlib {version} cannot compile for --topology={topology}: {error}; versions 0.9 to "
+            f"jaxlib {version} cannot compile for --topology={topology}: {error}; versions 0.10 to "
             "0.12 can"
         ) from error
     return tuple(described.devices)
