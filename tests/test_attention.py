@@ -217,11 +217,13 @@ def test_auto_is_plain_without_a_probe_where_there_is_no_gpu(config, monkeypatch
 def test_the_fastest_that_works_is_taken_and_kept(config, monkeypatch, tmp_path):
     mesh = mesh_of(config)
     monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
+    monkeypatch.setitem(attention_choice._PLATFORMS, "cudnn", "cpu")
     chosen = attention_choice.choose(config, mesh, tmp_path)
     assert set(chosen.forms.values()) <= {"plain", "xla"}
     assert chosen.lines[0].startswith("attention: image ") and len(chosen.lines) == 3
     for line in chosen.lines[1:]:
         assert "plain" in line and "xla" in line and "not cudnn: cuDNN is not detected" in line
+        assert "pallas" not in line  # it is for TPUs
     record = json.loads((tmp_path / attention_choice.RECORD).read_text())
     assert record["forms"] == chosen.forms
 
@@ -257,6 +259,24 @@ def test_a_form_whose_bits_vary_is_left_out(config, monkeypatch):
     assert "not xla: its bits differ" in chosen.lines[1]
 
 
+def test_a_kernel_that_computes_something_else_is_left_out(config, monkeypatch):
+    monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
+    monkeypatch.setattr(attention_choice, "_PLATFORMS", {"cudnn": "gpu", "xla": "cpu"})
+    monkeypatch.setattr(attention_choice, "ATTENTIONS", ("plain", "xla"))
+    chosen = attention_choice.choose(config, mesh_of(config))
+    assert "not xla" not in chosen.lines[1]
+    program = attention_choice._Contest._program
+
+    def wrong(contest, form):
+        call = program(contest, form)
+        return lambda: jax.tree.map(lambda x: x * (1.1 if form == "xla" else 1.0), call())
+
+    monkeypatch.setattr(attention_choice._Contest, "_program", wrong)
+    chosen = attention_choice.choose(config, mesh_of(config))
+    assert chosen.forms == {"image": "plain", "text": "plain"}
+    assert "not xla: it differs from the plain form by 0.1 of its norm" in chosen.lines[1]
+
+
 def test_with_nothing_that_works_it_is_plain(config, monkeypatch):
     monkeypatch.setattr(attention_choice, "_PROBED", ("cpu",))
     monkeypatch.setattr(attention_choice, "attend", None)
@@ -274,6 +294,9 @@ def test_a_form_that_is_named_is_taken(config, form):
 
 
 def test_what_cannot_be_had_is_one_line(config, monkeypatch):
+    config.attention = "pallas"
+    with pytest.raises(UserError, match="attention='pallas' is for TPUs, not for CPUs: set"):
+        attention_choice.check(config, mesh_of(config))
     config.attention = "cudnn"
     with pytest.raises(UserError, match="attention='cudnn' is for GPUs, not for CPUs: set"):
         attention_choice.check(config, mesh_of(config))
@@ -289,7 +312,9 @@ def test_what_cannot_be_had_is_one_line(config, monkeypatch):
     with pytest.raises(UserError, match="'cudnn' computes in bfloat16 only"):
         validate(config)
     config.attention = "cuddn"
-    with pytest.raises(UserError, match="not one of auto, plain, xla, cudnn; did you mean 'cudnn'"):
+    with pytest.raises(
+        UserError, match="not one of auto, plain, xla, cudnn, pallas; did you mean 'cudnn'"
+    ):
         validate(config)
 
 

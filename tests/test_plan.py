@@ -107,6 +107,28 @@ def test_each_collective_counts_once_with_its_group_and_its_repetitions():
     assert hlo.Collective("collective-permute", 80, 8, 3).sent == 240
 
 
+KERNEL = """\
+ENTRY %main (p: bf16[8,17,768]) -> bf16[8,17,256] {
+  %p = bf16[8,17,768]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[8,1,17]{2,1,0} fusion(%p), calls=%work, backend_config={"estimated_cycles":"100"}
+  ROOT %forward_kernel.1 = bf16[8,17,256]{2,1,0} custom-call(%p, %b), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_without_an_estimate_is_bounded_by_what_it_moves(on_cpus, capsys):
+    program = hlo.read(KERNEL, 1)
+    traffic = 2 * 8 * 17 * (768 + 256) + 4 * 8 * 17
+    assert program.calls == [hlo.Call("forward_kernel", traffic, 1)]
+    assert (program.cycles, program.work, program.unestimated) == (100, 2, 1)
+    plan = dataclasses.replace(a_chips_plan(on_cpus), program=program)
+    chip = plan.machine.chip
+    assert plan.compute_seconds == pytest.approx(100 / chip.clock + traffic / chip.bandwidth)
+    printing.print_estimate(printing.Console(soft_wrap=True), plan)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "1 x forward_kernel: no estimate; at least 0.00 ms for 0.00 GiB at 819 GB/s" in output
+
+
 def test_matrix_products_are_counted_through_loops_and_branches():
     def program(x, kernel):
         jax.debug.callback(lambda: None)  # an equation that gives nothing

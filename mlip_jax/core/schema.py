@@ -42,7 +42,7 @@ CLEANINGS = (
     "ftfy_canonicalize",
 )
 NORMALIZATIONS = ("clip", "imagenet", "siglip")
-ATTENTIONS = ("plain", "xla", "cudnn")
+ATTENTIONS = ("plain", "xla", "cudnn", "pallas")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 GUIDANCES = ("none", "spatial", "frequency", "both")
 PROBES = ("lbfgs", "ridge", "sgd")

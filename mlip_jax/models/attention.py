@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from mlip_jax.models.row_attention import attend_rows
+
 Implementation = Literal["xla", "cudnn"]
 
 
@@ -60,12 +62,13 @@ def attend(
     Args:
       qkv: queries, keys and values, one after the other, each with its heads in a row.
       heads: how many there are.
-      form: one of `config.ATTENTIONS`: "plain", or an implementation of JAX's
-        `dot_product_attention`.
+      form: one of `schema.ATTENTIONS`: "plain", an implementation of JAX's
+        `dot_product_attention`, or "pallas", the kernel of `models.row_attention`.
       causal: a token attends to those before it and to itself.
       lengths: how many of the first tokens are attended to; None: all. Written like this, and not
         as a mask, both need no array of queries and keys in cuDNN's kernels.
       size: patches behind each token; its log is added to the logits (proportional attention).
+        "pallas" passes no gradient to it.
 
     Returns:
       The output, the head-mean keys and the head-mean attention of the first token on all tokens.
@@ -78,7 +81,11 @@ def attend(
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(qkv.dtype), v)
         first = weights[:, :, 0]
     else:
-        out = _by_jax(q, k, v, cast(Implementation, form), causal, lengths, size)
+        if form == "pallas":
+            out = attend_rows(qkv, _key_bias(q.shape[2], lengths, size), heads, causal)
+            out = rearrange(out, "b t (h d) -> b h t d", h=heads)
+        else:
+            out = _by_jax(q, k, v, cast(Implementation, form), causal, lengths, size)
         mask = None if mask is None else mask[:, :, :1]
         first = _weights(q[:, :, :1], k, mask, size)[:, :, 0]
     out = rearrange(out, "b h t d -> b t (h d)")
@@ -95,6 +102,17 @@ def _mask(
         return mask
     before = (index[:, None] >= index[None, :])[None, None]
     return before if mask is None else mask & before
+
+
+def _key_bias(
+    tokens: int, lengths: Int[Array, "batch"] | None, size: Float[Array, "batch tokens"] | None
+) -> Float[Array, "batch tokens"] | None:
+    """What is added to the logits of each key; None where it is nothing."""
+    bias = None if size is None else jnp.log(size)
+    if lengths is None:
+        return bias
+    attended = jnp.arange(tokens) < lengths[:, None]
+    return jnp.where(attended, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
 
 
 def _weights(

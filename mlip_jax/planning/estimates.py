@@ -21,6 +21,7 @@ from mlip_jax.planning import gpus, hlo, kernels
 from mlip_jax.planning.gpus import Card
 from mlip_jax.planning.kernels import Kernel
 from mlip_jax.planning.machines import Machine
+from mlip_jax.planning.tpus import Chip
 from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
@@ -69,12 +70,21 @@ class Estimate:
     def compute_seconds(self) -> float:
         """A step without collectives; NaN on CPUs.
 
-        Of a TPU, the estimated cycles at its clock; of a GPU, the least that its kernels take.
+        Of a TPU, the estimated cycles at its clock, and the least that kernels without an estimate
+        take; of a GPU, the least that its kernels take.
         """
         chip = self.machine.chip
         if isinstance(chip, Card):
             return sum(kernel.seconds(chip) for kernel in self.kernels)
-        return self.program.cycles / chip.clock if chip else math.nan
+        return self.program.cycles / chip.clock + self.unestimated_seconds if chip else math.nan
+
+    @property
+    def unestimated_seconds(self) -> float:
+        """The least that Pallas's kernels take on a TPU: their bytes at its memory's bandwidth."""
+        chip = self.machine.chip
+        if not isinstance(chip, Chip):
+            return 0.0
+        return sum(call.times * call.traffic for call in self.program.calls) / chip.bandwidth
 
     @property
     def collective_seconds(self) -> float:

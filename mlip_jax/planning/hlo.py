@@ -29,6 +29,7 @@ _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[[\d,]+\]<=|mesh\[[^]]*\][^
 _MESH_AXIS = re.compile(r"('\w+')=(\d+)")
 _USED_AXIS = re.compile(r"('\w+')(?::\(\d+\)(\d+))?")
 _REDUCE_SCATTER = "all-reduce-scatter"
+_PALLAS = 'custom_call_target="tpu_custom_call"'
 # Instructions that take time; the compiler gives most of them an estimate.
 _WORK = ("fusion", "sort", "convolution", "dot", "scatter", "copy", "reduce", "fft")
 
@@ -57,6 +58,21 @@ class Collective:
         return self.times * self.payload * rounds
 
 
+@dataclass(frozen=True)
+class Call:
+    """A kernel that is not XLA's own and of which it estimates nothing.
+
+    Attributes:
+      name: the kernel's.
+      traffic: bytes that it reads and writes, each array once.
+      times: how often a step runs it.
+    """
+
+    name: str
+    traffic: int
+    times: int
+
+
 @dataclass
 class Program:
     """What the text of a program sums up to, a device and step.
@@ -69,6 +85,7 @@ class Program:
       unestimated: those of them without an estimate.
       unknown_loops: loops whose trips are not known; counted once.
       collectives: each once, however many instructions it is spread over.
+      calls: kernels of Pallas on TPUs; they count as work without an estimate.
     """
 
     cycles: int = 0
@@ -76,6 +93,7 @@ class Program:
     unestimated: int = 0
     unknown_loops: int = 0
     collectives: list[Collective] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     @property
     def sent(self) -> float:
@@ -136,6 +154,9 @@ def read(text: str, devices: int) -> Program:
     entry, computations = parse(text)
     program = Program()
     program.cycles = _cycles(entry, computations, program)
+    program.calls = _calls(entry, computations)
+    program.work += len(program.calls)
+    program.unestimated += len(program.calls)
     seen = set()
     # A collective that runs beside the arithmetic is spread over several fusions; those of a
     # shard_map share one channel. So what is scheduled counts, and in fusions what is new.
@@ -228,6 +249,20 @@ def _cycles(name: str, computations: Computations, program: Program) -> int:
         elif estimate := _CYCLES.search(line):
             total += int(estimate[1])
     return total
+
+
+def _calls(entry: str, computations: Computations) -> list[Call]:
+    calls = []
+    for place in reached(entry, computations, 1, False):
+        instruction = place.instruction
+        if instruction.op != "custom-call" or _PALLAS not in instruction.line:
+            continue
+        types = {one.name: one.type for one in computations[place.computation]}
+        moved = (instruction.type, *(types.get(name, "") for name in instruction.operands))
+        traffic = sum(array.bytes for type_ in moved for array in arrays(type_))
+        name = instruction.name.split(".")[0]
+        calls.append(Call(name, traffic, place.times))
+    return calls
 
 
 def _starts_collective(instruction: Instruction, computations: Computations) -> bool:

@@ -144,6 +144,14 @@ def _print_cycles(console: Console, estimate: Estimate, chip: Chip) -> None:
     )
     if program.unknown_loops:
         console.print(f"  {program.unknown_loops} loops of unknown length count once")
+    for name in sorted({call.name for call in program.calls}):
+        calls = [call for call in program.calls if call.name == name]
+        traffic = sum(call.times * call.traffic for call in calls)
+        console.print(
+            f"  {sum(call.times for call in calls):,} x {name}: no estimate; at least "
+            f"{_milliseconds(traffic / chip.bandwidth)} for {traffic / GIB:,.2f} GiB at "
+            f"{chip.bandwidth / 1e9:,.0f} GB/s"
+        )
 
 
 def _print_step(console: Console, estimate: Estimate, chip: Chip | Card) -> None:

@@ -18,14 +18,15 @@ from mlip_jax.training.step_cost import GIB
 class Chip:
     """A TPU chip, which is one device. No figure here was measured.
 
-    The first three are Google's, from cloud.google.com/tpu/docs (v4, v5e, v5p, v6e): peak compute,
-    HBM capacity and interconnect bandwidth a chip. The FLOPs a cycle follow from the number and the
-    width of its matrix units; what the TPU compiler estimates for a product of 4096 x 4096 matrices
-    comes to 87 to 97 % of them.
+    The first four are Google's, from cloud.google.com/tpu/docs (v4, v5e, v5p, v6e): peak compute,
+    HBM capacity and bandwidth, and interconnect bandwidth a chip. The FLOPs a cycle follow from the
+    number and the width of its matrix units; what the TPU compiler estimates for a product of
+    4096 x 4096 matrices comes to 87 to 97 % of them.
 
     Attributes:
       peak: bfloat16 FLOP/s.
       memory: bytes of HBM.
+      bandwidth: bytes a second between HBM and the cores.
       interconnect: bytes a second that the chip can send, over all its links together.
       flops_a_cycle: of all its matrix units.
       accelerator: the prefix of the accelerator's type.
@@ -35,6 +36,7 @@ class Chip:
 
     peak: float
     memory: int
+    bandwidth: float
     interconnect: float
     flops_a_cycle: int
     accelerator: str
@@ -55,10 +57,10 @@ _CUBIC = (
 _UNIT = 2 * 128 * 128  # FLOPs a cycle of a matrix unit, 128 wide; those of v6e are 256 wide
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 300e9, 8 * _UNIT, "v4", 2, _CUBIC),
-    "v5e": Chip(197e12, 16 * GIB, 200e9, 4 * _UNIT, "v5litepod", 1, _FLAT),
-    "v5p": Chip(459e12, 95 * GIB, 600e9, 8 * _UNIT, "v5p", 2, (*_CUBIC, "16x16x16")),
-    "v6e": Chip(918e12, 32 * GIB, 400e9, 16 * _UNIT, "v6e", 1, _FLAT),
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9, 8 * _UNIT, "v4", 2, _CUBIC),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 4 * _UNIT, "v5litepod", 1, _FLAT),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 8 * _UNIT, "v5p", 2, (*_CUBIC, "16x16x16")),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 16 * _UNIT, "v6e", 1, _FLAT),
 }
 
 

@@ -1,7 +1,7 @@
 """Which form of attention a run trains with: what its config names, or what a probe finds fastest.
 
-On GPUs "auto" times every form on the largest attention of each tower, forth and back, before the
-step is compiled. Elsewhere it is the plain form, which measured fastest on CPUs. What a probe has
+On GPUs and TPUs "auto" times every form on the largest attention of each tower, forth and back,
+before the step is compiled. On CPUs it is the plain form, which measured fastest. What a probe has
 found is kept in the workdir: a run that goes on has to compute the same bits.
 """
 
@@ -30,7 +30,9 @@ from mlip_jax.models.attention import attend
 from mlip_jax.models.building import compute_dtype, image_encoder, training_patches
 
 RECORD = "attention.json"
-_PROBED = ("gpu",)  # platforms
+_PROBED = ("gpu", "tpu")  # platforms
+_PLATFORMS = {"cudnn": "gpu", "pallas": "tpu"}  # of forms that others do not have
+_TOLERANCE = 0.03  # of a form's results, relative to the plain form's: some roundings of bfloat16
 _ROUNDS, _CALLS = 7, 10  # the median of rounds, each of some calls
 
 
@@ -107,10 +109,11 @@ def named(config: ConfigDict, platform: str) -> str:
     Raises:
       UserError: when there is no such form on the platform.
     """
-    if config.attention == "cudnn" and platform != "gpu":
+    only = _PLATFORMS.get(config.attention, platform)
+    if platform != only:
         raise UserError(
-            f"config.attention='cudnn' is for GPUs, not for {platform.upper()}s: set "
-            "config.attention='auto'"
+            f"config.attention={config.attention!r} is for {only.upper()}s, not for "
+            f"{platform.upper()}s: set config.attention='auto'"
         )
     return "plain" if config.attention == "auto" else config.attention
 
@@ -127,7 +130,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
             f"config.attention={form!r} does not go with config.mesh.tensor={config.mesh.tensor}, "
             "which may split a head: set config.attention='auto'"
         )
-    if form != "cudnn":
+    if form not in _PLATFORMS:
         return
 
     def attempt() -> None:
@@ -136,7 +139,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
                 _Contest(shape, compute_dtype(config)).enter(form, repeatable=False)
             except Exception as error:  # of JAX, XLA or cuDNN, of many types
                 raise UserError(
-                    f"config.attention='cudnn' cannot compute the {tower} attention of {shape} "
+                    f"config.attention={form!r} cannot compute the {tower} attention of {shape} "
                     f"in {compute_dtype(config).name}: {_line(error)}; set config.attention='auto'"
                 ) from error
 
@@ -168,7 +171,12 @@ def choose(config: ConfigDict, mesh: Mesh, folder: Path | None = None) -> Choice
         forms = kept.get("forms", {})
         if kept.get("device") == device.device_kind and {*forms.values()} <= {*_candidates(mesh)}:
             return Choice(forms, [f"attention: {_words(forms)}, as this run began"])
-        choice = _probe(towers, compute_dtype(config), _candidates(mesh))
+        here = [
+            form
+            for form in _candidates(mesh)
+            if _PLATFORMS.get(form, device.platform) == device.platform
+        ]
+        choice = _probe(towers, compute_dtype(config), here)
         if folder:
             record = {"device": device.device_kind, "forms": choice.forms, "probe": choice.lines}
             write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
@@ -198,8 +206,8 @@ def _line(error: Exception) -> str:
 
 
 def _candidates(mesh: Mesh) -> list[str]:
-    """The forms that can be sharded: the tensor axis may split a head, which cuDNN's refuses."""
-    return [form for form in ATTENTIONS if form != "cudnn" or mesh.shape["tensor"] == 1]
+    """The forms that can be sharded: the tensor axis may split a head, which no kernel takes."""
+    return [form for form in ATTENTIONS if form not in _PLATFORMS or mesh.shape["tensor"] == 1]
 
 
 def _probe(towers: dict[str, Shape], dtype: jnp.dtype, candidates: list[str]) -> Choice:
@@ -219,6 +227,16 @@ def _probe(towers: dict[str, Shape], dtype: jnp.dtype, candidates: list[str]) ->
     return Choice(forms, [f"attention: {_words(forms)}, by a probe", *lines])
 
 
+def _error(results: Any, plain: Any) -> float:
+    """The largest distance of two arrays of the same place, relative to the plain one's norm."""
+
+    def relative(one: Array, other: Array) -> float:
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        return float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
+
+    return max(jax.tree.leaves(jax.tree.map(relative, results, plain)))
+
+
 class _Contest:
     """Forms of one attention, on random arrays on one device of this process."""
 
@@ -236,6 +254,8 @@ class _Contest:
     def enter(self, form: str, repeatable: bool = True) -> None:
         """Compiles a form and runs it; it takes part unless it fails.
 
+        A form of which a compiler makes something else than the plain form fails too.
+
         Args:
           form: one of `ATTENTIONS`.
           repeatable: whether a form fails whose bits differ from one call to the next, as those
@@ -246,6 +266,10 @@ class _Contest:
         same = jax.tree.leaves(jax.tree.map(jnp.array_equal, first, second))
         if repeatable and not all(same):
             raise ValueError("its bits differ from one call to the next")
+        if form in _PLATFORMS and "plain" in self._entered:
+            error = _error(first, self._entered["plain"]())
+            if not error < _TOLERANCE:
+                raise ValueError(f"it differs from the plain form by {error:.2g} of its norm")
         self._entered[form] = program
 
     def seconds(self) -> dict[str, float]:

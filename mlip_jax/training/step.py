@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         rows = batch | {"number": jnp.arange(config.batch_size)}
-        loss, metrics, batch_stats, gradient = objective.value_and_gradient(state, rows)
+        with _known_to_kernels(mesh, model):
+            loss, metrics, batch_stats, gradient = objective.value_and_gradient(state, rows)
         norm = optax.tree.norm(gradient)
         after = updated(state, gradient, batch_stats, optimizer, config.optimizer)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -79,6 +81,14 @@ def make_train_step(
         return kept.replace(step=state.step + 1), metrics
 
     return train_step
+
+
+def _known_to_kernels(mesh: Mesh | None, model: TwoTower) -> AbstractContextManager[Any]:
+    """The devices, while a model is traced whose attention is a kernel for each of them."""
+    forms = {tower.get("attention_form") for tower in (model.image, model.text)}
+    if mesh is None or mesh.size == 1 or "pallas" not in forms:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 @dataclass(frozen=True)
