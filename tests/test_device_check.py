@@ -5,6 +5,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ from mlip_jax.training.step_cost import GIB
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "launch/device_check.py"
-    spec = importlib.util.spec_from_file_location("device_check", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    """All names of the script and of its two parts."""
+    parts = ("device_check_children", "device_check_entries", "device_check")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "launch"))
+        modules = [importlib.import_module(part) for part in parts]
+        names = {name: value for module in modules for name, value in vars(module).items()}
+        yield SimpleNamespace(**names)
+    for part in parts:
+        del sys.modules[part]
 
 
 class FakeRun:
