@@ -33,7 +33,7 @@ def inputs():
 
 
 def plain(params, x, causal, lengths, size, heads=HEADS):
-    """Attention by the book, its gradient JAX's own: output, mean keys, the class token's row."""
+    """Attention by the book, its gradient JAX's own: output, mean keys, what each token gets."""
     place = jnp.arange(TOKENS)
     mask = None
     if causal or lengths is not None:
@@ -52,7 +52,8 @@ def plain(params, x, causal, lengths, size, heads=HEADS):
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     out = rearrange(jnp.einsum("bhqk,bhkd->bhqd", weights, v), "b h t d -> b t (h d)")
-    return dense("out", out, x.shape[-1]), jnp.mean(k, axis=1), jnp.mean(weights[:, :, 0], axis=1)
+    received = jnp.mean(weights[:, :, 0], axis=1), jnp.mean(weights, axis=(1, 2))
+    return dense("out", out, x.shape[-1]), jnp.mean(k, axis=1), *received
 
 
 def gradient(function, params, x):

@@ -45,7 +45,10 @@ def families(monkeypatch):
             return outcome(spec.rpartition("/")[2], top1=0.5)
 
         return SimpleNamespace(
-            score=score, check=lambda sets, spec: None, default_set=f"own-{name}"
+            score=score,
+            check=lambda sets, spec: None,
+            default_set=f"own-{name}",
+            fits=lambda config: True,
         )
 
     for name in list(EVALUATIONS):

@@ -93,7 +93,7 @@ def merging(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"guidance": guidance} for guidance in ("none", "spatial", "frequency")]
+    [{"guidance": name} for name in ("none", "spatial", "frequency", "contrast+received")]
     + [{"schedule": spread} for spread in ("even", "early", "0,3,1")],
     ids=str,
 )
@@ -113,7 +113,7 @@ def test_every_guidance_and_schedule_merges_exactly(changes):
     else:
         assert views.importance.shape[0] == BATCH
         assert views.importance.min() >= 0 and views.importance.max() <= 1
-    assert all(np.isfinite(view).all() for view in views if view is not None)
+    assert all(np.isfinite(view).all() for view in jax.tree.leaves(views))
 
 
 @pytest.mark.parametrize("guidance", ["none", "both"])

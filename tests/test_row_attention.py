@@ -36,12 +36,13 @@ def inputs(rows, tokens, width, dtype):
 
 
 def forth_and_back(form, heads, causal, qkv, gradient, size, lengths):
-    """The three results of attention, and the gradient of all of them."""
+    """The results of attention, and the gradient of all of them."""
 
     def loss(qkv):
-        out, keys, first = attend(qkv, heads, form, causal, lengths, size)
+        out, keys, first, received = attend(qkv, heads, form, causal, lengths, size)
         total = jnp.sum(out.astype(jnp.float32) * gradient) + jnp.sum(jnp.sin(keys))
-        return total + jnp.sum(jnp.sin(first)), (out, keys, first)
+        total += jnp.sum(jnp.sin(first)) + jnp.sum(jnp.sin(received))
+        return total, (out, keys, first, received)
 
     gradient_of, results = jax.jit(jax.grad(loss, has_aux=True))(qkv)
     return gradient_of, *results

@@ -151,6 +151,7 @@ EVALUATIONS: Table[Family] = Table(
         "svm": "mlip_jax.evaluations.svm:FAMILY",
         "grounding": "mlip_jax.evaluations.grounding:FAMILY",
         "concepts": "mlip_jax.evaluations.concepts.editing:FAMILY",
+        "guidance": "mlip_jax.evaluations.guidance:FAMILY",
     },
 )
 DATASETS: Table[DatasetKind] = Table(

@@ -44,7 +44,6 @@ CLEANINGS = (
 NORMALIZATIONS = ("clip", "imagenet", "siglip")
 ATTENTIONS = ("plain", "xla", "cudnn", "pallas")
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
-GUIDANCES = ("none", "spatial", "frequency", "both")
 PROBES = ("lbfgs", "ridge", "sgd")
 
 # How several processes of a run find each other: flags, and the variables that they stand for.
@@ -167,8 +166,10 @@ def default() -> ConfigDict:
             "merging": {
                 "rate": 0.0,  # rho: share of the patch tokens gone at the end
                 "schedule": "even",  # "even", "early", or a comma list: tokens per block
+                # "none"; a way of mlip_jax.models.guidance, such as "spatial" or "contrast"; two of
+                # them, ONE+OTHER; or "both": frequency+spatial
                 "guidance": "both",
-                "guidance_mix": 0.5,  # alpha: frequency against spatial importance
+                "guidance_mix": 0.5,  # alpha: the first way's importance against the second's
                 "similarity_mix": 0.5,  # beta: keys against frequency features
                 "importance_penalty": 0.1,  # gamma
                 "proportional_attention": False,
@@ -281,6 +282,7 @@ def default() -> ConfigDict:
             "svm": (),
             "grounding": (),  # "compositions", or sets of regions
             "concepts": (),  # "gender", or the path of a JSON file
+            "guidance": (),  # of token merging: "compositions", or datasets of images
             # Of templates.json; "auto": those of a well-known set; or a template with {}. The
             # subcommand evaluate takes several, with | between.
             "templates": "plain",

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ml_collections import ConfigDict
+
 from mlip_jax.evaluations.interface import Outcome
 
 if TYPE_CHECKING:
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
 
 def _anything(sets: Sets, spec: str) -> None:
     del sets, spec
+
+
+def _always(config: ConfigDict) -> bool:
+    del config
+    return True
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Family:
       at_intervals: whether it is fast enough to be repeated while training.
       wants: what a validation set must have for it, and a dataset that has it.
       needs_joint_space: whether images and texts must lie in one space.
+      fits: whether it can be done on a config's model at all; a suite leaves it out where not.
     """
 
     score: Callable[[Sets, str], Outcome | None]
@@ -36,3 +44,4 @@ class Family:
     at_intervals: bool = False
     needs_joint_space: bool = True
     wants: tuple[str, str] = ("labels", "folder:DIR")
+    fits: Callable[[ConfigDict], bool] = _always

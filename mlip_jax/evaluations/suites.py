@@ -60,8 +60,9 @@ def apply_suite(config: ConfigDict, suite: str) -> None:
             raise UserError(
                 f"--suite={suite}: {name!r} is none of {', '.join(valid)}{suggestion(name, valid)}"
             )
+    left = [name for name in chosen if suite in suites and not EVALUATIONS[name].fits(config)]
     for name in EVALUATIONS:
-        if name not in chosen:
+        if name not in chosen or name in left:
             config.evaluation[name] = ()
         elif not config.evaluation[name]:
             config.evaluation[name] = (EVALUATIONS[name].default_set,)

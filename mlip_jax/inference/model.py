@@ -302,6 +302,28 @@ class Model:
             "importance": importance,
         }
 
+    def guides(
+        self, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> dict[str, Float[np.ndarray, "images patches"]]:
+        """What each way of `models.guidance` says of the patches where tokens are first merged.
+
+        Args:
+          images: as `preprocess` brings them to size.
+
+        Returns:
+          By name, the importance of each patch, row by row of the grid: the higher, the more; only
+          its order counts. With them "both" and the config's own guidance, where it is of two.
+
+        Raises:
+          UserError: for an encoder without patch tokens.
+        """
+        views = self._programs.inspect(
+            self._variables, jax.device_put(np.asarray(images, np.uint8))
+        )
+        if views.guides is None:
+            raise UserError("this model has no patch tokens to merge, and so no guidance")
+        return {name: np.asarray(values, np.float32) for name, values in views.guides.items()}
+
     def image_flops(self) -> float:
         """Floating-point operations to embed one image, as XLA counts them before optimisation."""
         size = self.preprocess.image_size

@@ -56,6 +56,7 @@ def attend(
     Float[Array, "batch tokens width"],
     Float[Array, "batch tokens head"],
     Float[Array, "batch tokens"],
+    Float[Array, "batch tokens"],
 ]:
     """Attends over all tokens.
 
@@ -71,25 +72,27 @@ def attend(
         "pallas" passes no gradient to it.
 
     Returns:
-      The output, the head-mean keys and the head-mean attention of the first token on all tokens.
-      What is not used is not computed.
+      The output, the head-mean keys, and the head-mean attention on each token: of the first token,
+      and the mean over all tokens. What is not used is not computed.
     """
     q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
     mask = _mask(q.shape[2], causal, lengths)
     if form == "plain":
         weights = _weights(q, k, mask, size)
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(qkv.dtype), v)
-        first = weights[:, :, 0]
+        first, of_all = weights[:, :, 0], weights
     else:
         if form == "pallas":
             out = attend_rows(qkv, _key_bias(q.shape[2], lengths, size), heads, causal)
             out = rearrange(out, "b t (h d) -> b h t d", h=heads)
         else:
             out = _by_jax(q, k, v, cast(Implementation, form), causal, lengths, size)
+        of_all = _weights(q, k, mask, size)
         mask = None if mask is None else mask[:, :, :1]
         first = _weights(q[:, :, :1], k, mask, size)[:, :, 0]
     out = rearrange(out, "b h t d -> b t (h d)")
-    return out, jnp.mean(k.astype(jnp.float32), axis=1), jnp.mean(first, axis=1)
+    keys = jnp.mean(k.astype(jnp.float32), axis=1)
+    return out, keys, jnp.mean(first, axis=1), jnp.mean(of_all, axis=(1, 2))
 
 
 def _mask(

@@ -11,8 +11,8 @@ from einops import rearrange
 from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError, choose
-from mlip_jax.core.schema import ACTIVATIONS, GUIDANCES, flatten
-from mlip_jax.models import building, resnet
+from mlip_jax.core.schema import ACTIVATIONS, flatten
+from mlip_jax.models import building, guidance, resnet
 from mlip_jax.models.bert import BertEncoder
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.resnet import ResNet
@@ -142,7 +142,7 @@ def _check_vit(config: ConfigDict) -> None:
     choose("model.image.pooling", image.pooling, ("class", "attention"))
     choose("model.image.activation", image.activation, ACTIVATIONS)
     choose("model.image.frequency.transform", image.frequency.transform, ("auto", "fft", "matmul"))
-    choose("model.image.merging.guidance", image.merging.guidance, GUIDANCES)
+    guidance.parts(image.merging.guidance)
     _check_sizes(config, "image")
     _check_guidance(config)
     if image.pretrained:
@@ -169,16 +169,17 @@ def _check_guidance(config: ConfigDict) -> None:
     image = config.model.image
     if image.merging.rate <= 0:
         return
-    guidance = image.merging.guidance
-    if image.frequency.depth == 0 and guidance in ("frequency", "both"):
+    guides = [guidance.GUIDES[name] for name in guidance.parts(image.merging.guidance)]
+    if image.frequency.depth == 0 and any(guide.frequency for guide in guides):
         raise UserError(
-            f"config.model.image.merging.guidance={guidance!r} needs a Frequency "
+            f"config.model.image.merging.guidance={image.merging.guidance!r} needs a Frequency "
             "Stage (config.model.image.frequency.depth > 0); use 'spatial' or 'none'"
         )
-    if image.pooling != "class" and guidance in ("spatial", "both"):
+    if image.pooling != "class" and any(guide.class_token for guide in guides):
         raise UserError(
-            f"config.model.image.merging.guidance={guidance!r} needs a class token, which "
-            f"config.model.image.pooling={image.pooling!r} goes without; use 'frequency' or 'none'"
+            f"config.model.image.merging.guidance={image.merging.guidance!r} needs a class token, "
+            f"which config.model.image.pooling={image.pooling!r} goes without; use 'frequency' or "
+            "'none'"
         )
 
 

@@ -226,8 +226,9 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention that also tells what token merging asks for.
 
-    Returns the output, the head-mean keys [batch, tokens, width/heads] and the head-mean
-    attention of the first token on all tokens [batch, tokens]; what is not used is not computed.
+    Returns the output, the head-mean keys [batch, tokens, width/heads] and the head-mean attention
+    on each token [batch, tokens], of the first token and the mean over all; what is not used is not
+    computed.
     """
 
     heads: int
@@ -247,13 +248,15 @@ class Attention(nn.Module):
         Float[Array, "batch tokens width"],
         Float[Array, "batch tokens head"],
         Float[Array, "batch tokens"],
+        Float[Array, "batch tokens"],
     ]:
         """Attends over all tokens, without dropout if `deterministic`; the rest as in `attend`."""
         width = x.shape[-1]
         qkv = dense(x, 3 * width, "qkv", self.dtype)
-        out, keys, first = attend(qkv, self.heads, self.form, self.causal, lengths, size)
+        out, *seen = attend(qkv, self.heads, self.form, self.causal, lengths, size)
         out = dense(out, width, "out", self.dtype)
-        return Dropout(self.dropout)(out, deterministic), keys, first
+        keys, first, received = seen
+        return Dropout(self.dropout)(out, deterministic), keys, first, received
 
 
 class AttentionPool(nn.Module):
@@ -316,7 +319,7 @@ class Block(nn.Module):
         lengths: Int[Array, "batch"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
-        y, _, _ = Attention(
+        y, *_ = Attention(
             self.heads,
             self.dropout,
             self.dtype,

@@ -12,9 +12,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from mlip_jax.models import merging
+from mlip_jax.models import guidance, merging
 from mlip_jax.models.dropout import DropPath, random_patches
 from mlip_jax.models.frequency import FrequencyBlock
+from mlip_jax.models.guidance import Before, Seen
 from mlip_jax.models.layers import (
     EPSILON,
     MLP,
@@ -27,8 +28,6 @@ from mlip_jax.models.layers import (
     recomputed,
 )
 from mlip_jax.models.merging import Plan
-
-GUIDANCE_TEMPERATURE = 0.1
 
 
 class ImageViews(NamedTuple):
@@ -46,6 +45,9 @@ class ImageViews(NamedTuple):
     # As `source`, of the tokens that the global view reads: those that enter the last block, or,
     # with attention pooling, those that leave it.
     last_source: Float[Array, "batch tokens patches"] | None = None
+    # By name, what each way of `guidance.GUIDES` that the encoder has says of the patches in the
+    # first block that merges, or in the first; see `ImageEncoder`.
+    guides: dict[str, Float[Array, "batch patches"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Merging:
     """How blocks merge tokens: the keys of config.model.image.merging but for how many.
 
     Attributes:
-      guidance: where importance comes from: "none", "spatial", "frequency" or "both".
-      guidance_mix: alpha, the weight of frequency against spatial importance.
+      guidance: where importance comes from, see `guidance.parts`.
+      guidance_mix: alpha, the weight of the first of two ways against the second.
       similarity_mix: beta, the weight of the keys' similarity against the frequency features'.
       importance_penalty: gamma, what an important token loses of its similarity.
       proportional_attention: a token's logits grow by the log of the patches behind it.
@@ -67,26 +69,18 @@ class Merging:
     proportional_attention: bool
 
     @property
+    def guides(self) -> tuple[str, ...]:
+        """The names of the ways that tell importance."""
+        return guidance.parts(self.guidance)
+
+    @property
     def by_frequency(self) -> bool:
         """Whether frequency features have a say in what is merged."""
-        return self.guidance in ("frequency", "both")
+        return any(guidance.GUIDES[name].frequency for name in self.guides)
 
-    def importance(
-        self, class_attention: Float[Array, "batch tokens"], features: Array | None
-    ) -> Float[Array, "batch patches"] | None:
-        """The importance of the patch tokens, from what the class token attends to, and features.
-
-        None where merging has no guidance.
-        """
-        if self.guidance == "none":
-            return None
-        spatial = frequency = None
-        if self.guidance in ("spatial", "both"):
-            spatial = class_attention[:, 1:]
-        if self.by_frequency:
-            assert features is not None  # such a guidance needs frequency blocks
-            frequency = frequency_importance(features)
-        return merging.importance(spatial, frequency, self.guidance_mix)
+    def importance(self, seen: Seen) -> Float[Array, "batch patches"] | None:
+        """The importance of the patch tokens; None where merging has no guidance."""
+        return guidance.importance(self.guides, self.guidance_mix, seen)
 
 
 class SpatialBlock(nn.Module):
@@ -111,20 +105,33 @@ class SpatialBlock(nn.Module):
         size: Float[Array, "batch tokens"],
         features: Float[Array, "batch patches width"] | None,
         deterministic: bool,
-    ) -> tuple[Array, Array, Array | None, Plan | None, Array | None]:
-        """Returns tokens, sizes and frequency features after the block, the plan, the guidance."""
+        scores: dict[str, Float[Array, "batch patches"]] | None = None,
+    ) -> tuple[Array, Array, Array | None, dict[str, Array], Plan | None, Seen]:
+        """Goes through the block.
+
+        Args:
+          x: tokens.
+          size: patches behind each.
+          features: frequency tokens of the patches.
+          deterministic: no dropout, no stochastic depth.
+          scores: of the ways of guidance that read the image before the Spatial Stage.
+
+        Returns:
+          Tokens, sizes, features and scores after the block, the plan of its merging, and what
+          guides it.
+        """
         y = layer_norm("norm_attention", self.dtype, self.epsilon)(x)
-        y, keys, class_attention = Attention(
+        y, keys, class_attention, received = Attention(
             self.heads, self.dropout, self.dtype, self.attention_form, name="attention"
         )(y, deterministic, size=size if self.merging.proportional_attention else None)
         x = x + DropPath(self.drop_path)(y, deterministic)
-        plan = guidance = None
+        first, scores, plan = int(self.class_token), dict(scores or {}), None
+        seen = Seen(class_attention[:, first:], received[:, first:], features, scores)
         if self.r:
-            guidance = self.merging.importance(class_attention, features)
             plan = merging.match(
                 keys,
                 self.r,
-                guidance=guidance,
+                guidance=self.merging.importance(seen),
                 features=features if self.merging.by_frequency else None,
                 class_token=self.class_token,
                 similarity_mix=self.merging.similarity_mix,
@@ -132,24 +139,17 @@ class SpatialBlock(nn.Module):
             )
             x, merged_size = merging.merge(plan, x, size)
             if features is not None:
-                features = _merge_features(plan, features, size, int(self.class_token))
+                features = _merge_features(plan, features, size, first)
+            scores = {
+                name: _merge_features(plan, score[..., None], size, first)[..., 0]
+                for name, score in scores.items()
+            }
             size = merged_size
         y = layer_norm("norm_mlp", self.dtype, self.epsilon)(x)
         y = MLP(self.mlp_ratio, self.activation, self.dropout, self.dtype, name="mlp")(
             y, deterministic
         )
-        return x + DropPath(self.drop_path)(y, deterministic), size, features, plan, guidance
-
-
-def frequency_importance(
-    features: Float[Array, "batch patches width"],
-) -> Float[Array, "batch patches"]:
-    """a_f = softmax over tokens of cos(F_n, mean F) / 0.1."""
-    features = jax.lax.stop_gradient(features.astype(jnp.float32))
-    mean = jnp.mean(features, axis=1, keepdims=True)
-    norms = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(mean, axis=-1)
-    cosine = jnp.sum(features * mean, axis=-1) / jnp.maximum(norms, 1e-12)
-    return jax.nn.softmax(cosine / GUIDANCE_TEMPERATURE, axis=-1)
+        return x + DropPath(self.drop_path)(y, deterministic), size, features, scores, plan, seen
 
 
 def _merge_features(plan: Plan, features: Array, size: Array, first: int) -> Array:
@@ -183,6 +183,7 @@ class _Merged(NamedTuple):
     origin: Array | None  # which tokens that entered each one stands for
     last_origin: Array | None  # the same before the last block
     importance: Array | None
+    guides: dict[str, Array] | None
 
 
 class ImageEncoder(nn.Module):
@@ -231,19 +232,21 @@ class ImageEncoder(nn.Module):
           inspect: also return where merged tokens come from and the guidance of the first merge;
             for `deterministic` alone.
         """
-        x = self._frequency_stage(images, deterministic)
+        x, embedding = self._frequency_stage(images, deterministic)
         frequency_tokens = frequency_global = features = None
         if self.frequency_depth:
             frequency_tokens = layer_norm("norm_frequency", self.dtype)(x)
             frequency_global = jnp.mean(frequency_tokens.astype(jnp.float32), axis=1)
             features = jax.lax.stop_gradient(frequency_tokens)
         merge_counts = self.merge_counts
+        scores = self._scores(images, embedding, features, inspect)
         if not deterministic and self.training_patches < x.shape[1]:
             kept = random_patches(self, x.shape[0], x.shape[1], self.training_patches)
             x = _take(x, kept)
             features = None if features is None else _take(features, kept)
+            scores = {name: _take(score[..., None], kept)[..., 0] for name, score in scores.items()}
             merge_counts = self.training_merge_counts
-        merged = self._spatial_stage(x, features, merge_counts, deterministic, inspect)
+        merged = self._spatial_stage(x, features, scores, merge_counts, deterministic, inspect)
         first, last_origin = self._first_patch, merged.last_origin
         x = layer_norm("norm_spatial", self.dtype, self.norm_epsilon)(merged.tokens)
         if first:
@@ -267,6 +270,7 @@ class ImageEncoder(nn.Module):
             source=_of_patches(merged.origin, first),
             importance=merged.importance,
             last_source=_of_patches(last_origin, first),
+            guides=merged.guides,
         )
 
     @property
@@ -284,26 +288,49 @@ class ImageEncoder(nn.Module):
             "drop_path": float(np.linspace(0.0, self.drop_path, self.depth)[block]),
         }
 
+    def _scores(
+        self, images: Array, embedding: Array, features: Array | None, inspect: bool
+    ) -> dict[str, Array]:
+        """What the ways of guidance say that read the image here: those in use, or all."""
+        names = self._possible_guides if inspect else self.merging.guides
+        if not inspect and not any(self.merge_counts):
+            return {}
+        if features is not None:
+            features = features.reshape(embedding.shape)
+        pixels = guidance.grid_of(images, self.patch_size)
+        return guidance.scores_before(names, Before(pixels, embedding, features))
+
+    @property
+    def _possible_guides(self) -> tuple[str, ...]:
+        return guidance.possible(
+            frequency=self.frequency_depth > 0, class_token=bool(self._first_patch)
+        )
+
     def _frequency_stage(
         self, images: Array, deterministic: bool
-    ) -> Float[Array, "batch patches width"]:
-        """Patches with their positions, after the Frequency Stage where there is one."""
+    ) -> tuple[Float[Array, "batch patches width"], Float[Array, "batch rows columns width"]]:
+        """Patches with their positions, after the Frequency Stage where there is one.
+
+        And before both.
+        """
         grid = self.image_size // self.patch_size
         x = PatchEmbedding(
             self.width, self.patch_size, self.stem, self.dtype, name="patch_embedding"
         )(images)
+        embedding = x
         position = self.param("position", TOKEN_INIT, (grid, grid, self.width))
         x = add(x, position)
         for index in range(self.frequency_depth):
             x = recomputed(FrequencyBlock, self.remat, deterministic=2)(
                 **self._block_fields(index), transform=self.transform, name=f"frequency_{index}"
             )(x, deterministic)
-        return rearrange(x, "b r c d -> b (r c) d")
+        return rearrange(x, "b r c d -> b (r c) d"), embedding
 
     def _spatial_stage(
         self,
         x: Float[Array, "batch patches width"],
         features: Float[Array, "batch patches width"] | None,
+        scores: dict[str, Array],
         merge_counts: tuple[int, ...],
         deterministic: bool,
         inspect: bool,
@@ -317,10 +344,11 @@ class ImageEncoder(nn.Module):
         if self.pre_norm:
             x = layer_norm("norm_pre", self.dtype, self.norm_epsilon)(x)
         size = jnp.ones(x.shape[:2], jnp.float32)
-        origin = last_origin = first_guidance = None
+        origin = last_origin = importance = guides = None
+        first_merge = next((index for index, r in enumerate(merge_counts) if r), 0)
         for index, r in enumerate(merge_counts):
             last_origin = origin
-            x, size, features, plan, guidance = recomputed(
+            x, size, features, scores, plan, seen = recomputed(
                 SpatialBlock, self.remat, deterministic=4
             )(
                 **self._block_fields(self.frequency_depth + index),
@@ -331,12 +359,15 @@ class ImageEncoder(nn.Module):
                 epsilon=self.norm_epsilon,
                 attention_form=self.attention_form,
                 name=f"spatial_{index}",
-            )(x, size, features, deterministic)
+            )(x, size, features, deterministic, scores)
             if inspect and plan is not None:
                 origin = merging.source(plan, origin)
-                if first_guidance is None:
-                    first_guidance = guidance
-        return _Merged(x, size, origin, last_origin, first_guidance)
+            if inspect and index == first_merge:
+                guides = guidance.all_scores(
+                    self._possible_guides, self.merging.guides, self.merging.guidance_mix, seen
+                )
+                importance = self.merging.importance(seen) if plan is not None else None
+        return _Merged(x, size, origin, last_origin, importance, guides)
 
 
 def _of_patches(origin: Array | None, first: int) -> Array | None:

@@ -28,6 +28,7 @@ from mlip_jax.core.schema import ATTENTIONS, views_of
 from mlip_jax.devices import parallel, processes
 from mlip_jax.models.attention import attend
 from mlip_jax.models.building import compute_dtype, image_encoder, training_patches
+from mlip_jax.models.guidance import parts
 
 RECORD = "attention.json"
 _PROBED = ("gpu", "tpu")  # platforms
@@ -49,6 +50,7 @@ class Shape:
       padded: whether rows have lengths of their own.
       sized: whether the logits get the log of the tokens' sizes.
       first: whether the attention of the first token is asked for.
+      received: whether the attention of all tokens is.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class Shape:
     padded: bool = False
     sized: bool = False
     first: bool = False
+    received: bool = False
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.heads} heads x {self.tokens} tokens x {self.head}"
@@ -84,13 +87,14 @@ def shapes(config: ConfigDict, mesh: Mesh) -> dict[str, Shape]:
 
     shapes = {}
     if image_encoder(config).patch_tokens:
-        merging = image.merging
+        merging, guides = image.merging, parts(image.merging.guidance)
         shapes["image"] = shape(
             image,
             "augmented_image",
             training_patches(config) + (image.pooling == "class"),
             sized=merging.proportional_attention,
-            first=merging.rate > 0 and merging.guidance in ("spatial", "both"),
+            first=merging.rate > 0 and "spatial" in guides,
+            received=merging.rate > 0 and "received" in guides,
         )
     if TEXT_ENCODERS[text.architecture].attention_forms:
         shapes["text"] = shape(
@@ -288,8 +292,8 @@ class _Contest:
         shape = self._shape
 
         def forth_and_back(qkv: Array, gradient: Array, lengths: Array, size: Array) -> Any:
-            def attention(qkv: Array) -> tuple[Array, Array | None]:
-                out, _, first = attend(
+            def attention(qkv: Array) -> tuple[Array, tuple[Array | None, ...]]:
+                out, _, first, received = attend(
                     qkv,
                     shape.heads,
                     form,
@@ -297,10 +301,11 @@ class _Contest:
                     lengths if shape.padded else None,
                     size if shape.sized else None,
                 )
-                return out, first if shape.first else None
+                asked = first if shape.first else None, received if shape.received else None
+                return out, asked
 
-            out, pull, first = jax.vjp(attention, qkv, has_aux=True)
-            return out, pull(gradient), first
+            out, pull, asked = jax.vjp(attention, qkv, has_aux=True)
+            return out, pull(gradient), asked
 
         program = jax.jit(forth_and_back)
         return lambda: program(self._qkv, self._gradient, self._lengths, self._size)
