@@ -244,6 +244,34 @@ FLAGS = (
                 "the folder of the prepared dataset, also in a bucket",
                 missing="a folder to write to: add --out=DIR",
             ),
+            "study": Use(
+                Text(),
+                "DIR",
+                "the folder of the study: study.md, the log, and the runs as ROW/seedN",
+                missing="a folder for its runs: add --out=DIR",
+            ),
+        },
+    ),
+    Flag(
+        "table",
+        {
+            "study": Use(
+                Text(),
+                "FILE",
+                "the configs, seeds and figures of the study: JSON, or Python that sets STUDY",
+                missing="a table of configs: add --table=FILE",
+            )
+        },
+    ),
+    Flag(
+        "parallel",
+        {
+            "study": Use(
+                Whole(1, 1024),
+                "N",
+                "runs at a time, each on its share of the cores",
+                default=1,
+            )
         },
     ),
     Flag(

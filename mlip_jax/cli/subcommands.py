@@ -185,6 +185,25 @@ SUBCOMMANDS = {
             "  --config.batch_size=32 --against=open_clip",
         ),
     ),
+    "study": Subcommand(
+        "mlip_jax.study",
+        "study",
+        "train a table of configs with several seeds and compare them",
+        ("--table=FILE --out=DIR [--parallel=N]",),
+        (
+            "Trains every row of a table with every seed, one run after the other or several at a "
+            "time, and writes study.md: means and standard deviations over the seeds, and all runs "
+            "with their commands, times and metrics. The same command goes on where a study was "
+            "stopped: complete runs are not run again, others are resumed.",
+            "The table is JSON or Python; docs/evaluations.md describes it.",
+            "The exit code is 0 when all runs are complete, 75 when the study was told to stop and "
+            "the runs have saved, and 1 when a run failed; the others are run all the same.",
+        ),
+        (
+            "mlip study --table=losses.json --out=studies/losses",
+            "mlip study --table=losses.json --out=studies/losses --parallel=2",
+        ),
+    ),
 }
 
 

@@ -68,7 +68,7 @@ def compare_workdirs(workdirs: Sequence[str], folder: str | Path | None = None) 
     Raises:
       UserError: for a folder that holds no run, or a pattern that no folder fits.
     """
-    runs = [run for path, name in _expand(workdirs) for run in _read(path, name)]
+    runs = [run for path, name in _expand(workdirs) for run in read_runs(path, name)]
     columns = group(runs)
     comparison = compare(columns)
     if folder is None:
@@ -123,7 +123,7 @@ def compare(columns: Sequence[Column]) -> Sheet:
         expected = chances.pop() if len(chances) == 1 else None
         if not _alike(runs, key):
             unlike.append(" \u00b7 ".join(names(key)))
-        cells = [_cell(key, column.values(key)) for column in columns]
+        cells = [spread_of(key, column.values(key)) for column in columns]
         rows.append((*names(key), *cells, "" if expected is None else formatted(key, expected)))
     notes = [f"{column.label}: {_described(column, columns)}" for column in columns]
     if any(len(column.runs) > 1 for column in columns):
@@ -201,7 +201,7 @@ def _parts(path: Path) -> list[str]:
     return places.shown(path.absolute()).split("/")
 
 
-def _read(workdir: Path, name: str) -> list[Run]:
+def read_runs(workdir: Path, name: str) -> list[Run]:
     """A workdir's own results, even if there are none, and those under other settings."""
     file = workdir / "config.json"
     if not file.is_file():
@@ -290,7 +290,8 @@ def _alike(runs: Sequence[Run], key: str) -> bool:
     return len({(result.examples.get(key), result.protocols.get(key)) for result in having}) == 1
 
 
-def _cell(key: str, values: Sequence[float]) -> str:
+def spread_of(key: str, values: Sequence[float]) -> str:
+    """A figure's mean and, of several values, their standard deviation; a dash of none."""
     if not values:
         return _DASH
     mean = formatted(key, statistics.fmean(values))
