@@ -67,6 +67,7 @@ def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
         "svm",
         "grounding",
         "concepts",
+        "guidance",
     ]
     assert [spec for name, spec in families if name == "svm"] == ["voc:a", "voc:b"]
     assert ("grounding", "own-grounding") in families
@@ -375,7 +376,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     results = read_results(tmp_path / "other")
     results.examples["retrieval/a/text_to_image_recall@1"] = 8
     write_results(tmp_path / "other", results)
-    runs = [run for name in ("one", "other") for run in compare._read(tmp_path / name, name)]
+    runs = [run for name in ("one", "other") for run in compare.read_runs(tmp_path / name, name)]
     notes = compare.compare(compare.group(runs)).notes
     assert "Not to be compared" in notes[-1] and "text to image R@1" in notes[-1]
 

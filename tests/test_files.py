@@ -274,7 +274,7 @@ READERS = {
         "names.json",
         lambda f: prompts.find_class_names(str(f / "names.json"), ("a",), "a set"),
     ),
-    "compared": ("config.json", lambda f: compare._read(with_results(f), "run")),
+    "compared": ("config.json", lambda f: compare.read_runs(with_results(f), "run")),
 }
 
 
