@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from mlip_jax.core.stopping import STOPPED
@@ -46,6 +45,8 @@ class Unreachable(RunError):
 
 def suggestion(word: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' with the nearest valid word, or nothing when none is near."""
+    import difflib  # as seldom as slow
+
     near = difflib.get_close_matches(str(word)[:_MOST_COMPARED], list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 

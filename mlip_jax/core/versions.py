@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ _PACKAGES = ("mlip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 def installed() -> dict[str, str]:
     """Python's version and those of the packages, by name; what is not installed is left out."""
+    import importlib.metadata  # slow, and a signal is heard once the program has begun
+
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from mlip_jax.core import places
-from mlip_jax.core.stopping import STOPPED, leave_at_end
+from mlip_jax.core.stopping import STOPPED, leave_at_end, owns_process
 from mlip_jax.core.waiting import announced
 from mlip_jax.devices import processes
 from mlip_jax.evaluations import Results, evaluate, suites, table
 from mlip_jax.evaluations.verb import file_results
 from mlip_jax.reports import write_report
 from mlip_jax.training.run import Run
-from mlip_jax.training.signals import Stopped
+from mlip_jax.training.signals import Stopped, in_thread
 from mlip_jax.training.state import TrainState
 
 
@@ -82,8 +82,17 @@ def evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
         # An evaluation may take longer than a scheduler waits between its signal and the kill.
         try:
             with run.stop.interrupting():
-                return _evaluate(run, variables)
+                if not _may_leave_threads():
+                    return _evaluate(run, variables)
+                return in_thread(lambda: _evaluate(run, variables))
         except Stopped:
+            if _may_leave_threads():
+                leave_at_end()
             return None
 
     return processes.by_first(unless_stopped)
+
+
+def _may_leave_threads() -> bool:
+    """Whether the process can end while one of its threads is in a compiler."""
+    return owns_process() and jax.process_count() == 1

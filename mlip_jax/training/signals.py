@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -15,6 +16,7 @@ from mlip_jax.core import stopping
 from mlip_jax.core.stopping import STOPPED
 from mlip_jax.devices import processes
 
+_T = TypeVar("_T")
 _WORD = "stop"
 _INTERRUPTED = 130  # the exit code
 _GRACE = 4.0  # seconds that the main thread has to hear of a signal
@@ -132,6 +134,26 @@ class Stop:
         finally:
             self._interrupts = self._saved = False
             self._left.set()
+
+
+def in_thread(function: Callable[[], _T]) -> _T:
+    """What a function gives, in a thread of its own: a compiler there keeps no signal waiting.
+
+    Where the wait is interrupted, the thread goes on, and nobody hears of its end.
+    """
+    answers: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def act() -> None:
+        try:
+            answers.put((function(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=act, daemon=True).start()
+    value, error = answers.get()
+    if error is not None:
+        raise error
+    return cast(_T, value)
 
 
 def _leave(number: int) -> None:
