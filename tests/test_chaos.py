@@ -31,8 +31,8 @@ FAULTS = int(os.environ.get("MLIP_CHAOS_FAULTS", "200"))
 SEED = int(os.environ.get("MLIP_CHAOS_SEED", "21"))
 STATE = ("step", "params", "optimizer", "ema")
 KILLED = -signal.SIGKILL
-INPUT_SECONDS = 5
-LIMITS = (0, 100, 10_000, 100_000)  # bytes of a file, where a disk is full
+INPUT_SECONDS = 15  # where a worker is hit; else as usual
+LIMITS = (30_000, 100_000, 200_000)  # bytes of a file, where a disk is full; a log has less
 
 
 class Starter:
@@ -83,7 +83,6 @@ class Chaos:
         environment = {
             **with_devices(1),
             "PYTHONPATH": str(ROOT),
-            "MLIP_INPUT_SECONDS": str(INPUT_SECONDS),
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # no start anew for huge pages
             cluster.HEARTBEAT_SECONDS: "8",
         }
@@ -105,7 +104,7 @@ class Chaos:
 
     def tell(self, words):
         self.told.append(words)
-        print(f"{len(self.told)}: {words}, step {self.step()}", flush=True)
+        print(f"{time.strftime('%X')} {len(self.told)}: {words}, step {self.step()}", flush=True)
 
     # What a start does.
 
@@ -127,7 +126,10 @@ class Chaos:
                 starter.start(
                     arguments=arguments,
                     log=str(self.log(number)),
-                    environment=together if len(self.starters) > 1 else {},
+                    environment={
+                        "MLIP_INPUT_SECONDS": str(INPUT_SECONDS if workers else 600),
+                        **(together if len(self.starters) > 1 else {}),
+                    },
                     limit=limit,
                 )
             )
@@ -322,7 +324,7 @@ class Chaos:
             self.steps_on(3)
         if self.runs():
             getattr(self, end)()
-        elif self.ends(0, 2) == 2:
+        elif self.ends(0, 2, *((1,) if end == "hit_worker" else ())) == 2:
             self.mend(names)
 
     ENDS = ("kill", "kill", "stop", "stop", "hit_worker")
@@ -402,7 +404,7 @@ def assert_same(quiet, chaos):
 
 @pytest.mark.slow
 def test_a_run_under_faults_ends_with_the_bits_of_one_that_was_left_alone(chaos):
-    steps = 40 + 8 * FAULTS
+    steps = 40 + 5 * FAULTS
     quiet, hit = chaos("quiet", steps), chaos("hit", steps)
     hit.faults(FAULTS)
     hit.finish()

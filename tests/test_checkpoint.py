@@ -457,7 +457,11 @@ def test_a_workdir_with_a_damaged_config_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", ["[]", "5", "null", '{"model": 5}', '{"seed": null}'])
+LARGE = json.dumps({"optimizer": {"eps": 10**400}})
+ODD = ["[]", "5", "null", '{"model": 5}', '{"seed": null}', LARGE]
+
+
+@pytest.mark.parametrize("content", ODD, ids=range(len(ODD)))
 def test_a_config_of_another_kind_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with (

@@ -17,10 +17,11 @@ from mlip_jax.data.prepare import card, output
 from mlip_jax.data.prepare.readers import parse_object
 from mlip_jax.data.regions.base import open_regions
 from mlip_jax.data.regions.refer import open_refer
+from mlip_jax.data.sets.kinds import Opening
 from mlip_jax.data.sets.opening import open_source
 from mlip_jax.data.sets.prepared import PreparedSource
 from mlip_jax.data.sets.shards import Index, Shard, read_index
-from mlip_jax.data.sets.splits import Choice
+from mlip_jax.data.sets.splits import Choice, Wanted
 from mlip_jax.data.text import hugging_face as hugging_face_tokenizers
 from mlip_jax.data.text import wordpiece
 from mlip_jax.evaluations import compare, prompts
@@ -204,7 +205,8 @@ def test_json_that_is_right(tmp_path, encoding):
 def prepared(folder):
     shard = Shard("train-00000", "train", 1, (0, 0), ("", ""), "", {})
     chosen = Choice("train", ("train",))
-    return list(PreparedSource(folder, chosen, [shard], Index({}, (shard,)), "none").captions())
+    index, opening = Index({}, (shard,)), Opening(Wanted("train"))
+    return list(PreparedSource(folder, chosen, [shard], index, opening).captions())
 
 
 def classes(folder):
@@ -320,3 +322,10 @@ def test_readers_that_go_on_pass_over_what_is_wrong(tmp_path, content):
     (tmp_path / ".prepare").mkdir()
     (tmp_path / ".prepare/train-00000.json").write_bytes(wrong)
     assert output.done_before(tmp_path, None) == {}
+
+
+def test_depth_is_told_of_what_a_hook_makes_nothing_of():
+    deep = '{"a": ' + "[" * 150 + "]" * 150 + "}"
+    assert files.decode_json(deep, object, object_hook=lambda values: None) is None
+    with pytest.raises(files.NotJson, match="nested too deeply"):
+        files.decode_json(f"[{deep}]", object, object_hook=lambda values: tuple(values.values()))

@@ -501,6 +501,11 @@ ODD = [
     ("preprocessor_config.json", {"resample": [3]}, r"resample is \[3\]; expected one of 0, 1"),
     ("preprocessor_config.json", {"size": 0.5}, "images become 0.5"),
     ("preprocessor_config.json", {"image_mean": 10**400}, "expected three numbers"),
+    (
+        "tokenizer_config.json",
+        {"tokenizer_class": "BertTokenizer", "cls_token": None},
+        "its tokenizer has no token None",
+    ),
     ("tokenizer_config.json", {"bos_token": ["<s>"]}, "bos_token is .*; expected a text"),
     ("tokenizer_config.json", {"additional_special_tokens": [3]}, "a token that is none: 3 is no"),
     ("tokenizer_config.json", {"additional_special_tokens": [{"a": 1}]}, "that is none: 'content'"),
@@ -634,3 +639,10 @@ def test_a_text_that_the_library_cannot_encode_is_one_line():
     encoder.model.unk_token = "none"
     with pytest.raises(UserError, match="cannot encode these texts: WordLevel error: Missing"):
         Tokenizer(encoder, "none", Affixes((298,), (299,), 5, 300)).encode(["x"], 8)
+
+
+def test_more_tokens_around_a_text_than_it_may_have_are_named():
+    tokenizer = Tokenizer(small_encoder(), "none", Affixes((298,) * 9, (299,), 5, 300))
+    assert tokenizer.encode(["a"], 10).tolist() == [[*[298] * 9, 299]]
+    with pytest.raises(UserError, match="puts 10 tokens around a text, which may have 8 in all"):
+        tokenizer.encode(["a"], 8)

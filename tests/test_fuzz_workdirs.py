@@ -146,3 +146,8 @@ def test_seals(folder, examples):
         path.write_bytes(whole)
 
     meet("seals", make, check, examples)
+
+
+def test_a_name_in_a_seal_is_printable(folder):
+    (folder / seal.NAME).write_text('{"a\\n\\ud83d": [1, 2]}')
+    assert seal.damage(folder) == r"a\n\ud83d is missing"

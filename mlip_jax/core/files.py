@@ -377,8 +377,8 @@ def _decoder(object_hook: Callable[[dict[str, Any]], Any] | None) -> json.JSONDe
 
 
 def _is_too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MOST_DEPTH + 1):
+    level: list[Any] = [[value]]  # a hook may have made anything of it
+    for _ in range(_MOST_DEPTH + 2):
         level = [
             inner
             for outer in level

@@ -421,7 +421,10 @@ def _update(config: Any, values: Any, prefix: str) -> None:
         elif value is None:
             raise TypeError(f"{prefix}{key} must not be null")
         else:
-            config[key] = tuple(value) if isinstance(value, list) else value
+            try:
+                config[key] = tuple(value) if isinstance(value, list) else value
+            except OverflowError:  # a whole number that no float holds
+                raise ValueError(f"{prefix}{key} is too large") from None
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json
+from mlip_jax.core.texts import shown
 
 NAME = "files.json"
 Files = dict[str, list[int]]
@@ -53,7 +54,7 @@ def damage(folder: Path, *, unread: str = "") -> str:
         if unread and name.startswith(unread):
             continue
         if name not in present:
-            return f"{name} is missing"
+            return f"{shown(name)} is missing"
         if present[name] != expected:
-            return f"{name} has changed since it was written"
+            return f"{shown(name)} has changed since it was written"
     return ""

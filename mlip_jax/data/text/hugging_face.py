@@ -403,8 +403,8 @@ def _check_flags(
             )
 
 
-def _id(folder: Path, encoder: _Encoder, token: str) -> int:
-    token_id = encoder.token_to_id(token)
+def _id(folder: Path, encoder: _Encoder, token: str | None) -> int:
+    token_id = None if token is None else encoder.token_to_id(token)
     if token_id is None:
         raise UserError(f"{folder}: its tokenizer has no token {token!r}")
     return token_id

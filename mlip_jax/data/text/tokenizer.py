@@ -132,6 +132,11 @@ class Tokenizer:
         """
         room = min(context_length, self.longest or context_length)
         room -= len(self.start) + len(self.end)
+        if room < 0:
+            raise UserError(
+                f"the tokenizer puts {len(self.start) + len(self.end)} tokens around a text, which "
+                f"may have {room + len(self.start) + len(self.end)} in all"
+            )
         ids = np.full((len(texts), context_length), self.pad, np.int32)
         prepared = [self._prepared(text) for text in texts]
         encodings = encoders.encode(self._encoder, prepared)
