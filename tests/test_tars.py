@@ -4,13 +4,15 @@ import gzip
 import json
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 from preparing import picture, records, run, tar
 
-from mlip_jax.core import schema
+from mlip_jax.core import schema, stopping
 from mlip_jax.core.errors import UserError
+from mlip_jax.data.batches.order import order
 from mlip_jax.data.batches.training import SkipCounter, train_batches
 from mlip_jax.data.sets.opening import (
     open_evaluation,
@@ -19,7 +21,7 @@ from mlip_jax.data.sets.opening import (
     open_validation,
 )
 from mlip_jax.data.sets.records import MissingSplit
-from mlip_jax.data.tars import index
+from mlip_jax.data.tars import index, listing
 from mlip_jax.data.text.tokenizer import load_tokenizer
 
 
@@ -240,3 +242,31 @@ def test_what_cannot_be_read_in_any_order_is_refused_in_one_line(shards, tmp_pat
     (tmp_path / "pairs.jsonl").write_text('{"file": "a.jpg", "caption": "a"}\n')
     with pytest.raises(UserError, match="config.data.window=4 mixes shards, and jsonl:.* has none"):
         open_training(settings(f"jsonl:{tmp_path}/pairs.jsonl", window=4).data)
+
+
+@pytest.mark.slow
+def test_many_shards_are_looked_through_by_processes_of_the_command_line(tmp_path, monkeypatch):
+    for number in range(10):
+        tar(tmp_path / "tars" / f"{number}.tar", members(number, 1 + number))
+    monkeypatch.setattr(stopping, "_owned", True)
+    monkeypatch.setattr(listing, "cores", lambda: 2)
+    assert len(open_source(f"webdataset:{tmp_path / 'tars'}", "train")) == 55
+
+
+@pytest.mark.slow
+def test_forty_thousand_shards_open_and_go_on_in_the_middle_in_little_memory(tmp_path):
+    folder, number = tmp_path / "tars", 41_455
+    folder.mkdir()
+    for shard in range(number):
+        (folder / f"{shard:05d}.tar").touch()
+    sizes = {f"{shard:05d}.tar": 10_000 for shard in range(number)}
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    tracemalloc.start()
+    source = open_source(f"webdataset:{folder}/{{00000..41454}}.tar", "train")
+    assert len(source) == 414_550_000
+    positions = order(source, 0, 16_384)
+    step = 63_255  # in the third epoch
+    rows = [positions[step * 16_384 + row] for row in range(256)]  # those of one of 64 hosts
+    assert len(set(rows)) == 256 and len({index // 10_000 for index in rows}) == 1
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+    tracemalloc.stop()

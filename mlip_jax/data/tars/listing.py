@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from mlip_jax.core.cache import cache_folder
 from mlip_jax.core.cores import cores
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import NotJson, decode_json, exclusively, read_json, write_atomically
+from mlip_jax.core.stopping import owns_process
 from mlip_jax.data.prepare.containers import SUFFIXES
 from mlip_jax.data.prepare.webdataset import expanded, find_files
 from mlip_jax.data.sets.stored import Shards, Version, mark_of
@@ -31,6 +33,7 @@ _STATS = "_stats.json"  # img2dataset's, one beside each shard: {"successes": sa
 _FOUND = "found.json"  # what was found in shards that no such file tells of
 _WRITTEN_EVERY = 200  # shards
 _AT_ONCE = 16  # requests
+_THREADS = 4  # that look through shards of a bucket
 _FEW = 8  # shards that one process looks through
 
 
@@ -251,7 +254,7 @@ class Shelf:
                     f"looking through {len(lacking):,} of {len(shards):,} tar files, once, for "
                     f"their samples; a {_SIZES} beside them would tell"
                 )
-            with self._pool(len(lacking)) as pool:
+            with _whole(), self._pool(len(lacking)) as pool:
                 results = pool.map(self.look_through, lacking)
                 for number, (shard, result) in enumerate(zip(lacking, results, strict=True), 1):
                     found[shard.name] = result
@@ -269,13 +272,25 @@ class Shelf:
             yield
 
     def _pool(self, number: int) -> Executor:
-        if number <= _FEW or cores() == 1:
-            return ThreadPoolExecutor(1)
+        # A program that is not ours may begin anew in each process that it starts.
+        if number <= _FEW or cores() == 1 or not owns_process():
+            return ThreadPoolExecutor(_THREADS if self.bucket else 1)
         return ProcessPoolExecutor(min(cores(), number), get_context("forkserver"))
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise RunError(
+            "a process that looks through tar files was killed, perhaps because memory ran out: "
+            "run the same command again, which keeps what was found"
+        ) from None
 
 
 @contextlib.contextmanager
