@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlip_jax.core import stopping
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.batches.feed import Feed, InputLost, input_seconds
 
@@ -67,6 +68,18 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_batch(release):
         assert feed.next(lambda: True) == 0
         with pytest.raises(InputLost, match="did not come before the end"):
             feed.next(lambda: True)
+
+
+def test_batches_that_cannot_be_closed_do_not_hold_up_the_end(release):
+    def batches():
+        try:
+            yield from range(9)
+        finally:
+            release.wait(60)
+
+    with Feed(batches(), 60, 1) as feed:
+        assert feed.next(never) == 0
+    assert not release.is_set() and stopping._leaves
 
 
 def failing(error):

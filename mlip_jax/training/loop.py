@@ -37,7 +37,7 @@ from mlip_jax.training.state import TrainState
 from mlip_jax.training.step import Metrics, Step
 from mlip_jax.training.watch import Watchdog
 
-_GRACE = 3.0  # seconds that a batch may take once the run is asked to stop
+_GRACE = 2.0  # seconds that a batch may take once the run is asked to stop
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Batch = dict[str, np.ndarray]
 SECONDS = "MLIP_INPUT_SECONDS"
 _SECONDS = 600
 _POLL = 0.25  # seconds between two looks at the clock
-_FAREWELL = 5.0  # seconds that workers have to end
+_FAREWELL = 2.0  # seconds that workers have to end, and once more when they are killed
 _WORKERS = "grain"  # what the names of Grain's processes begin with
 _WORKER_ENDED = "terminated unexpectedly"  # in Grain's words
 
@@ -73,12 +73,14 @@ class Feed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._waits:  # for a worker that may never answer
+        self._wanted.put(False)
+        if not self._waits:
+            self._thread.join(_FAREWELL)
+        if self._thread.is_alive():  # it waits for a worker that may never answer
             for worker in multiprocessing.active_children():
                 if worker.name.startswith(_WORKERS):
                     worker.kill()
-        self._wanted.put(False)
-        self._thread.join(_FAREWELL if self._waits else None)
+            self._thread.join(_FAREWELL)
         if self._thread.is_alive():
             leave_at_end()
 
