@@ -149,7 +149,10 @@ def importance(
     frequency: Float[Array, "batch tokens"] | None,
     mix: float,
 ) -> Float[Array, "batch tokens"]:
-    """G = mix * rank01(frequency) + (1 - mix) * rank01(spatial); one of the two may be None."""
+    """G = mix * rank01(frequency) + (1 - mix) * rank01(spatial); one of the two may be None.
+
+    `guidance.importance` gives it any two ways, the first in the place of `frequency`.
+    """
     if spatial is None or frequency is None:
         present = spatial if frequency is None else frequency
         if present is None:
