@@ -32,7 +32,7 @@ class ReadAhead:
         start_step: int,
         ahead: int,
     ) -> None:
-        """Begins with the shards of the first batch.
+        """Begins nothing yet.
 
         Args:
           parts: the datasets whose shards are to be brought, and their orders.
@@ -50,6 +50,9 @@ class ReadAhead:
         self._now: set[_Key] = set()  # those of them that are read now
         self._coming: set[_Key] = set()
         self._came: dict[_Key, float] = {}  # when
+
+    def start(self) -> None:
+        """Begins with the shards of the first batch."""
         if self._parts:
             targets = [self._look, *[self._bring] * _AT_ONCE]
             for target in targets:  # daemons: a server that stays away holds up no end

@@ -145,6 +145,7 @@ def _until_closed(
     batches: grain.IterDataset, shards: ReadAhead
 ) -> Generator[dict[str, np.ndarray]]:
     iterator, receiver = iter(batches), Receiver()
+    shards.start()
     try:
         for batch in iterator:
             shards.advance()
