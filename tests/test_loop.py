@@ -330,9 +330,10 @@ def test_input_that_does_not_come_is_said_and_costs_no_step(train, trained, tmp_
     with monkeypatch.context() as patch:
         release = late(patch, 3, lambda: None)
         patch.setenv("MLIP_INPUT_SECONDS", "1")
-        code, output = train()
+        code, output = train(log_every=1)
         release.set()
     assert code == 1 and steps_of(tmp_path / "run")[-1] == 3
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
     assert re.search("no batch came within 1 s .*everything is saved at step 3", one_line(output))
     with monkeypatch.context() as patch:
         release = late(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -177,7 +177,7 @@ def run_steps(
                     counts = samples_by_set(run.source, done * config.batch_size)
                     jax.block_until_ready(before)
                     log.interval(done, clock.lap(done, brought()) | counts)
-                    log.flush()
+                log.flush()
                 _save_without_input(run, state, done, start, error)
                 break
             messages = run.channel.tell(batch.pop("skipped"), run.stop.asked)
