@@ -51,7 +51,7 @@ setup(
         "array_record>=0.8",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.0",  # tensorflow-datasets uses it undeclared
-        "Pillow>=10.3",
+        "Pillow>=11.3",  # reads the orientation that XMP names
         "simplejpeg>=1.8",
         # No wheels for Linux on ARM, where Pillow does its work.
         "cykooz.resizer>=4.0.1; platform_machine != 'aarch64'",
