@@ -173,12 +173,17 @@ def test_two_real_runs_of_which_one_is_killed(tiny, table, tmp_path):
     """Told to stop in the middle of a run, a study ends in the bits of one that was not."""
     values = json.loads(table.read_text())
     values["rows"], values["seeds"] = values["rows"][:1], [0, 1]
-    values["overrides"] = {"mesh.data": 1}
+    values["overrides"] = {
+        "mesh.data": 1,
+        "samples": 8000,  # seconds: there is a middle to be stopped in
+        "checkpoint.every_samples": 2000,
+        "evaluation.every_samples": 0,
+    }
     table.write_text(json.dumps(values))
     out, whole = tmp_path / "study", tmp_path / "whole"
     command = [sys.executable, "-m", "mlip_jax", "study", f"--table={table}"]
     going = subprocess.Popen([*command, f"--out={out}"])
-    while not list((out / "first" / "seed0").glob("checkpoints/*")):
+    while not (out / "first" / "seed0" / "metrics.jsonl").exists():
         assert going.poll() is None
         time.sleep(0.05)
     going.send_signal(signal.SIGTERM)
