@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from devices import with_devices
 
 from mlip_jax import main as door
 from mlip_jax.core.errors import UserError
@@ -174,7 +175,6 @@ def test_two_real_runs_of_which_one_is_killed(tiny, table, tmp_path):
     values = json.loads(table.read_text())
     values["rows"], values["seeds"] = values["rows"][:1], [0, 1]
     values["overrides"] = {
-        "mesh.data": 1,
         "samples": 8000,  # seconds: there is a middle to be stopped in
         "checkpoint.every_samples": 2000,
         "evaluation.every_samples": 0,
@@ -182,14 +182,16 @@ def test_two_real_runs_of_which_one_is_killed(tiny, table, tmp_path):
     table.write_text(json.dumps(values))
     out, whole = tmp_path / "study", tmp_path / "whole"
     command = [sys.executable, "-m", "mlip_jax", "study", f"--table={table}"]
-    going = subprocess.Popen([*command, f"--out={out}"])
+    environment = with_devices(1)
+    going = subprocess.Popen([*command, f"--out={out}"], env=environment)
     while not (out / "first" / "seed0" / "metrics.jsonl").exists():
         assert going.poll() is None
         time.sleep(0.05)
     going.send_signal(signal.SIGTERM)
     assert going.wait() == 75
     for folder in (out, whole):
-        assert subprocess.run([*command, f"--out={folder}"], check=False).returncode == 0
+        done = subprocess.run([*command, f"--out={folder}"], env=environment, check=False)
+        assert done.returncode == 0
     one, other = (
         json.loads((folder / "first" / "seed0" / "results.json").read_text())
         for folder in (out, whole)
