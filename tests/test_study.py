@@ -170,10 +170,10 @@ def test_a_table_with_a_mistake_is_refused_before_anything_runs(tmp_path, values
 
 
 @pytest.mark.slow
-def test_two_real_runs_of_which_one_is_killed(tiny, table, tmp_path):
+def test_a_real_run_is_stopped_and_resumed(tiny, table, tmp_path):
     """Told to stop in the middle of a run, a study ends in the bits of one that was not."""
     values = json.loads(table.read_text())
-    values["rows"], values["seeds"] = values["rows"][:1], [0, 1]
+    values["rows"], values["seeds"] = values["rows"][:1], [0]
     values["overrides"] = {
         "samples": 8000,  # seconds: there is a middle to be stopped in
         "checkpoint.every_samples": 2000,
