@@ -143,7 +143,7 @@ def _embedding(before: Before) -> Scores:
 
 def _random(before: Before) -> Scores:
     """Drawn by the image's pixels: the same wherever it stands in a batch."""
-    pixels = before.pixels.astype(jnp.float32).reshape(len(before.pixels), -1)
+    pixels = rearrange(before.pixels.astype(jnp.float32), "b r c p q ch -> b (r c p q ch)")
     factors = 2 * jnp.arange(pixels.shape[1], dtype=jnp.uint32) + 1
     bits = jnp.sum(jax.lax.bitcast_convert_type(pixels, jnp.uint32) * factors, axis=1)
     count = before.pixels.shape[1] * before.pixels.shape[2]
@@ -153,7 +153,7 @@ def _random(before: Before) -> Scores:
 
 
 def _flat(grid: Float[Array, "batch rows columns"]) -> Scores:
-    return jax.lax.stop_gradient(grid.reshape(len(grid), -1))
+    return jax.lax.stop_gradient(rearrange(grid, "b r c -> b (r c)"))
 
 
 GUIDES: Mapping[str, Guide] = {

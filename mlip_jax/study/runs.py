@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from mlip_jax.core.cores import numbered, starting_on
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import read_json, write_atomically
 from mlip_jax.core.stopping import STOPPED
@@ -133,27 +134,22 @@ def run_all(
 
 def _shares(parallel: int) -> list[frozenset[int]]:
     """The cores of each of the runs at a time; with more runs than cores they share them."""
-    cores = sorted(os.sched_getaffinity(0))
-    if parallel > len(cores):
+    cores = numbered()
+    if cores and parallel > len(cores):
         return [frozenset({cores[number % len(cores)]}) for number in range(parallel)]
     return [frozenset(cores[number::parallel]) for number in range(parallel)]
 
 
 def _start(run: Planned, cores: frozenset[int]) -> int:
     run.workdir.parent.mkdir(parents=True, exist_ok=True)
-    whole = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # what is started inherits it
-    try:
-        with open(run.workdir.with_suffix(".log"), "ab") as output:
-            process = subprocess.Popen(
-                [*PROGRAM, *run.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches it once, through this process
-            )
-    finally:
-        os.sched_setaffinity(0, whole)
+    with starting_on(cores), open(run.workdir.with_suffix(".log"), "ab") as output:
+        process = subprocess.Popen(
+            [*PROGRAM, *run.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it once, through this process
+        )
     process.returncode = 0  # it is waited for by `_ended`, which learns its CPU time, too
     return process.pid
 
