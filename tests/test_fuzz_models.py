@@ -120,6 +120,14 @@ def small(make):
     return values
 
 
+def check_ids(folder):
+    """Every id has a row in the table, where the folder has a tokenizer that encodes."""
+    tokenizer = gives(folder_tokenizer, folder)
+    if tokenizer is not None:
+        ids = gives(tokenizer.encode, TEXTS, 12)
+        assert ids is None or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
+
+
 @EXAMPLES
 def test_tokenizers(folder, examples):
     words = (*PARTS, *CHAINS, "left", "Right", 10**9, "[CLS]", "<eos>")
@@ -142,10 +150,7 @@ def test_tokenizers(folder, examples):
     def check(texts):
         for name, text in texts.items():
             (folder / name).write_text(text)
-        tokenizer = gives(folder_tokenizer, folder)
-        if tokenizer is not None:
-            ids = gives(tokenizer.encode, TEXTS, 12)
-            assert ids is None or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
+        check_ids(folder)
 
     meet("tokenizers", make, check, examples)
 
@@ -169,10 +174,7 @@ def test_own_tokenizers(folder, examples):
 
     def check(text):
         file.write_text(text)
-        tokenizer = gives(folder_tokenizer, folder)
-        if tokenizer is not None:
-            ids = gives(tokenizer.encode, TEXTS, 12)
-            assert ids is None or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
+        check_ids(folder)
 
     meet("own tokenizers", make, check, examples)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from preparing import picture, run, tar
+from streaming import assert_equal, batches
 
 from mlip_jax import main as door
 from mlip_jax.core import buckets as mirrors
@@ -67,23 +68,6 @@ def settings(spec, window=2, batch_size=8):
     config.model.image.image_size = 16
     config.data.update({"train": spec, "workers": 0, "window": window})
     return config
-
-
-def batches(config, count, start=0, pause=0.0):
-    source = open_training(config.data)
-    stream = train_batches(config, source, load_tokenizer("clip"), start_step=start)
-    taken = []
-    for _ in range(count):
-        taken.append({k: np.array(v) for k, v in next(stream).items()})
-        time.sleep(pause)
-    stream.close()
-    return taken
-
-
-def assert_equal(ones, others):
-    for one, other in zip(ones, others, strict=True):
-        for key in one:
-            np.testing.assert_array_equal(one[key], other[key])
 
 
 def in_cache(cache: Path) -> int:

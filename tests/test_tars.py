@@ -9,11 +9,12 @@ import tracemalloc
 import numpy as np
 import pytest
 from preparing import picture, records, run, tar
+from streaming import assert_equal, batches
 
 from mlip_jax.core import schema, stopping
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.batches.order import order
-from mlip_jax.data.batches.training import SkipCounter, train_batches
+from mlip_jax.data.batches.training import SkipCounter
 from mlip_jax.data.sets.opening import (
     open_evaluation,
     open_source,
@@ -22,7 +23,6 @@ from mlip_jax.data.sets.opening import (
 )
 from mlip_jax.data.sets.records import MissingSplit
 from mlip_jax.data.tars import index, listing
-from mlip_jax.data.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -64,20 +64,6 @@ def settings(spec, **data):
     config.model.image.image_size = 16
     config.data.update({"train": spec, "workers": 0, **data})
     return config
-
-
-def batches(config, count, start=0, rows=None):
-    source = open_training(config.data)
-    stream = train_batches(config, source, load_tokenizer("clip"), start_step=start, rows=rows)
-    taken = [{k: np.array(v) for k, v in next(stream).items()} for _ in range(count)]
-    stream.close()
-    return taken
-
-
-def assert_equal(ones, others):
-    for one, other in zip(ones, others, strict=True):
-        for key in one:
-            np.testing.assert_array_equal(one[key], other[key])
 
 
 def test_the_samples_are_those_that_prepare_makes(shards, tmp_path):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -19,6 +19,8 @@ from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json, read_json
 from mlip_jax.core.key_names import find_key
 from mlip_jax.core.registry import EVALUATIONS
+
+Number = TypeVar("Number", int, float)
 
 # Perspective -> what it compares the view of its own name with: the texts, or, within a modality,
 # another augmentation of the image, another caption of it.
@@ -330,10 +332,7 @@ def whole_number(name: str, text: str) -> int:
     Raises:
       UserError: when it is not.
     """
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"config argument {name}={text!r}: expected a whole number") from None
+    return _converted(name, text, int, "a whole number")
 
 
 def number(name: str, text: str) -> float:
@@ -342,10 +341,14 @@ def number(name: str, text: str) -> float:
     Raises:
       UserError: when it is not.
     """
+    return _converted(name, text, float, "a number")
+
+
+def _converted(name: str, text: str, kind: Callable[[str], Number], expected: str) -> Number:
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
-        raise UserError(f"config argument {name}={text!r}: expected a number") from None
+        raise UserError(f"config argument {name}={text!r}: expected {expected}") from None
 
 
 def views_of(config: ConfigDict, perspective: str) -> int:

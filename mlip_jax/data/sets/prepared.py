@@ -110,7 +110,7 @@ class PreparedSource:
             return self._folder / f"{self._names[shard]}{(SHARD_SUFFIX, TEXTS_SUFFIX)[number]}"
         name, size, checksum = self._files[shard][number]
         version = Version(size, checksum, checksum)
-        return self._bucket.find(name, version) or self._bucket.bring(name, version)
+        return self._bucket.bring(name, version)
 
     def _captions(self, example: Example) -> tuple[str, ...]:
         labels = (self._labels[key] for key in example.labels if key in self._labels)

@@ -181,16 +181,18 @@ class Shards:
         return None
 
     def bring(self, name: str, version: Version) -> Path:
-        """The local file of a shard. One process brings it, others that need it wait.
+        """The local file of a shard. Where it is not here, one process brings it, others wait.
 
         Raises:
           RunError: when there is no room, when it is not there any more, or is another one, and
             when its server stays away.
         """
+        if found := self.find(name, version):
+            return found
         path = self._path(name, version)
         try:
             with _claimed(path) as claim:
-                if found := self.find(name, version):
+                if found := self.find(name, version):  # brought by another meanwhile
                     return found
                 remove_drafts(self._folder, others_write=True)
                 self._claim_room(version.size, claim)

@@ -77,7 +77,10 @@ class Shelf:
 
     def shown(self, shard: Shard) -> str:
         """A shard's name for the user."""
-        return f"{self.bucket}/{shard.name}" if self.bucket else shard.name
+        return self._shown(shard.name)
+
+    def _shown(self, name: str) -> str:
+        return f"{self.bucket}/{name}" if self.bucket else name
 
     def find(self, shard: Shard) -> Path | None:
         """Where a shard is on this machine; None: it is in the bucket alone."""
@@ -89,7 +92,7 @@ class Shelf:
         """Brings a shard to this machine, unless it is there; see `Shards.bring`."""
         if self._shards is None:
             return Path(shard.name)
-        return self.find(shard) or self._shards.bring(shard.name, shard.version)
+        return self._shards.bring(shard.name, shard.version)
 
     def release(self, shard: Shard) -> None:
         """Says that a shard is not needed for long."""
@@ -219,7 +222,7 @@ class Shelf:
         content = self.read(name)
         if content is None:
             return {}
-        with _damaged(f"{self.bucket}/{name}" if self.bucket else name):
+        with _damaged(self._shown(name)):
             sizes = decode_json(content)
             if not all(map(_is_count, sizes.values())):
                 raise NotJson("expected a number of samples for each shard")
@@ -230,7 +233,7 @@ class Shelf:
         content = self.read(name)
         if content is None:
             return None
-        with _damaged(f"{self.bucket}/{name}" if self.bucket else name):
+        with _damaged(self._shown(name)):
             count = decode_json(content).get("successes")
             if not _is_count(count):
                 raise NotJson('expected "successes", a number of samples')
