@@ -305,7 +305,7 @@ def _make_room(above: Path, size: int, url: str, instead: str) -> None:
       UserError: when what is needed leaves none.
     """
     used = _used(above)
-    limit = _limit(above, used - sum(claim.stat().st_size for claim in _claims(above)))
+    limit = _limit(above, used - sum(map(_size, _claims(above))))
     for remove in _removable(above, url) if used + size > limit else ():
         used -= remove()
         if used + size <= limit:
@@ -322,9 +322,15 @@ def _used(folder: Path) -> int:
     """The bytes of a folder. What is being brought counts by its claim."""
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # removed meanwhile
-            total += path.stat().st_size if path.is_file() and not is_draft(path) else 0
+        total += _size(path) if path.is_file() and not is_draft(path) else 0
     return total
+
+
+def _size(path: Path) -> int:
+    """Its bytes; none where another process has removed it meanwhile."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _claims(above: Path) -> Iterator[Path]:
