@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import jax
 
@@ -141,19 +141,17 @@ def in_thread(function: Callable[[], _T]) -> _T:
 
     Where the wait is interrupted, the thread goes on, and nobody hears of its end.
     """
-    answers: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
+    answer: Future[_T] = Future()
 
     def act() -> None:
         try:
-            answers.put((function(), None))
+            answer.set_result(function())
         except BaseException as error:
-            answers.put((None, error))
+            answer.set_exception(error)
 
+    # A thread of a pool would be waited for at the end of the program.
     threading.Thread(target=act, daemon=True).start()
-    value, error = answers.get()
-    if error is not None:
-        raise error
-    return cast(_T, value)
+    return answer.result()
 
 
 def _leave(number: int) -> None:
