@@ -11,7 +11,7 @@ import pytest
 from mlip_jax import main
 from mlip_jax.core.buckets import Mirror
 from mlip_jax.core.errors import UserError
-from mlip_jax.data.sets import stored
+from mlip_jax.data.sets import cache_room
 from mlip_jax.data.sets.opening import open_source
 from mlip_jax.data.sets.shards import SHARD_SUFFIX
 
@@ -34,9 +34,7 @@ def upload(bucket, prepared):
         return url
 
     yield act
-    for file in stored._held.values():
-        file.close()
-    stored._held.clear()
+    cache_room.let_go()
 
 
 def shards_in(cache: Path) -> list[str]:
@@ -120,9 +118,7 @@ def test_unused_datasets_make_room_and_one_in_use_does_not(upload, tmp_path, mon
     monkeypatch.setenv("MLIP_JAX_CACHE_GIB", str(1.5 * size / 2**30))
     with pytest.raises(UserError, match="needs .* set MLIP_JAX_CACHE_GIB higher, or config.data."):
         open_source(f"prepared:{second}", "train")
-    for file in stored._held.values():  # as if its process had ended
-        file.close()
-    stored._held.clear()
+    cache_room.let_go()
     assert len(open_source(f"prepared:{second}", "train")) == 32
     assert [path.name for path in cache.glob("datasets/*/*/")] == ["second"]
 

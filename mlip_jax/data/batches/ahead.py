@@ -13,7 +13,7 @@ from mlip_jax.data.sets.records import InShards
 
 _AT_ONCE = 4  # shards
 _AGAIN = 20.0  # seconds after which a shard is said to be needed again
-_LOOKS = 4  # moments at which the batches in the making are looked at
+_RETRY = 1.0  # seconds after which one that could not be brought is asked for again
 _PAUSE = 0.1  # seconds between two looks at what is needed
 
 _Key = tuple[int, int]  # number of the dataset, of the shard
@@ -22,7 +22,8 @@ _Key = tuple[int, int]  # number of the dataset, of the shard
 class ReadAhead:
     """Brings what a process's rows need now, then what they need next; lets go of the rest.
 
-    What cannot be brought is left to those who read it.
+    It takes the room of nothing that may be needed. What it cannot bring is left to those who read
+    it.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ReadAhead:
         self._wanted: list[_Key] = []  # the most urgent first
         self._now: set[_Key] = set()  # those of them that are read now
         self._coming: set[_Key] = set()
-        self._came: dict[_Key, float] = {}  # when
+        self._due: dict[_Key, float] = {}  # when to ask again for those that were asked for
 
     def start(self) -> None:
         """Begins with the shards of the first batch."""
@@ -83,21 +84,20 @@ class ReadAhead:
         now: list[_Key] = []
         later: list[_Key] = []
         for number, (_, order) in enumerate(self._parts):
-            for each in sorted({step + part * self._ahead // _LOOKS for part in range(_LOOKS + 1)}):
-                read, read_next = order.shards_for(each, self._rows)
-                now += [(number, shard) for shard in read]
-                later += [(number, shard) for shard in read_next]
-        now = list(dict.fromkeys(now))
-        return now, [key for key in dict.fromkeys(later) if key not in now]
+            read, read_next = order.shards_for(step, self._rows, self._ahead + 1)
+            now += [(number, shard) for shard in read]
+            later += [(number, shard) for shard in read_next]
+        return now, later
 
     def _want(self, now: list[_Key], later: list[_Key]) -> None:
         with self._waiting:
             for key in set(now) - self._now:
-                self._came.pop(key, None)  # it is to be kept from now on
+                self._due.pop(key, None)  # it is to be kept from now on
+            # Whoever brought them: what is not needed any more is the first to make room.
+            done = set(self._wanted).difference(now, later)
             self._wanted, self._now = [*now, *later], set(now)
-            done = set(self._came).difference(self._wanted)
             for key in done:
-                del self._came[key]
+                self._due.pop(key, None)
         for number, shard in done:
             self._parts[number][0].release(shard)
 
@@ -105,7 +105,7 @@ class ReadAhead:
         """The most urgent shard that is not here, or that is kept and was named long ago."""
         now = time.monotonic()
         for key in self._wanted:
-            if key not in self._coming and now - self._came.get(key, -_AGAIN) >= _AGAIN:
+            if key not in self._coming and now >= self._due.get(key, now):
                 return key
         return None
 
@@ -119,11 +119,14 @@ class ReadAhead:
                 self._coming.add(key)
             number, shard = key
             dataset = self._parts[number][0]
+            again = _RETRY
             with contextlib.suppress(RunError, UserError, OSError):
-                dataset.bring(shard)
-                if key not in self._now:
-                    dataset.release(shard)  # what is needed now may take its room
+                dataset.bring(shard, ahead=True)
+                again = _AGAIN
             with self._waiting:
                 self._coming.discard(key)
                 if key in self._wanted:
-                    self._came[key] = time.monotonic()
+                    self._due[key] = time.monotonic() + again
+                needed = key in self._now
+            if not needed:
+                dataset.release(shard)  # what is needed now may take its room

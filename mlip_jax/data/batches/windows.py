@@ -9,6 +9,7 @@ no record that another host reads: of a shard that is cut, each reads its own pa
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from bisect import bisect_left, bisect_right
@@ -117,27 +118,44 @@ class WindowedOrder:
         at = bisect_right(shards.ends, place)
         return self._ends[shards.shards[at]] - shards.ends[at] + place
 
-    def shards_for(self, step: int, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    def shards_for(
+        self, step: int, rows: Sequence[int], steps: int = 1
+    ) -> tuple[list[int], list[int]]:
         """The shards that some rows of the global batch read, and those that they read next.
 
         Args:
-          step: of the batch.
+          step: of the first batch.
           rows: of the global batch.
+          steps: how many batches.
+
+        Returns:
+          Both in the order in which they are needed, none twice.
         """
-        now: dict[int, None] = {}
-        later: dict[int, None] = {}
-        for lane in sorted({self._lane_of_row[row] for row in rows}):
-            position = step * self._batch_size + self._bounds[lane]
-            epoch, _, piece = self._find(position)
-            shards = self._epoch(epoch)
-            now |= dict.fromkeys(shards.shards[piece.first : piece.last])
-            if piece.end < shards.starts[lane + 1]:
-                following = self._piece(shards, lane, piece.end)
-            else:
-                shards = self._epoch(epoch + 1)
-                following = self._piece(shards, lane, shards.starts[lane])
-            later |= dict.fromkeys(shards.shards[following.first : following.last])
+        lanes = sorted({self._lane_of_row[row] for row in rows})
+        ways = [self._way(lane, step, steps) for lane in lanes]
+        turns = itertools.zip_longest(*(way[:-1] for way in ways), fillvalue=list[int]())
+        now = dict.fromkeys(shard for turn in turns for piece in turn for shard in piece)
+        later = dict.fromkeys(shard for way in ways for shard in way[-1])
         return list(now), [shard for shard in later if shard not in now]
+
+    def _way(self, lane: int, step: int, steps: int) -> list[list[int]]:
+        """The shards of the pieces that a lane goes through in some steps, and of the next one."""
+        first = step * self._batch_size + self._bounds[lane]
+        last = (step + steps - 1) * self._batch_size + self._bounds[lane + 1] - 1
+        epoch, _, piece = self._find(first)
+        until, place, _ = self._find(last)
+        ways = []
+        while True:
+            shards = self._epoch(epoch)
+            ways.append(shards.shards[piece.first : piece.last])
+            if (epoch, piece.start) > (until, place):
+                return ways
+            start = piece.end
+            if start >= shards.starts[lane + 1]:
+                epoch += 1
+                shards = self._epoch(epoch)
+                start = shards.starts[lane]
+            piece = self._piece(shards, lane, start)
 
     def _find(self, position: int) -> tuple[int, int, _Piece]:
         """The epoch of the sample at a position, its place there, and the piece around it."""

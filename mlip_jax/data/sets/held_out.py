@@ -204,9 +204,9 @@ class _ShardedShare(_Share):
         """Where each shard's records end among these."""
         return self._ends
 
-    def bring(self, shard: int) -> None:
+    def bring(self, shard: int, *, ahead: bool = False) -> None:
         """Has a shard at hand; see `InShards`."""
-        self._shards.bring(shard)
+        self._shards.bring(shard, ahead=ahead)
 
     def release(self, shard: int) -> None:
         """Says that a shard is not needed for long."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
@@ -23,6 +25,8 @@ from mlip_jax.data.sets.splits import STANDARD, Choice
 from mlip_jax.data.sets.stored import Shards, Store, Version
 from mlip_jax.data.text.captions import usable
 
+_SUFFIXES = (SHARD_SUFFIX, TEXTS_SUFFIX)  # of the files of a shard
+_T = TypeVar("_T")
 _MOST_OPEN = 256  # shards; a process may often have 1,024 files open
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -90,27 +94,30 @@ class PreparedSource:
         """Where each shard's records end."""
         return self._ends
 
-    def bring(self, shard: int) -> None:
+    def bring(self, shard: int, *, ahead: bool = False) -> None:
         """Has a shard on this machine."""
-        self._file(shard)
+        if self._bucket is not None:
+            self._bucket.bring(*self._object(shard), ahead=ahead)
 
     def release(self, shard: int) -> None:
         """Says that a shard is not needed for long."""
-        for name, size, checksum in self._files[shard] if self._bucket else ():
+        for number in range(len(_SUFFIXES)) if self._bucket else ():
             assert self._bucket is not None
-            self._bucket.release(name, Version(size, checksum, checksum))
+            self._bucket.release(*self._object(shard, number))
 
-    def _file(self, shard: int, number: int = 0) -> Path:
-        """The file of a shard on this machine, brought where it is not here; 1: that of its texts.
+    def _object(self, shard: int, number: int = 0) -> tuple[str, Version]:
+        name, size, checksum = self._files[shard][number]
+        return name, Version(size, checksum, checksum)
+
+    def _opened(self, shard: int, open_file: Callable[[Path], _T], number: int = 0) -> _T:
+        """What a function makes of a shard's file, brought where it is not here; 1: of its texts.
 
         Raises:
           RunError: when it cannot be had.
         """
-        if self._bucket is None:
-            return self._folder / f"{self._names[shard]}{(SHARD_SUFFIX, TEXTS_SUFFIX)[number]}"
-        name, size, checksum = self._files[shard][number]
-        version = Version(size, checksum, checksum)
-        return self._bucket.bring(name, version)
+        if self._bucket is not None:
+            return self._bucket.opened(*self._object(shard, number), open_file)
+        return open_file(self._folder / f"{self._names[shard]}{_SUFFIXES[number]}")
 
     def _captions(self, example: Example) -> tuple[str, ...]:
         labels = (self._labels[key] for key in example.labels if key in self._labels)
@@ -123,9 +130,9 @@ class PreparedSource:
 
     def _texts(self) -> Iterator[Example]:
         for shard in range(len(self._names)):
-            path = self._file(shard, 1)
+            path = self._path(shard, 1)
             try:
-                with path.open("rb") as file:
+                with self._opened(shard, _for_reading, 1) as file:
                     for line in lines(file):
                         if line.content is None:
                             raise ValueError(line.refusal)
@@ -137,19 +144,22 @@ class PreparedSource:
 
     def _example(self, index: int) -> Example:
         shard, place = shard_of(self, index)
-        path = self._path(shard)
-        file = path if self._bucket is None else str(self._file(shard))
+        path = file = self._path(shard)
+        if self._bucket is not None:
+            self._bucket.find(*self._object(shard))  # which notes that it is needed
+            file = str(self._bucket.path(*self._object(shard)))
+        open_reader = partial(self._opened, shard, partial(_reader, self._counts[shard]))
         try:
-            record = self._readers.read(file, place, self._counts[shard])
+            record = self._readers.read(file, place, open_reader)
             return self._checked(shards.unpack(record))
         # The library raises RuntimeError for a block whose checksum is wrong.
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, FileNotFoundError) as error:
             raise OSError(f"{path} is damaged at record {place}: {error}") from None
 
-    def _path(self, shard: int) -> str:
-        """What a shard is called."""
+    def _path(self, shard: int, number: int = 0) -> str:
+        """What a shard is called; 1: its texts."""
         folder = self._folder if self._bucket is None else self._bucket.url
-        return f"{folder}/{self._names[shard]}{SHARD_SUFFIX}"
+        return f"{folder}/{self._names[shard]}{_SUFFIXES[number]}"
 
 
 class MultiLabelPreparedSource(PreparedSource):
@@ -190,18 +200,18 @@ class _Readers:
     def __reduce__(self) -> tuple[type[_Readers], tuple[()]]:
         return _Readers, ()  # open files stay in their process
 
-    def read(self, path: str, place: int, count: int) -> bytes:
-        """A record of a shard that has `count`.
+    def read(self, path: str, place: int, open_reader: Callable[[], ArrayRecordReader]) -> bytes:
+        """A record of the shard at a path.
 
         Raises:
-          RuntimeError, IndexError, ValueError: when it cannot be read, or has another number.
+          RuntimeError, IndexError, ValueError: when it cannot be read; what `open_reader` raises.
         """
         with self._lock:
             reader = self._open.get(path)
-            if reader is None:
-                reader = ArrayRecordReader(path, _RANDOM_ACCESS)
-                if reader.num_records() != count:
-                    raise ValueError(f"it has {reader.num_records()} records, not {count}")
+        if reader is None:
+            reader = open_reader()  # not under the lock: the shard may have to be brought
+        with self._lock:
+            if path not in self._open:
                 for gone in [one for one in self._open if not os.path.exists(one)]:
                     del self._open[gone]  # its space on the disk is free then
                 self._open[path] = reader
@@ -210,6 +220,23 @@ class _Readers:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)
         return reader.read([place])[0]
+
+
+def _reader(count: int, path: Path) -> ArrayRecordReader:
+    """Opens a shard that has `count` records.
+
+    Raises:
+      FileNotFoundError, RuntimeError, ValueError: when it cannot be read, or has another number.
+    """
+    os.stat(path)  # of a missing file the library tells in other words
+    reader = ArrayRecordReader(str(path), _RANDOM_ACCESS)
+    if reader.num_records() != count:
+        raise ValueError(f"it has {reader.num_records()} records, not {count}")
+    return reader
+
+
+def _for_reading(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def open_prepared(folder: Path, opening: Opening) -> PreparedSource:

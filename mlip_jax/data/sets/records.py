@@ -148,8 +148,12 @@ class InShards(Protocol):
     def shard_ends(self) -> Int64[np.ndarray, " shards"]:
         """Where each shard's records end, as indices; a shard may have none."""
 
-    def bring(self, shard: int) -> None:
+    def bring(self, shard: int, *, ahead: bool = False) -> None:
         """Has a shard at hand, so that its records are read at once; where it is, nothing happens.
+
+        Args:
+          shard: its number.
+          ahead: whether it is not needed yet, and so brought only if there is room.
 
         Raises:
           UserError, RunError: when it cannot be had.

@@ -88,11 +88,11 @@ class Shelf:
             return Path(shard.name)
         return self._shards.find(shard.name, shard.version)
 
-    def bring(self, shard: Shard) -> Path:
+    def bring(self, shard: Shard, *, ahead: bool = False) -> Path:
         """Brings a shard to this machine, unless it is there; see `Shards.bring`."""
         if self._shards is None:
             return Path(shard.name)
-        return self._shards.bring(shard.name, shard.version)
+        return self._shards.bring(shard.name, shard.version, ahead=ahead)
 
     def release(self, shard: Shard) -> None:
         """Says that a shard is not needed for long."""
@@ -117,10 +117,18 @@ class Shelf:
         """
         found = self.kept_index(shard)
         if found is None:
-            found = tar_index.build(self.bring(shard), self.shown(shard))
+            found = self._build(shard)
             with _keeping(self._folder):
                 tar_index.save(found, self._index_file(shard), shard.mark)
         return found
+
+    def _build(self, shard: Shard) -> TarIndex:
+        def build(path: Path) -> TarIndex:
+            return tar_index.build(path, self.shown(shard))
+
+        if self._shards is None:
+            return build(Path(shard.name))
+        return self._shards.opened(shard.name, shard.version, build)
 
     def look_through(self, shard: Shard) -> Findings:
         """What is in a shard, of which an index is kept."""

@@ -105,9 +105,9 @@ class TarSource:
         """Where each shard's samples end."""
         return self._ends
 
-    def bring(self, shard: int) -> None:
+    def bring(self, shard: int, *, ahead: bool = False) -> None:
         """Has a shard and its index on this machine."""
-        self._reading.bring(self._shards[shard])
+        self._reading.bring(self._shards[shard], ahead=ahead)
 
     def release(self, shard: int) -> None:
         """Says that a shard is not needed for long."""
@@ -145,12 +145,12 @@ class _Reading:
     def __reduce__(self) -> tuple[type[_Reading], tuple[Shelf]]:
         return _Reading, (self.shelf,)
 
-    def bring(self, shard: Shard) -> Path:
+    def bring(self, shard: Shard, *, ahead: bool = False) -> Path:
         """The shard's file, brought where it is not here, and its index made."""
         path = self.shelf.find(shard)
         if path is None:
             start = time.monotonic()
-            path = self.shelf.bring(shard)
+            path = self.shelf.bring(shard, ahead=ahead)
             took = max(time.monotonic() - start, 1e-3)
             self._speed = (self._speed + shard.size / took) / 2
         self.index(shard)
@@ -195,18 +195,26 @@ class _Reading:
         path = self.shelf.find(shard)
         if path is None and self._is_dear(shard):
             path = self._bring_near(shard)
-        if path is None:
+        record = None if path is None else self._from_file(path, name, sample)
+        if record is None:
             start = time.monotonic()
             record = read_sample(self._from_afar(shard, sample), name, sample, {})
             with self._lock:
                 before = self._spent.get(shard, 0.0)
                 self._spent[shard] = before + time.monotonic() - start
-        else:
-            with opened(path) as container:
-                record = read_sample(container, name, sample, {})
         if isinstance(record, Broken):
             raise OSError(record.reason)
         return record
+
+    def _from_file(self, path: Path, name: str, sample: Sample) -> InputRecord | Broken | None:
+        """A sample of a shard that is here; None: it has just made room for another."""
+        try:
+            with opened(path) as container:
+                return read_sample(container, name, sample, {})
+        except FileNotFoundError:
+            if not self.shelf.bucket:
+                raise
+            return None
 
     def _is_dear(self, shard: Shard) -> bool:
         with self._lock:
