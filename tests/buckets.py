@@ -59,11 +59,13 @@ class Faults:
     Attributes:
       answer: (number of the request) -> the HTTP status to answer it with in place of the server;
         0: the server answers; None: nobody does, the connection is closed.
+      refused: methods of HTTP that are answered with 403.
     """
 
     def __init__(self, scheme: str, variables: dict[str, str]) -> None:
         """Listens before the server that `variables` lead to."""
         self.answer: Callable[[int], int | None] = lambda _: 0
+        self.refused: tuple[str, ...] = ()
         self.requests = 0
         address = next(value for value in variables.values() if value.startswith("http"))
         faults, backend = self, int(address.rpartition(":")[2])
@@ -75,6 +77,7 @@ class Faults:
                 faults.requests += 1
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 status = faults.answer(faults.requests)
+                status = 403 if self.command in faults.refused else status
                 if status is None:
                     self.close_connection = True
                     return

@@ -39,8 +39,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mlip_jax import main as door  # noqa: E402
-from mlip_jax.core import buckets as mirrors  # noqa: E402
-from mlip_jax.core import places, schema, waiting  # noqa: E402
+from mlip_jax.core import object_store, places, schema, waiting  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
 # On a busy machine anything may take long; what is printed should not depend on it.
@@ -168,7 +167,7 @@ def faults(object_server, bucket, monkeypatch):
     opened = buckets.Faults(scheme, variables)
     for name, value in opened.variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mirrors, "PAUSE", 0.1)
+    monkeypatch.setattr(object_store, "PAUSE", 0.1)
     monkeypatch.setattr("gcsfs.retry.min", lambda *_: 0.05, raising=False)  # between its own tries
     yield opened
     opened.close()

@@ -15,8 +15,7 @@ from devices import with_devices
 
 import mlip_jax
 from mlip_jax import main as door
-from mlip_jax.core import buckets as mirrors
-from mlip_jax.core import places
+from mlip_jax.core import object_store, places
 from mlip_jax.core.errors import Unreachable
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.training import evaluation
@@ -27,7 +26,6 @@ ROOT = Path(__file__).parents[1]
 KILLED = """
 import os, signal, sys
 from mlip_jax import main
-from mlip_jax.core import buckets as mirrors
 from mlip_jax.core import places
 
 publish = places.publish
@@ -178,7 +176,7 @@ def test_a_run_whose_server_stays_away_ends_with_75_and_goes_on_when_it_is_back(
     with contextlib.closing(faults), monkeypatch.context() as patch:
         for name, value in faults.variables.items():
             patch.setenv(name, value)
-        patch.setattr(mirrors, "PATIENCE", 0.5)
+        patch.setattr(object_store, "PATIENCE", 0.5)
         patch.setattr(places, "publish", until_the_first_seal)
         assert mlip(f"--config={tiny}", f"--workdir={url}") == 75
         output = capfd.readouterr().err

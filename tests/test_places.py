@@ -9,7 +9,7 @@ import pytest
 
 from mlip_jax import main as door
 from mlip_jax.core import buckets as mirrors
-from mlip_jax.core import places
+from mlip_jax.core import object_store, places
 from mlip_jax.core.errors import RunError, Unreachable, UserError
 from mlip_jax.core.files import whole_folder, write_atomically
 
@@ -195,8 +195,8 @@ def test_a_server_that_stays_away_is_one_line_and_asks_to_be_started_again(
     faults, bucket, monkeypatch, capfd
 ):
     folder = places.local(bucket)
-    monkeypatch.setattr(mirrors, "PATIENCE", 1.0)
-    monkeypatch.setattr(mirrors, "AT_START", 0.5)
+    monkeypatch.setattr(object_store, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_store, "AT_START", 0.5)
     faults.answer = lambda _: 503
     with pytest.raises(Unreachable, match=f"the server of {bucket} does not answer") as error:
         write_atomically(folder / "config.json", "{}")

@@ -1,5 +1,6 @@
 """Training on shards in buckets that come when they are needed, against servers on the loopback."""
 
+import errno
 import json
 import os
 import pickle
@@ -8,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import buckets
 import numpy as np
 import pytest
 from preparing import picture, run, tar
 from streaming import assert_equal, batches
 
 from mlip_jax import main as door
-from mlip_jax.core import buckets as mirrors
-from mlip_jax.core import schema
+from mlip_jax.core import object_store, schema
 from mlip_jax.core.buckets import Mirror
 from mlip_jax.core.errors import RunError, Unreachable, UserError
 from mlip_jax.data.batches.training import train_batches
@@ -163,6 +164,97 @@ def test_an_object_that_changes_or_goes_during_the_run_ends_it_in_one_line(uploa
     assert open_source(f"webdataset:{url}/003.tar", "train")[0].captions == ("caption 36",)
 
 
+@pytest.fixture
+def read_by_ranges(upload, shards, tmp_path):
+    """A dataset whose indexes are kept on this machine, and none of its shards; and its bucket."""
+    url = upload(shards)
+    open_source(f"webdataset:{url}", "train")
+    for path in (tmp_path / "cache").rglob("*.tar"):
+        path.unlink()
+    source = open_source(f"webdataset:{url}", "train")
+    assert source[0].captions == ("caption 0",)
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    return source, Mirror(url, shards)
+
+
+def test_a_shard_that_is_written_anew_while_samples_are_read_by_ranges_gives_no_mixed_bytes(
+    read_by_ranges, shards
+):
+    source, there = read_by_ranges
+    other = (shards / "004.tar").read_bytes()  # of the same length, with samples at the same places
+    assert len(other) == len(there.read("003.tar"))
+    there.write("003.tar", other)
+    with pytest.raises(
+        RunError, match=rf"{there.url}/003\.tar is another one: it was changed since"
+    ):
+        source[3 * SAMPLES + 5]
+    there.write("004.tar", other[:1024])
+    with pytest.raises(RunError, match=r"004\.tar ends before byte [\d,]+, up to which a sample"):
+        source[4 * SAMPLES + 5]
+    there.delete("005.tar")
+    with pytest.raises(RunError, match=r"005\.tar is not there any more"):
+        source[5 * SAMPLES]
+
+
+@pytest.mark.parametrize("object_server", ["gs"], indirect=True)
+def test_more_samples_than_a_shard_has_are_images_that_cannot_be_read(upload, shards):
+    url = upload(shards)
+    sizes = json.loads(SIZES) | {"003.tar": SAMPLES + 2}
+    Mirror(url, shards).write("sizes.json", json.dumps(sizes).encode())
+    source = open_source(f"webdataset:{url}", "train")
+    assert len(source) == SHARDS * SAMPLES + 2
+    with pytest.raises(OSError, match=rf"{url}/003\.tar has 12 samples alone"):
+        source[4 * SAMPLES + 1]
+    assert source.name_of(4 * SAMPLES + 1) == f"{url}/003.tar[13]"
+
+
+@pytest.mark.parametrize("object_server", ["gs"], indirect=True)
+def test_a_full_disk_is_told_in_one_line(upload, shards, monkeypatch):
+    url = upload(shards)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(object_store.Bucket, "download", full)
+    with pytest.raises(
+        RunError, match=rf"cannot keep {url}/\d+\.tar in .*: No space left on device"
+    ):
+        open_source(f"webdataset:{url}", "train")
+
+
+def mlip(*arguments):
+    return door.main(["mlip", *arguments])
+
+
+def test_a_server_that_refuses_names_the_variable(faults, upload, shards, object_server):
+    url = upload(shards)
+    faults.answer = lambda _: 403
+    variable = {"gs": "GOOGLE_APPLICATION_CREDENTIALS", "s3": "AWS_ACCESS_KEY_ID"}
+    for kind in ("webdataset", "prepared"):
+        with pytest.raises((RunError, UserError)) as error:
+            open_source(f"{kind}:{url}", "train")
+        line = str(error.value)
+        assert line.startswith(f"{object_server[0]}://{buckets.BUCKET}") and "\n" not in line
+        assert "refuses" in line and variable[object_server[0]] in line
+
+
+def test_a_bucket_that_may_be_read_alone_takes_no_prepared_dataset(faults, bucket, shards, capfd):
+    faults.refused = ("PUT", "POST")
+    assert mlip("prepare", f"--source=webdataset:{shards}", f"--out={bucket}/out", "--workers=1")
+    errors = capfd.readouterr().err
+    assert errors.count("error: ") == 1 and "Traceback" not in errors, errors
+    assert f"error: {bucket}/out refuses" in errors
+
+
+@pytest.mark.parametrize("object_server", ["s3"], indirect=True)
+def test_missing_credentials_name_the_variable(bucket, shards, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(shards / "none"))
+    with pytest.raises((RunError, UserError), match=r"refuses .*: set AWS_ACCESS_KEY_ID"):
+        open_source(f"webdataset:{bucket}/set", "train")
+
+
 def test_what_is_not_there_is_told_in_one_line(upload, shards):
     url = upload(shards)
     scheme = url.partition("://")[0]
@@ -205,7 +297,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for_and_one_that_stays_away
     expected = [batch["image"] for batch in batches(settings(f"webdataset:{shards}"), 12)]
     np.testing.assert_array_equal(images, expected)
     stream.close()
-    monkeypatch.setattr(mirrors, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 1.0)
     faults.answer = lambda _: None
     with pytest.raises(Unreachable, match="the server of .* does not answer") as error:
         for shard in range(SHARDS):
@@ -241,7 +333,7 @@ def test_a_run_whose_data_stays_away_saves_everything_ends_with_75_and_goes_on(
 
     faults.answer = answer
     with monkeypatch.context() as patch:
-        patch.setattr(mirrors, "PATIENCE", 0.5)
+        patch.setattr(object_store, "PATIENCE", 0.5)
         capfd.readouterr()
         assert train(url, there) == 75
     output = capfd.readouterr().err

@@ -63,11 +63,18 @@ def local(place: str | os.PathLike[str], *, empty: bool = False) -> Path:
         mirror = _mirrors.get(url)
         if mirror is None:
             mirror = Mirror(url, _kept.enter_context(_scratch(url.rsplit("/", 1)[-1])))
-            mirror.open(empty)
+            _look(mirror, empty)
             _mirrors[url] = mirror
         elif not mirror.held:
-            mirror.open(empty)
+            _look(mirror, empty)
     return mirror.root
+
+
+def _look(mirror: Mirror, empty: bool) -> None:
+    if empty:
+        mirror.direct()
+    else:
+        mirror.open()
 
 
 def matching(pattern: str) -> list[Path]:

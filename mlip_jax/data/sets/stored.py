@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-from mlip_jax.core.buckets import Mirror
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import (
     exclusively,
@@ -24,10 +23,12 @@ from mlip_jax.core.files import (
     whole_file,
     write_atomically,
 )
+from mlip_jax.core.object_store import Bucket
 from mlip_jax.data.sets import cache_room
 from mlip_jax.data.sets.cache_room import GIB, SHARDS
 
 _BRINGING, _BROUGHT = ".bringing", "brought.json"
+_CHANGED = "it was changed since the dataset was opened"
 _T = TypeVar("_T")
 
 _brought = 0  # bytes
@@ -60,7 +61,7 @@ class Store:
         url = url.rstrip("/")
         self._url = url
         self.folder = cache_room.dataset_folder(url, cache_dir) / url.rpartition("/")[2]
-        self._bucket = Mirror(url, self.folder)
+        self._bucket = Bucket(url)
         cache_room.hold(self.folder)
 
     def bring_anew(self, name: str) -> None:
@@ -146,8 +147,7 @@ class Shards:
         self.url = url.rstrip("/")
         self._cache_dir = cache_dir
         self._folder = cache_room.dataset_folder(self.url, cache_dir) / SHARDS
-        self.bucket = Mirror(self.url, self._folder)
-        self.bucket.afterwards = ""
+        self.bucket = Bucket(self.url)
         cache_room.hold(self._folder)
 
     def __reduce__(self) -> tuple[type[Shards], tuple[str, str]]:
@@ -220,17 +220,25 @@ class Shards:
                 f"cannot keep {self.url}/{name} in {self._folder}: {error.strerror or error}"
             ) from error
 
-    def part(self, name: str, start: int, end: int) -> bytes:
+    def part(self, name: str, version: Version, start: int, end: int) -> bytes:
         """Bytes of a shard, read from the bucket.
 
         Raises:
-          RunError: when it is not there any more, or its server stays away.
+          RunError: when it is not there any more, or is another one, and when its server stays
+            away.
         """
-        content = self.bucket.read_part(name, start, end)
-        if content is None:
+        part = self.bucket.read_part(name, start, end)
+        if part is None:
             raise RunError(f"{self.url}/{name} is not there any more")
-        _count(len(content))
-        return content
+        changed = ""
+        if part.tag and part.tag not in version.mark.split():
+            changed = "is another one"
+        elif len(part.content) < end - start:
+            changed = f"ends before byte {end:,}, up to which a sample reaches"
+        if changed:
+            raise RunError(f"{self.url}/{name} {changed}: {_CHANGED}")
+        _count(len(part.content))
+        return part.content
 
     def release(self, name: str, version: Version) -> None:
         """Says that a shard is not needed for long: it is the first to make room."""
@@ -253,9 +261,7 @@ class Shards:
         elif mark_of(self.bucket.version(name)) != version.mark:
             changed = "is another one"
         if changed:
-            raise RunError(
-                f"{self.url}/{name} {changed}: it was changed since the dataset was opened"
-            )
+            raise RunError(f"{self.url}/{name} {changed}: {_CHANGED}")
 
 
 def mark_of(version: Sequence[Any] | None) -> str:

@@ -102,7 +102,7 @@ class Shelf:
     def part(self, shard: Shard, start: int, end: int) -> bytes:
         """Bytes of a shard in the bucket."""
         assert self._shards is not None
-        return self._shards.part(shard.name, start, end)
+        return self._shards.part(shard.name, shard.version, start, end)
 
     def kept_index(self, shard: Shard) -> TarIndex | None:
         """A shard's index, if this machine has it."""
@@ -176,7 +176,7 @@ class Shelf:
                 below = bucket.listing(each.rstrip("/"), below=True)
                 entries = {name: below[name] for name in sorted(below) if name.endswith(SUFFIXES)}
             if not entries:
-                bucket.open(empty=True)  # which tells whether there is such a bucket
+                bucket.direct()  # which tells whether there is such a bucket
                 what = "no such file" if each.endswith(SUFFIXES) else "there is no tar file in"
                 raise UserError(f"{what}: {self.bucket}/{each}")
             for name, version in entries.items():
