@@ -141,7 +141,7 @@ def test_processes_share_what_is_here_and_a_killed_one_leaves_nothing(upload, sh
     used = cache_room._used(tmp_path / "cache" / "datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLIP_JAX_CACHE_GIB", str((used - 10**9 + 100) / 2**30))
-        cache_room.make_room(tmp_path / "cache" / "datasets", 50, url)
+        cache_room.make_room(tmp_path / "cache" / "datasets", 50, url, "")
     assert not claim.exists()
 
 

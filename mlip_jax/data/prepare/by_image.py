@@ -63,6 +63,10 @@ class ByImage(Reader):
         """The input's."""
         return self._reader.files()
 
+    def shown(self, file: Path) -> str:
+        """The input's."""
+        return self._reader.shown(file)
+
     def total(self) -> int | None:
         """The input's, less those that are merged."""
         total = self._reader.total()

@@ -56,6 +56,10 @@ class Reader(ABC):
     def files(self) -> Sequence[Path]:
         """The files to which refs refer, as far as they are known."""
 
+    def shown(self, file: Path) -> str:
+        """One of these files as the user knows it."""
+        return str(file)
+
     @abstractmethod
     def total(self) -> int | None:
         """How many records there are, or an estimate that gets better while `refs` is run."""

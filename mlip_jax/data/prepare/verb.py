@@ -17,10 +17,11 @@ from mlip_jax.core.cores import cores
 from mlip_jax.core.errors import RunError, UserError, suggestion
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.registry import DATASETS, READERS
-from mlip_jax.data.prepare import card, output
+from mlip_jax.data.prepare import card, in_bucket, output
 from mlip_jax.data.prepare import columns as column
 from mlip_jax.data.prepare.by_image import ByImage
 from mlip_jax.data.prepare.containers import SUFFIXES
+from mlip_jax.data.prepare.in_bucket import InBucket
 from mlip_jax.data.prepare.make import DRAFTS, Made, Maker, checksum
 from mlip_jax.data.prepare.opened_sets import OpenedSet
 from mlip_jax.data.prepare.pool import make_all
@@ -61,7 +62,7 @@ def prepare(
       config: None.
       workdir: None.
       out: the dataset's folder, a path or a URL: shards are brought to a bucket one by one.
-      source: KIND:PATH; see docs/data.md.
+      source: KIND:PATH; see docs/data.md. Of a URL a copy is brought to this machine.
       columns: ROLE=NAME,...; see `columns.read_columns`.
       split: what all records belong to; "": as the source says.
       classes: a file that names the classes; see `card.read_named`.
@@ -150,6 +151,12 @@ def open_reader(source: str, columns: Mapping[str, str], split: str) -> Reader:
       UserError: for an unknown kind, and what the kinds raise.
     """
     kind, colon, where = source.partition(":")
+    if places.is_url(where) and (kind in READERS or _is_path(kind)):
+        where, mark, part = (where, "", "") if kind in READERS else where.partition("#")
+        copy = in_bucket.bring(kind, where)
+        return InBucket(
+            copy, lambda here: open_reader(f"{kind}:{here}{mark}{part}", columns, split)
+        )
     if kind in READERS and where:
         return READERS[kind](where, columns, split)
     opened = [name for name, each in DATASETS.items() if each.where and name != "prepared"]
@@ -162,18 +169,22 @@ def open_reader(source: str, columns: Mapping[str, str], split: str) -> Reader:
     )
 
 
+def _is_path(kind: str) -> bool:
+    return kind in DATASETS and DATASETS[kind].where == "PATH" and kind != "prepared"
+
+
 def _job(
     reader: Reader, source: str, columns: Mapping[str, str], split: str, resize: int, records: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """What the shards depend on, and the number and bytes of the files."""
     try:
-        sizes = {str(file): file.stat().st_size for file in reader.files()}
+        sizes = {reader.shown(file): file.stat().st_size for file in reader.files()}
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     inputs = {"files": len(sizes), "bytes": sum(sizes.values())}
     # Of texts the content counts; images are too many to be read for this alone.
     texts = [f for f in reader.files() if not f.name.lower().endswith(_WITH_IMAGES)]
-    sums = {str(file): checksum(file) for file in texts}
+    sums = {reader.shown(file): checksum(file) for file in texts}
     digest = hashlib.sha256(json.dumps([sizes, sums]).encode()).hexdigest()
     job = {
         "source": source,

@@ -33,6 +33,10 @@ _FRESH = 60.0  # seconds for which a shard is kept that was used now, unless the
 _RELEASED = 86_400.0  # seconds by which one that is not needed any more is older than it is
 _AHEAD = 0.5  # the share of the cache that may be on its way before it is needed
 _POLL = 0.1  # seconds between two looks for room
+_ADVICE = (
+    f"set {LIMIT} higher, or config.data.cache_dir to a larger disk, or config.data.window to "
+    "fewer shards"
+)
 _held: dict[Path, TextIO] = {}  # what this process has open stays until it ends
 _told: set[str] = set()  # datasets of which was said that the cache is small for them
 
@@ -118,7 +122,7 @@ def claim_room(above: Path, size: int, claim: TextIO, url: str, *, ahead: bool) 
     while True:
         with exclusively(above / _MAKING_ROOM):
             try:
-                _make_room(above, size, url, need=not ahead, ahead=ahead)
+                _make_room(above, size, url, _ADVICE, need=not ahead, ahead=ahead)
                 claim.truncate(size)
                 return
             except UserError:
@@ -127,23 +131,24 @@ def claim_room(above: Path, size: int, claim: TextIO, url: str, *, ahead: bool) 
         time.sleep(_POLL)
 
 
-def make_room(above: Path, size: int, url: str) -> None:
+def make_room(above: Path, size: int, url: str, advice: str) -> None:
     """Makes room for a whole dataset by what nobody needs.
 
     Args:
       above: the folder of all datasets.
       size: bytes.
       url: of the dataset.
+      advice: what can be done where there is none.
 
     Raises:
       UserError: when what is in use leaves none.
     """
     with exclusively(above / _MAKING_ROOM):
-        _make_room(above, size, url)
+        _make_room(above, size, url, advice)
 
 
 def _make_room(
-    above: Path, size: int, url: str, *, need: bool = False, ahead: bool = False
+    above: Path, size: int, url: str, advice: str, *, need: bool = False, ahead: bool = False
 ) -> None:
     """Removes files until `size` bytes fit; with `need`, also those that were used a moment ago."""
     for claim in _claims(above):
@@ -162,15 +167,9 @@ def _make_room(
         used -= remove()
         _tell(url)
     if used + size > limit or (ahead and coming + size > _AHEAD * limit):
-        instead = (
-            ", or config.data.window to fewer shards"
-            if need or ahead
-            else ", or train with config.data.window=16, which brings shards when they are needed"
-        )
         raise UserError(
             f"{url} needs {size / GIB:,.2f} GiB more in {above}, which may hold "
-            f"{limit / GIB:,.2f} GiB and has {used / GIB:,.2f} GiB in use: set {LIMIT} higher, or "
-            f"config.data.cache_dir to a larger disk{instead}"
+            f"{limit / GIB:,.2f} GiB and has {used / GIB:,.2f} GiB in use: {advice}"
         )
 
 

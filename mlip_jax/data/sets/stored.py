@@ -29,6 +29,10 @@ from mlip_jax.data.sets.cache_room import GIB, SHARDS
 
 _BRINGING, _BROUGHT = ".bringing", "brought.json"
 _CHANGED = "it was changed since the dataset was opened"
+_ROOM = (
+    f"set {cache_room.LIMIT} higher, or config.data.cache_dir to a larger disk, or train with "
+    "config.data.window=16, which brings shards when they are needed"
+)
 _T = TypeVar("_T")
 
 _brought = 0  # bytes
@@ -89,7 +93,7 @@ class Store:
                 return
             remove_drafts(self.folder)
             size = sum(size for _, size, _ in lacking)
-            cache_room.make_room(self.folder.parent.parent, size, self._url)
+            cache_room.make_room(self.folder.parent.parent, size, self._url, _ROOM)
             print(
                 f"{self._url}: bringing {len(lacking):,} files of {size / GIB:,.2f} GiB to "
                 f"{self.folder}",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import functools
-import glob
 import hashlib
 import json
 import os
@@ -23,7 +20,8 @@ from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import NotJson, decode_json, exclusively, read_json, write_atomically
 from mlip_jax.core.stopping import owns_process
 from mlip_jax.data.prepare.containers import SUFFIXES
-from mlip_jax.data.prepare.webdataset import expanded, find_files
+from mlip_jax.data.prepare.in_bucket import matching
+from mlip_jax.data.prepare.webdataset import find_files
 from mlip_jax.data.sets.stored import Shards, Version, mark_of
 from mlip_jax.data.tars import index as tar_index
 from mlip_jax.data.tars.index import Findings, TarIndex
@@ -154,35 +152,8 @@ class Shelf:
                 mark = f"{status.st_size} {status.st_mtime_ns}"
                 shards.append(Shard(os.path.join(here, path), status.st_size, mark))
             return shards
-        return list(self._in_bucket(where))
-
-    def _in_bucket(self, where: str) -> Iterator[Shard]:
-        assert self._shards is not None
-        bucket = self._shards.bucket
-        pattern = where.removeprefix(f"{self.bucket}/")
-        listed = functools.cache(bucket.listing)
-        seen: set[str] = set()
-        for each in expanded(pattern):
-            above, _, last = each.rpartition("/")
-            if glob.has_magic(above):
-                raise UserError(f"{where}: in a URL only the last name may be a pattern")
-            if glob.has_magic(last):
-                direct = listed(above)
-                names = sorted(n for n in direct if fnmatch.fnmatchcase(n.rpartition("/")[2], last))
-                entries = {name: direct[name] for name in names}
-            elif each.endswith(SUFFIXES):
-                entries = {each: listed(above)[each]} if each in listed(above) else {}
-            else:
-                below = bucket.listing(each.rstrip("/"), below=True)
-                entries = {name: below[name] for name in sorted(below) if name.endswith(SUFFIXES)}
-            if not entries:
-                bucket.direct()  # which tells whether there is such a bucket
-                what = "no such file" if each.endswith(SUFFIXES) else "there is no tar file in"
-                raise UserError(f"{what}: {self.bucket}/{each}")
-            for name, version in entries.items():
-                if name not in seen:
-                    seen.add(name)
-                    yield Shard(name, int(version[2]), mark_of(version))
+        objects = matching(self._shards.bucket, where.removeprefix(f"{self.bucket}/"), SUFFIXES)
+        return [Shard(name, int(v[2]), mark_of(v)) for name, v in objects.items()]
 
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None where there is none."""
