@@ -67,9 +67,9 @@ def by_path(
             return open_path(Path(where).expanduser(), opening)
         if open_url is None:
             raise UserError(
-                f"{where}: datasets of this kind are read from this machine alone; make one of it "
-                "by mlip prepare --source=KIND:URL, which may lie in a bucket, as prepared:URL; tar "
-                "shards may too, as webdataset:URL"
+                f"{where}: datasets of this kind are read from this machine alone. mlip prepare "
+                "--source=KIND:URL makes one of it that may lie in a bucket, as prepared:URL; tar "
+                "shards may lie there as they are, as webdataset:URL"
             )
         return open_url(where, opening)
 
