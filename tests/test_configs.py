@@ -109,6 +109,7 @@ def test_clip_lite_takes_negatives_and_has_the_papers_recipe():
     assert parse("clip_lite.py").perspectives.spatial_global.shifts == 4
     assert parse("clip_lite.py:size=RN50,data=coco").perspectives.spatial_global.shifts == 1
     assert parse("clip_lite.py:negatives=31").perspectives.spatial_global.shifts == 31
+    assert parse("clip_kd.py:teacher=a+b").teacher == ("a", "b")
     assert parse("clip_lite.py:odds=0").perspectives.spatial_global.odds == 0
     recipe = parse("clip_lite.py:size=RN50,data=coco")
     assert (recipe.batch_size, recipe.samples // recipe.batch_size) == (1024, 250_000)

@@ -38,7 +38,8 @@ def examples(tmp_path_factory) -> Path:
     blocks = re.findall(r"^`(\w+\.py)`.*?^```python\n(.*?)^```$", text, re.M | re.S)
     for name, code in blocks:
         (folder / name).write_text(code)
-    assert {"hinge.py", "lines.py", "spread.py", "convolutions.py"} <= {name for name, _ in blocks}
+    names = {"hinge.py", "interactive.py", "lines.py", "spread.py", "convolutions.py"}
+    assert names <= {name for name, _ in blocks}
     return folder
 
 
@@ -94,6 +95,12 @@ def test_a_loss_from_outside(examples, pairs, tmp_path):
     evaluate = ["mlip", "evaluate", f"--workdir={tmp_path / 'run'}"]
     assert door.main(evaluate) == 2  # another process has not registered it
     assert door.main([*evaluate, f"--import={examples / 'hinge.py'}"]) == 0
+
+
+def test_a_way_to_learn_from_outside(examples, pairs, tmp_path):
+    lines = trained(examples, "interactive.py", pairs, tmp_path / "run", "--config.log_every=4")
+    losses = [line["loss/spatial_global/interactive"] for line in lines if "loss" in line]
+    assert losses and min(losses) > 0
 
 
 def test_a_dataset_from_outside_is_read_in_worker_processes(examples, pairs, tmp_path):

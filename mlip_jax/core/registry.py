@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlip_jax.evaluations.family import Family
     from mlip_jax.export.verb import WriteModel
     from mlip_jax.models.encoders import ImageEncoderKind, TextEncoderKind
+    from mlip_jax.objectives.distillation import Distillation
     from mlip_jax.objectives.losses import Loss
     from mlip_jax.training.optimizer import MakeOptimizer, MakeSchedule
 
@@ -108,6 +109,14 @@ LOSSES: Table[Loss] = Table(
         "softmax": "mlip_jax.objectives.losses:SOFTMAX",
         "sigmoid": "mlip_jax.objectives.losses:SIGMOID",
         "jsd": "mlip_jax.objectives.losses:JSD",
+    },
+)
+# What a run learns from a teacher; each is a section of config.distillation.
+DISTILLATIONS: Table[Distillation] = Table(
+    "way to learn from a teacher",
+    {
+        "features": "mlip_jax.objectives.distillation:FEATURES",
+        "relation": "mlip_jax.objectives.distillation:RELATION",
     },
 )
 IMAGE_ENCODERS: Table[ImageEncoderKind] = Table(

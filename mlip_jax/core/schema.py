@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.files import decode_json, read_json
 from mlip_jax.core.key_names import find_key
-from mlip_jax.core.registry import EVALUATIONS
+from mlip_jax.core.registry import DISTILLATIONS, EVALUATIONS
 
 Number = TypeVar("Number", int, float)
 
@@ -33,6 +33,8 @@ PERSPECTIVES = {
     "other_caption": "other_caption_2",
 }
 IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
+TAUGHT_VIEWS = tuple(view for view in IMAGE_VIEWS if view.endswith("_global"))
+OWN_AVERAGE = "ema"  # the teacher that is no folder
 CLEANINGS = (
     "none",
     "clip_lite",
@@ -57,6 +59,7 @@ PROCESS_VARIABLES = {
 ADDRESS = "host:port, such as 10.0.0.1:8476"  # of a coordinator, in words
 # Keys that may change between two starts on one workdir: none of them moves a parameter.
 _FREE_AT_RESUME = (
+    "teacher",  # a place: whether it is the same model is seen by its weights
     "mesh",
     "sharding",
     "accumulation",
@@ -225,6 +228,12 @@ def default() -> ConfigDict:
             for view in PERSPECTIVES
         }
     )
+    # Models that the run learns from: folders that `mlip_jax.load` opens; "ema": its own average.
+    config.teacher = ()
+    # By way of learning and view, the weight of its loss; the mean over several teachers.
+    config.distillation = ConfigDict(
+        {way: dict.fromkeys(TAUGHT_VIEWS, 0.0) for way in DISTILLATIONS}
+    )
     # Of rows of a batch whose texts have equal token ids: "count" them in the log, or "mask": they
     # are no negatives of each other. Rows of the same record never are.
     config.equal_texts = "count"
@@ -349,6 +358,22 @@ def _converted(name: str, text: str, kind: Callable[[str], Number], expected: st
         return kind(text)
     except ValueError:
         raise UserError(f"config argument {name}={text!r}: expected {expected}") from None
+
+
+def lessons(config: ConfigDict) -> dict[tuple[str, str], float]:
+    """The weights of config.distillation that are above 0, by way of learning and view."""
+    return {
+        (way, view): float(weight)
+        for way in DISTILLATIONS
+        for view in TAUGHT_VIEWS
+        if (weight := config.distillation[way][view]) > 0
+    }
+
+
+def is_used(config: ConfigDict, view: str) -> bool:
+    """Whether a perspective's view is trained: by its own loss or by a teacher."""
+    taught = any(view == lesson for _, lesson in lessons(config))
+    return bool(config.perspectives[view].weight > 0 or taught)
 
 
 def views_of(config: ConfigDict, perspective: str) -> int:

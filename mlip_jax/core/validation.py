@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError, choose
 from mlip_jax.core.registry import (
+    DISTILLATIONS,
     IMAGE_ENCODERS,
     LOSSES,
     OPTIMIZERS,
@@ -24,9 +25,12 @@ from mlip_jax.core.schema import (
     CLEANINGS,
     IMAGE_VIEWS,
     NORMALIZATIONS,
+    OWN_AVERAGE,
     PROBES,
     default,
     flatten,
+    is_used,
+    lessons,
 )
 
 _LARGEST_FLOAT = 3.4e38  # of float32, in which the parameters are trained
@@ -83,7 +87,7 @@ _RULES = (
         r"(optimizer\.warmup|optimizer\.cooldown|checkpoint\.every|evaluation\.every)_samples",
         "at least -1",
     ),
-    (r".*(_samples|_penalty|\.weight|\.depth|\.odds)", "at least 0"),
+    (r"distillation\..*|.*(_samples|_penalty|\.weight|\.depth|\.odds)", "at least 0"),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
 _LONG = re.compile(r"seed|(.*_)?samples")  # whole numbers that may be large
@@ -138,6 +142,7 @@ def validate(config: ConfigDict) -> None:
     for view, perspective in config.perspectives.items():
         LOSSES.check(f"perspectives.{view}.loss", perspective.loss)
     _check_critic(config)
+    _check_teachers(config)
     _check_accumulation(config)
     _check_optimizer(config)
     _check_perspectives(config)
@@ -262,7 +267,7 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 
 def _check_perspectives(config: ConfigDict) -> None:
-    if not any(config.perspectives[view].weight > 0 for view in IMAGE_VIEWS):
+    if not any(is_used(config, view) for view in IMAGE_VIEWS):
         raise UserError(
             "every config.perspectives.*.weight between image and text is 0: there is nothing to "
             "train on"
@@ -286,6 +291,43 @@ def _check_perspectives(config: ConfigDict) -> None:
                 f"config.perspectives.{view}.{key}={perspective[key]} is of losses that score few "
                 f"pairs, such as 'jsd'; the loss is {perspective.loss!r}"
             )
+
+
+def _check_teachers(config: ConfigDict) -> None:
+    weights = lessons(config)
+    keys = [f"config.distillation.{way}.{view}" for way, view in weights]
+    if weights and not config.teacher:
+        raise UserError(
+            f"{keys[0]}={next(iter(weights.values())):g} without a teacher: set config.teacher to "
+            f"a folder that holds a model, or to {OWN_AVERAGE!r}, the run's own average"
+        )
+    if not config.teacher:
+        return
+    if not weights:
+        ways = ", ".join(f"config.distillation.{way}.spatial_global" for way in DISTILLATIONS)
+        raise UserError(
+            f"config.teacher={','.join(config.teacher)!r} teaches nothing: give one of {ways} a "
+            "weight, such as 1"
+        )
+    if len({*config.teacher}) < len(config.teacher):
+        raise UserError(f"config.teacher={config.teacher} names a model twice")
+    if OWN_AVERAGE in config.teacher and not config.optimizer.ema:
+        raise UserError(
+            f"config.teacher={OWN_AVERAGE!r} is the average of the run's parameters, and there is "
+            "none: set config.optimizer.ema, such as 0.999"
+        )
+    if config.model.critic != "dot":
+        raise UserError(
+            f"config.model.critic={config.model.critic!r} has no joint space, and a teacher needs "
+            "one: set config.model.critic='dot' or config.teacher=''"
+        )
+    depth = config.model.image.frequency.depth
+    if depth == 0 and any(view.startswith("frequency") for _, view in weights):
+        key = next(key for key in keys if ".frequency" in key)
+        raise UserError(
+            f"{key} needs a Frequency Stage: set config.model.image.frequency.depth or the weight "
+            "to 0"
+        )
 
 
 def _check_value(key: str, value: Any, default_value: Any) -> None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.registry import IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS
-from mlip_jax.core.schema import PERSPECTIVES
+from mlip_jax.core.schema import PERSPECTIVES, is_used
 from mlip_jax.models import merging
 from mlip_jax.models.grad_cam import Path, Tokens
 from mlip_jax.models.two_tower import Embeddings, TwoTower
@@ -129,7 +129,7 @@ def build(
             else None,
         )
         for view in PERSPECTIVES  # a ConfigDict would give them by the alphabet
-        if config.perspectives[view].weight > 0
+        if is_used(config, view)
     }
     return TwoTower(
         image={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -23,6 +24,8 @@ from mlip_jax.models.text import TextViews
 from mlip_jax.models.vit import ImageViews
 
 Embeddings = dict[str, Array]
+# What the names of parameters begin with that serve learning from teachers alone.
+OF_TEACHERS = "teacher_heads_"
 
 
 class TwoTower(nn.Module):
@@ -34,7 +37,8 @@ class TwoTower(nn.Module):
     Attributes `image` and `text` are the encoders' fields and their "architecture"; `critics` maps
     each perspective in use to its initial (scale, bias or None). A "concat" critic takes the
     encoders' features as they are: there are no heads on global views then. `frozen` names the
-    towers ("image", "text") that run as in evaluation.
+    towers ("image", "text") that run as in evaluation. `to_teachers` maps the names of projections
+    of embeddings to the widths that they give.
     """
 
     image: Mapping[str, Any]
@@ -47,6 +51,7 @@ class TwoTower(nn.Module):
     critics: Mapping[str, tuple[float, float | None]]
     frozen: tuple[str, ...]
     dtype: jnp.dtype
+    to_teachers: Mapping[str, int] = field(default_factory=dict)
 
     if TYPE_CHECKING:
 
@@ -86,6 +91,9 @@ class TwoTower(nn.Module):
             if self.prior
             else {}
         )
+        self.teacher_heads = {
+            name: LinearHead(width, self.dtype) for name, width in self.to_teachers.items()
+        }
 
     def _encoder(self, kinds: Mapping[str, Any], fields: Mapping[str, Any]) -> nn.Module:
         fields = dict(fields)
@@ -200,6 +208,13 @@ class TwoTower(nn.Module):
         one = jnp.broadcast_to(one, (*other.shape[:2], one.shape[-1]))
         return self.pair_critics[view](one, other) + self.biases.get(view, 0.0)
 
+    def project_to_teacher(
+        self, name: str, embeddings: Float[Array, "batch width"]
+    ) -> Float[Array, "batch teacher_width"]:
+        """Embeddings by one of the projections of `to_teachers`, L2-normalised."""
+        projected: Array = self.teacher_heads[name](embeddings)
+        return projected
+
     def touch(
         self,
         images: Array,
@@ -211,6 +226,8 @@ class TwoTower(nn.Module):
         embeddings, _, _ = self(images, token_ids, images_2, token_ids_2)
         for view in self.pair_critics:
             self.score_pairs(view, embeddings[view], embeddings[PERSPECTIVES[view]][None])
+        for name in self.teacher_heads:
+            self.project_to_teacher(name, embeddings["text_global"])  # all are as wide
 
     def inspect_images(self, images: Array) -> ImageViews:
         """The image encoder's views before the heads, with the sources of merged tokens."""

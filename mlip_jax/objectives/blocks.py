@@ -1,7 +1,7 @@
-"""Softmax and sigmoid losses whose scores never exist whole, in tiles around a ring (`ring`).
+"""Losses over all pairs whose scores never exist whole, in tiles around a ring (`ring`).
 
-The softmax takes two rounds: one for the log-sum-exps of images and texts, one that scores again
-for the gradient. The sigmoid loss takes one.
+The softmax and the divergence from a teacher take two rounds: one for the log-sum-exps of images
+and texts, one that scores again for the gradient. The sigmoid loss takes one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mlip_jax.objectives import contrastive
 from mlip_jax.objectives.contrastive import Scalar
 from mlip_jax.objectives.equality import Keys, without_equal
 from mlip_jax.objectives.ring import (
@@ -136,6 +137,63 @@ def sigmoid(
     return mean_loss(local, images, texts, mask, shared, chunk, mesh, keys)
 
 
+def divergence(
+    image: Float[Array, "batch width"],
+    text: Float[Array, "batch width"],
+    scale: Float[Array, ""] | float,
+    teacher_image: Float[Array, "batch teacher_width"],
+    teacher_text: Float[Array, "batch teacher_width"],
+    teacher_scale: Float[Array, ""] | float,
+    *,
+    mesh: Mesh | None,
+) -> Scalar:
+    """`distillation.divergence_of_scores` of all pairs; the teacher's side has no gradient.
+
+    Args:
+      image, text, scale: the student's; its scores are scale * cosine.
+      teacher_image, teacher_text, teacher_scale: the teacher's.
+      mesh: the devices that the rows lie on; None: one.
+    """
+
+    def scored(images: Side, texts: Side, shared: Any) -> tuple[Array, Array]:
+        student, teacher = images.learned
+        scale, teacher_scale = shared
+        scores = scale * contrastive.similarity(student, texts.learned)
+        right = teacher_scale * contrastive.similarity(teacher, texts.fixed["mask"])
+        return scores, jax.lax.stop_gradient(right)
+
+    def statistics(images: Side, texts: Side, shared: Any, kept: Any) -> Any:
+        both = scored(images, texts, shared)
+        rows = tuple(_log_sum(scores, axis=1) for scores in both)
+        return _merge_both(kept, rows), tuple(_log_sum(scores, axis=0) for scores in both)
+
+    def part(images: Side, texts: Side, shared: Any) -> Scalar:
+        """The value, and its gradient while the log-sum-exps are held fixed."""
+        scores, right = scored(images, texts, shared)
+        total = jnp.zeros((), jnp.float32)
+        for side, axis in ((images, 1), (texts, 0)):
+            of_student, of_teacher = side.fixed["sum"]
+            shares = _shares(scores, of_student, axis)
+            logs = _log_shares(scores, of_student, axis), _log_shares(right, of_teacher, axis)
+            terms = jnp.exp(logs[1]) * (logs[1] - logs[0])
+            # 0, with the gradient that the student's log-sum-exps would give.
+            total += jnp.sum(terms + shares - jax.lax.stop_gradient(shares)) / 2
+        return total
+
+    def local(images: Side, texts: Side, shared: Any, devices: int) -> tuple[Array, Any]:
+        kept, none = ((_nothing(side.fixed["row"]),) * 2 for side in (images, texts))
+        of_images, of_texts = around(
+            statistics, _merge_both, images, texts, shared, kept, none, devices
+        )
+        images = images._replace(fixed=images.fixed | {"sum": of_images})
+        texts = texts._replace(fixed=texts.fixed | {"sum": of_texts})
+        return value_and_gradient(part, images, texts, shared, devices)
+
+    shared = jnp.asarray(scale, jnp.float32), jnp.asarray(teacher_scale, jnp.float32)
+    images = image, jax.lax.stop_gradient(teacher_image)
+    return mean_loss(local, images, text, teacher_text, shared, None, mesh, None)
+
+
 def _distinct(images: Side, texts: Side, one: Array, other: Array) -> tuple[Array, Array]:
     """The scores of both directions, without those of other rows that are equal."""
     equals = others_that_equal(images, texts)
@@ -159,6 +217,16 @@ def _merge(one: LogSum, other: LogSum) -> LogSum:
     top = jnp.maximum(one.top, other.top)
     parts = [each.total * jnp.exp(each.top - top) for each in (one, other)]
     return LogSum(top, parts[0] + parts[1])
+
+
+def _merge_both(one: tuple[LogSum, ...], other: tuple[LogSum, ...]) -> tuple[LogSum, ...]:
+    return tuple(_merge(*sums) for sums in zip(one, other, strict=True))
+
+
+def _log_shares(scores: Array, of: LogSum, axis: int) -> Float[Array, "images texts"]:
+    """The logarithm of `_shares`."""
+    top, total = (jnp.expand_dims(part, axis) for part in of)
+    return scores - top - jnp.log(total)
 
 
 def _shares(scores: Array, of: LogSum, axis: int) -> Float[Array, "images texts"]:

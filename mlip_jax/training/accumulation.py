@@ -13,7 +13,6 @@ device. That is also why the tensor axis shares rows here, and not columns.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,10 +63,6 @@ def value_and_gradient(
       rules: how the parameters, and so their gradient, are sharded.
     """
 
-    def embed_parts(params: Any, rows: Any) -> Embeddings:
-        embedded = jax.lax.map(lambda part: embed(params, part), _cut(rows, parts))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), embedded)
-
     def pull_back(params: Any, rows: Any, cotangents: Embeddings) -> Any:
         """This device's gradient, [1, ...]."""
 
@@ -84,12 +79,10 @@ def value_and_gradient(
         # Gathered here, where both passes can share them. Within them nothing varies that should
         # not, but a gradient of what is the same everywhere would be summed in every part.
         whole = jax.lax.with_sharding_constraint(params, parallel.replicated(mesh))
-        spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=_ROWS, check_vma=False)
-        embed_parts = spread(embed_parts, in_specs=(_WHOLE, _ROWS))
-        pull_back = spread(pull_back, in_specs=(_WHOLE, _ROWS, _ROWS))
+        pull_back = _spread(pull_back, mesh, in_specs=(_WHOLE, _ROWS, _ROWS))
     else:
         whole = params
-    embeddings = embed_parts(whole, rows)
+    embeddings = embedded(embed, whole, rows, parts, mesh)
     smooth = _smooth(embeddings)
     (loss, rest), (gradient, cotangents) = jax.value_and_grad(
         lambda params, smooth: objective(params, embeddings | smooth), argnums=(0, 1), has_aux=True
@@ -102,6 +95,24 @@ def value_and_gradient(
         shardings = parallel.tree_shardings(gradient, mesh, rules)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     return (loss, rest), gradient
+
+
+def embedded(embed: Embed, params: Any, rows: Any, parts: int, mesh: Mesh | None) -> Embeddings:
+    """embed(params, rows), part by part; the arguments are those of `value_and_gradient`."""
+
+    def embed_parts(params: Any, rows: Any) -> Embeddings:
+        in_parts = jax.lax.map(lambda part: embed(params, part), _cut(rows, parts))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), in_parts)
+
+    if mesh and mesh.size > 1:
+        params = jax.lax.with_sharding_constraint(params, parallel.replicated(mesh))
+        embed_parts = _spread(embed_parts, mesh, in_specs=(_WHOLE, _ROWS))
+    return embed_parts(params, rows)
+
+
+def _spread(function: Callable[..., Any], mesh: Mesh, in_specs: Any) -> Callable[..., Any]:
+    """The function on every device, of its own rows."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=_ROWS, check_vma=False)
 
 
 def _smooth(embeddings: Embeddings) -> Embeddings:

@@ -146,7 +146,9 @@ def run_steps(
         run.tokenizer,
         start_step=start,
         rows=parallel.local_rows(run.mesh, config.batch_size),
+        teachers=run.teachers.inputs,
     )
+    weights = run.teachers.placed(run.mesh)
     with (
         Watchdog().watching() as watchdog,
         Feed(batches, input_seconds(), _GRACE if jax.process_count() == 1 else 2 * _GRACE) as feed,
@@ -181,7 +183,8 @@ def run_steps(
                 _save_without_input(run, state, done, start, error)
                 break
             messages = run.channel.tell(batch.pop("skipped"), run.stop.asked)
-            state, metrics = step(state, parallel.global_batch(batch, run.mesh) | messages)
+            arguments = parallel.global_batch(batch, run.mesh) | messages | weights
+            state, metrics = step(state, arguments)
             # The host stays one step ahead of the devices, so that they never wait for it, and no
             # further, so that batches do not pile up.
             jax.block_until_ready(before)

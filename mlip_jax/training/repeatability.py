@@ -49,8 +49,11 @@ def probe(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
 def random_batch(run: Run) -> dict[str, Array]:
     """Random pixels and token ids in the place of a batch, on the run's devices."""
     batch = random_rows(run.config, run.mesh, run.tokenizer.vocab_size, seed=0)
-    messages = run.channel.tell(np.full(len(batch["record"]), -1, np.int32), False)
-    return parallel.global_batch(batch, run.mesh) | messages
+    count = len(batch["record"])
+    batch |= run.teachers.random_rows(count, seed=0)
+    messages = run.channel.tell(np.full(count, -1, np.int32), False)
+    weights = run.teachers.placed(run.mesh)
+    return parallel.global_batch(batch, run.mesh) | messages | weights
 
 
 def _digest(state: TrainState) -> UInt32[np.ndarray, " leaves"]:

@@ -25,6 +25,7 @@ from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.state import TrainState
+from mlip_jax.training.teachers import Teachers
 
 SCORE = "score"  # what the best checkpoints are chosen by
 
@@ -46,6 +47,7 @@ class Run:
     console: Console
     stop: Stop
     channel: Channel
+    teachers: Teachers
     callbacks: tuple[Callback, ...]  # the user's
 
     @property
@@ -67,6 +69,7 @@ class Run:
             "tokenizer": self.tokenizer.to_json(),
             "preprocessing": self.preprocessing.to_dict(),
             "attribution": self.source.attribution,
+            "teachers": self.teachers.identities,
         }
         try:
             best = {SCORE: score(self.config.checkpoint.best, figures)} if figures else {}

@@ -49,6 +49,7 @@ from mlip_jax.training.run import SCORE, Run, check_best
 from mlip_jax.training.signals import Stop
 from mlip_jax.training.state import TrainState, abstract_state, initial_state
 from mlip_jax.training.step import Step, compile_lowered, lower_step, make_train_step
+from mlip_jax.training.teachers import open_teachers
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,13 @@ def _open(
     suites.check(config)
     check_best(config)
     accumulation.check(config.batch_size, config.accumulation, mesh)
-    workers_for(config, len(parallel.local_rows(mesh, config.batch_size)))
     attention_choice.check(config, mesh)
     with announced("preparing the tokenizer", console.print):
         tokenizer = _tokenizer(config, source, places.local(workdir))
     network = building.build_for(config, tokenizer)
+    teachers = open_teachers(config, network, tokenizer, console.print)
+    network = teachers.pupil(network)
+    workers_for(config, len(parallel.local_rows(mesh, config.batch_size)), teachers.inputs)
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
     model = Model(config, None, tokenizer, preprocessing, home)
@@ -163,6 +166,7 @@ def _open(
         console=console,
         stop=stop,
         channel=Channel(mesh),
+        teachers=teachers,
         callbacks=() if quiet else tuple(callbacks),
     )
     summary.print_data(run.console, source, validation, jax.process_count())
@@ -213,6 +217,7 @@ def _restore(opened: Opened) -> TrainState | None:
         return None
     state: TrainState
     state, extras = restored
+    run.teachers.check_same(extras.get("teachers", []))
     done = int(state.step)
     goes_on = done < run.steps
     left = f"going on from step {done}" if goes_on else "it is finished"
@@ -232,7 +237,9 @@ def _compile(opened: Opened) -> Step:
     with announced("choosing a form of attention", _say(run)):
         chosen = attention_choice.choose(config, run.mesh, run.folder)
     network = building.with_attention(opened.network, chosen.forms)
-    train_step = make_train_step(network, opened.optimizer, config, run.preprocessing, run.mesh)
+    train_step = make_train_step(
+        network, opened.optimizer, config, run.preprocessing, run.mesh, run.teachers
+    )
     with announced("compiling the training step", _say(run)):
         step = compile_step(train_step, run, opened.abstract)
     summary.print_compiled(
@@ -253,7 +260,8 @@ def _say(run: Run) -> Callable[[str], None]:
 
 def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages.Compiled:
     """Compiles the step before any data is read; the state is donated."""
-    more = run.channel.shapes(run.config.batch_size)
+    batch_size = run.config.batch_size
+    more = run.channel.shapes(batch_size) | run.teachers.shapes(batch_size, run.mesh)
     lowered = lower_step(run.channel.through(train_step), abstract, run.config, run.mesh, more)
     return compile_lowered(lowered, run.mesh)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from mlip_jax.core.registry import DISTILLATIONS
+from mlip_jax.core.schema import lessons
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import equality, perspectives
+from mlip_jax.objectives.distillation import Embedded, Where
 from mlip_jax.training import accumulation
 from mlip_jax.training.optimizer import clip_scales, frozen_encoders, learning_rate
 from mlip_jax.training.state import TrainState
+from mlip_jax.training.teachers import NO_TEACHERS, WEIGHTS, Teachers
 
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
@@ -34,15 +38,16 @@ def make_train_step(
     config: ConfigDict,
     preprocessing: Preprocessing,
     mesh: Mesh | None = None,
+    teachers: Teachers = NO_TEACHERS,
 ) -> Step:
     """The step: forward, every perspective's loss, gradient, update, average.
 
     The step takes the state and {"image": uint8 [batch, size, size, 3], "token_ids": int32
     [batch, context], "record": int32 [batch], the number of the record that a row shows}, with
     "image_2" and "token_ids_2" where a perspective compares two views of a
-    modality, all for the global batch, and returns the next state and scalars. A step whose loss or
-    gradient is not finite changes nothing but the step's number, so that the last good state
-    survives until the host hears of it.
+    modality, and what `teachers.shapes` says, all for the global batch, and returns the next state
+    and scalars. A step whose loss or gradient is not finite changes nothing but the step's number,
+    so that the last good state survives until the host hears of it.
 
     Args:
       model: the network.
@@ -50,6 +55,7 @@ def make_train_step(
       config: the run's.
       preprocessing: the run's.
       mesh: the devices that the batch's rows lie on; None: one.
+      teachers: the models that the run learns from; `model` is their `pupil`.
 
     Raises:
       UserError: when the batch cannot be cut in config.accumulation parts.
@@ -63,12 +69,16 @@ def make_train_step(
         mesh=mesh,
         terms=perspectives.terms(config),
         key=jax.random.key(config.seed + 1),  # + 1: not the key of the initial parameters
+        teachers=teachers,
+        lessons=lessons(config),
     )
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        rows = batch | {"number": jnp.arange(config.batch_size)}
+        rows: dict[str, Any] = batch | {"number": jnp.arange(config.batch_size)}
+        weights = rows.pop(WEIGHTS, [])
         with _known_to_kernels(mesh, model):
-            loss, metrics, batch_stats, gradient = objective.value_and_gradient(state, rows)
+            taught = teachers.embedded(rows, weights, state, config.accumulation, mesh)
+            loss, metrics, batch_stats, gradient = objective.value_and_gradient(state, rows, taught)
         norm = optax.tree.norm(gradient)
         after = updated(state, gradient, batch_stats, optimizer, config.optimizer)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -101,17 +111,22 @@ class Objective:
     mesh: Mesh | None
     terms: tuple[perspectives.Term, ...]
     key: Array  # of dropout, folded with the step
+    teachers: Teachers
+    lessons: Mapping[tuple[str, str], float]  # weights by way of learning and view
 
     def value_and_gradient(
-        self, state: TrainState, rows: dict[str, Array]
+        self, state: TrainState, rows: dict[str, Array], taught: Sequence[Embedded]
     ) -> tuple[Array, Metrics, Any, Any]:
-        """Loss, metrics, the batch norms' new statistics, and the gradient."""
+        """Loss, metrics, the batch norms' new statistics, and the gradient.
+
+        `taught` is what each teacher says of the rows.
+        """
         if self.config.accumulation > 1:
-            return self._accumulated(state, rows)
+            return self._accumulated(state, rows, taught)
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Metrics, Any]]:
             embeddings, batch_stats = self.embed(params, rows, state)
-            loss, metrics = self.loss(params, embeddings, state, rows)
+            loss, metrics = self.loss(params, embeddings, state, rows, taught)
             return loss, (metrics, batch_stats)
 
         (loss, (metrics, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -120,12 +135,12 @@ class Objective:
         return loss, metrics, batch_stats, gradient
 
     def _accumulated(
-        self, state: TrainState, rows: dict[str, Array]
+        self, state: TrainState, rows: dict[str, Array], taught: Sequence[Embedded]
     ) -> tuple[Array, Metrics, Any, Any]:
         """The same with the batch's parts embedded one after the other; without batch norms."""
         (loss, metrics), gradient = accumulation.value_and_gradient(
             lambda params, part: self.embed(params, part, state)[0],
-            lambda params, embeddings: self.loss(params, embeddings, state, rows),
+            lambda params, embeddings: self.loss(params, embeddings, state, rows, taught),
             state.params,
             rows,
             self.config.accumulation,
@@ -164,6 +179,7 @@ class Objective:
         embeddings: dict[str, Array],
         state: TrainState,
         rows: dict[str, Array],
+        taught: Sequence[Embedded],
     ) -> tuple[Array, Metrics]:
         """The loss of the whole batch, and what is told of it."""
         record = rows["record"].astype(jnp.uint32)
@@ -189,9 +205,41 @@ class Objective:
             critic=critic if self.model.critic == "concat" else None,
             keys=equality.Keys(record, text if self.config.equal_texts == "mask" else None),
         )
+        for (way, view), weight in self.lessons.items():
+            lesson = self._lesson(params, way, view, embeddings, scales, taught)
+            losses[f"{view}/{way}"] = lesson
+            loss = loss + jnp.float32(weight) * lesson
         metrics = {f"loss/{view}": value for view, value in losses.items()}
         metrics["false_negatives"] = equality.false_negatives(record, text)
         return loss, metrics | {f"scale/{view}": scale for view, scale in scales.items()}
+
+    def _lesson(
+        self,
+        params: Any,
+        way: str,
+        view: str,
+        embeddings: Mapping[str, Array],
+        scales: Mapping[str, Array],
+        taught: Sequence[Embedded],
+    ) -> Array:
+        """The loss of one way to learn, without its weight: the mean over the teachers."""
+        kind = DISTILLATIONS[way]
+
+        def seen_by(teacher: int, side: str) -> Array:
+            name = f"{teacher}_{side}"
+            if not kind.same_space or name not in self.model.to_teachers:
+                return embeddings[side]
+            projected: Array = self.model.apply(
+                {"params": params}, name, embeddings[side], method="project_to_teacher"
+            )
+            return projected
+
+        total = jnp.zeros((), jnp.float32)
+        for number, teacher in enumerate(taught):
+            image, text = seen_by(number, view), seen_by(number, "text_global")
+            student = Embedded(image, text, scales[view])
+            total += kind.loss(student, teacher, Where(self.config.ring, self.mesh))
+        return total / len(taught)
 
 
 def updated(
@@ -247,7 +295,8 @@ def lower_step(
       abstract: from `abstract_state`.
       config: the run's.
       mesh: the devices.
-      more: what `train_step` takes in its batch besides images and token ids.
+      more: what `train_step` takes in its batch besides images and token ids; see
+        `Teachers.shapes`.
     """
     batch = abstract_batch(config, mesh) | dict(more or {})
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -6,11 +6,12 @@ number of processes, hosts and workers, and of the step that a run starts at, no
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import blake2b
@@ -28,6 +29,7 @@ from mlip_jax.core.schema import views_of
 from mlip_jax.data.batches.ahead import ReadAhead
 from mlip_jax.data.batches.order import order, windowed_orders
 from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
+from mlip_jax.data.batches.teaching import NO_INPUTS, TeacherInputs
 from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, end_with_parent, worker_count
 from mlip_jax.data.images.augment import augment, by_pillow, short_side, trim
 from mlip_jax.data.images.fast_decoding import decode_pixels
@@ -56,6 +58,7 @@ def train_batches(
     *,
     start_step: int,
     rows: Sequence[int] | np.ndarray | None = None,
+    teachers: TeacherInputs = NO_INPUTS,
 ) -> Generator[dict[str, np.ndarray]]:
     """The training batches of one process, from a step on, without end.
 
@@ -69,6 +72,7 @@ def train_batches(
       tokenizer: turns captions into ids.
       start_step: the step of the first batch: 0, or where a resumed run goes on.
       rows: b rows of the global batch, those that this process feeds; None: all.
+      teachers: what else is made of each example.
 
     Yields:
       "image": uint8 [b, image_size, image_size, 3];
@@ -80,7 +84,9 @@ def train_batches(
       "image_2", where config.perspectives.augmented_image has a weight: as "image", another view of
       the same images, mirrored or not on its own;
       "token_ids_2", where config.perspectives.other_caption has a weight: as "token_ids", another
-      caption of the same images where they have one, with left and right as in "image".
+      caption of the same images where they have one, with left and right as in "image";
+      and by the keys of `teachers`: uint8 [b, size, size, 3], the view of "image" in another size;
+      int32 [b, length], the caption of "token_ids" by another tokenizer.
 
     Raises:
       UserError: when the source is empty, or too many images in a row cannot be read.
@@ -89,18 +95,21 @@ def train_batches(
         raise UserError(f"the training set {source.name!r} is empty")
     process_rows = tuple(range(config.batch_size) if rows is None else map(int, rows))
     batch_size = config.batch_size
-    examples = order(source, config.seed, batch_size).random_map(_Example(config, source))
-    workers = workers_for(config, len(process_rows))
+    examples = order(source, config.seed, batch_size).random_map(_Example(config, source, teachers))
+    workers = workers_for(config, len(process_rows), teachers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
-    shared_pieces = (BATCHES_IN_FLIGHT + 1) * views_of(config, "augmented_image") if workers else 0
+    pieces = BATCHES_IN_FLIGHT + 1 if workers else 0
+    lenders = {size: Lender(pieces) for size in teachers.sizes.values()}
+    lenders[config.model.image.image_size] = Lender(pieces * views_of(config, "augmented_image"))
     batch_source = _Batches(
         examples,
         batch_size,
         process_rows,
         tokenizer,
         config.model.text.context_length,
-        Lender(shared_pieces),
+        lenders,
+        teachers,
     )
     batches = (
         grain.MapDataset.source(batch_source)
@@ -127,18 +136,19 @@ def train_batches(
     )
 
 
-def batch_bytes(config: ConfigDict, rows: int) -> int:
+def batch_bytes(config: ConfigDict, rows: int, teachers: TeacherInputs = NO_INPUTS) -> int:
     """The bytes of the images of a batch of this many rows, all views."""
-    return views_of(config, "augmented_image") * rows * 3 * config.model.image.image_size**2
+    own = views_of(config, "augmented_image") * config.model.image.image_size**2
+    return rows * 3 * (own + sum(size**2 for size in teachers.sizes.values()))
 
 
-def workers_for(config: ConfigDict, rows: int) -> int:
+def workers_for(config: ConfigDict, rows: int, teachers: TeacherInputs = NO_INPUTS) -> int:
     """How many workers make batches of this many rows.
 
     Raises:
       UserError: when the shared memory is too small for config.data.workers.
     """
-    return worker_count(config.data.workers, batch_bytes(config, rows))
+    return worker_count(config.data.workers, batch_bytes(config, rows, teachers))
 
 
 def _until_closed(
@@ -165,8 +175,9 @@ _Decoded = Image.Image | np.ndarray  # RGB, uint8 [height, width, 3]
 class _Example:
     """From the index of a record to a view of its image and a caption."""
 
-    def __init__(self, config: ConfigDict, source: Source) -> None:
+    def __init__(self, config: ConfigDict, source: Source, teachers: TeacherInputs) -> None:
         self._source = source
+        self._sizes = dict(teachers.sizes)
         self._augment = config.data.augment.copy_and_resolve_references()
         self._caption = config.data.caption.to_dict()
         self._size = config.model.image.image_size
@@ -174,7 +185,8 @@ class _Example:
         self._upright = config.data.orientation == "exif"
         self._by_pillow = self._exact or by_pillow(self._augment)
         self._trimmed = self._augment.trim >= 1  # without exception, and so once for all visits
-        self._at_least = 0 if self._exact else short_side(self._augment, self._size)
+        largest = teachers.largest(self._size)
+        self._at_least = 0 if self._exact else short_side(self._augment, largest)
         self._two_images = config.perspectives.augmented_image.weight > 0
         self._two_captions = config.perspectives.other_caption.weight > 0
         self._by_content = any(
@@ -185,24 +197,29 @@ class _Example:
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         index = int(index)
         record, image, number, place = self._readable(index)
-        # The same draws in the same order, whether second views follow or not.
-        pixels, flipped = self._view(image, rng)
+        # The same draws in the same order, whether second views follow or not, and in every size.
+        at_start = copy.deepcopy(rng) if self._sizes else rng
+        pixels, flipped = self._view(image, rng, self._size)
+        others = {
+            key: self._view(image, copy.deepcopy(at_start), size)[0]
+            for key, size in self._sizes.items()
+        }
         words = record.captions, record.tags, self._caption, rng
         texts: tuple[str, ...]
         texts = captions.compose_two(*words) if self._two_captions else (captions.compose(*words),)
         if flipped:
             texts = tuple(captions.swap_sides(text) for text in texts)
         skipped = -1 if place == index else index
-        example = {"image": pixels, "record": number, "skipped": skipped}
+        example = {"image": pixels, "record": number, "skipped": skipped} | others
         example |= zip(("caption", "caption_2"), texts, strict=False)
         if self._two_images:
-            example["image_2"], _ = self._view(image, rng)
+            example["image_2"], _ = self._view(image, rng, self._size)
         return example
 
-    def _view(self, image: _Decoded, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        return augment(
-            image, self._augment, self._size, rng, exact=self._exact, trimmed=self._trimmed
-        )
+    def _view(
+        self, image: _Decoded, rng: np.random.Generator, size: int
+    ) -> tuple[np.ndarray, bool]:
+        return augment(image, self._augment, size, rng, exact=self._exact, trimmed=self._trimmed)
 
     def _readable(self, index: int) -> tuple[Record, _Decoded, int, int]:
         """The record, or another of its dataset whose image can be read.
@@ -254,14 +271,16 @@ class _Batches:
         rows: tuple[int, ...],
         tokenizer: Tokenizer,
         context_length: int,
-        lender: Lender,
+        lenders: Mapping[int, Lender],
+        teachers: TeacherInputs,
     ) -> None:
         self._examples = examples
         self._batch_size = batch_size
         self._rows = rows
         self._tokenizer = tokenizer
         self._context_length = context_length
-        self._lender = lender
+        self._lenders = lenders  # by the side of an image: what one lends is all of one size
+        self._teachers = teachers
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -278,7 +297,7 @@ class _Batches:
                     continue
                 if key not in images:
                     shape = (len(self._rows), *value.shape)
-                    images[key], batch[key] = self._lender.empty(shape)
+                    images[key], batch[key] = self._lenders[len(value)].empty(shape)
                 images[key][row] = value  # at once, while it is in the processor's caches
         for key in ("record", "skipped"):
             batch[key] = np.array(values_by_key[key], np.int32)
@@ -286,7 +305,7 @@ class _Batches:
             if f"caption{view}" in values_by_key:  # tokenised together
                 ids = self._tokenizer.encode(values_by_key[f"caption{view}"], self._context_length)
                 batch[f"token_ids{view}"] = ids
-        return batch
+        return batch | self._teachers.token_ids(values_by_key["caption"])
 
 
 def _outlive_nobody(worker_index: int, worker_count: int) -> None:
