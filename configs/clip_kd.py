@@ -1,11 +1,14 @@
 """CLIP-KD: CLIP that also learns from another model (Yang et al., CVPR 2024, arXiv 2307.12732).
 
+    python -m mlip_jax.main --config=configs/clip_kd.py
+
+trains a small ViT on the built-in emoji dataset beside the moving average of its own parameters.
+Its result has not been measured. A larger model teaches more:
+
     python -m mlip_jax.main --config=configs/clip_kd.py:teacher=runs/large
 
-trains a small ViT on the built-in emoji dataset beside the model in runs/large: the workdir of a
-run, an exported model, or a folder of open_clip's or of Hugging Face's CLIP or SigLIP. Without
-`teacher` the run learns from the moving average of its own parameters. Its result has not been
-measured.
+learns from the model in runs/large: the workdir of a run, an exported model, or a folder of
+open_clip's or of Hugging Face's CLIP or SigLIP.
 
     python -m mlip_jax.main --config=configs/clip_kd.py:size=B/16,data=cc12m,teacher=FOLDER
 
