@@ -28,6 +28,7 @@ from mlip_jax.interop import artefact
 from mlip_jax.models import building
 from mlip_jax.objectives.distillation import Embedded, Where, features, relation
 from mlip_jax.storage import checkpoint
+from mlip_jax.training import step_cost
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import lower_step, make_train_step
 from mlip_jax.training.teachers import open_teachers
@@ -210,6 +211,33 @@ def test_sharded_and_in_parts_it_is_the_same_step(teacher, shape, changes):
     assert_same(metrics, whole_metrics, rtol=1e-5)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole_gradient))
     assert_same(gradient, whole_gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_plan_counts_the_teacher(teacher):
+    plain = taught_config(teacher)
+    plain.teacher = ()
+    for way in plain.distillation:
+        plain.distillation[way].update(spatial_global=0.0, frequency_global=0.0)
+    flops = {}
+    for name, config in (("plain", plain), ("taught", taught_config(teacher))):
+        network = step_cost.network_of(config)
+        teachers = step_cost.teachers_of(config, network)
+        variables = jax.eval_shape(
+            lambda network=network, config=config: building.initialise(
+                network, config, jax.random.key(0)
+            )
+        )
+        flops[name] = step_cost.step_flops(network, variables, config, teachers)
+    model = mlip_jax.load(teacher)
+    image = jax.make_jaxpr(model.programs()["encode_image"].function)(
+        np.zeros((1, 24, 24, 3), np.uint8)
+    )
+    text = jax.make_jaxpr(model.programs()["encode_text"].function)(np.zeros((1, 10), np.int32))
+    once = sum(step_cost.matrix_flops(program.jaxpr) for program in (image, text))
+    scores = 2 * 2 * BATCH**2 * (2 * 3 * 16 + 24 + 16)  # of two relations and two teachers
+    own = 2 * 3 * 2 * BATCH**2 * 16  # of the perspectives, three products each
+    itself = (flops["plain"] - own) / 3  # the run's own model, once
+    assert flops["taught"] - flops["plain"] == pytest.approx(BATCH * once + itself + scores)
 
 
 def test_a_teacher_sees_the_same_view_and_reads_the_same_caption(pairs):

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.benchmark.results import Result, Timing, summarize
 from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.data.batches.teaching import TeacherInputs
 from mlip_jax.data.batches.training import train_batches
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.opening import open_training
@@ -26,7 +27,8 @@ from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import compile_lowered, lower_step, make_train_step, random_rows
-from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
+from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops, teachers_of
+from mlip_jax.training.teachers import Teachers
 
 
 class Contender:
@@ -48,14 +50,18 @@ class Contender:
         self._mesh = parallel.make_mesh(config.mesh, config.batch_size)
         self._real_input = real_input
         network, optimizer = network_of(config), optimizers.make(config)
+        teachers = teachers_of(config, network)
+        network = teachers.pupil(network)
         abstract = abstract_state(network, optimizer, config, self._mesh)
-        self.model_flops = step_flops(network, abstract.evaluated, config)
+        self.model_flops = step_flops(network, abstract.evaluated, config, teachers)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         attention_choice.check(config, self._mesh)
         self.attention = attention_choice.choose(config, self._mesh).forms
         network = building.with_attention(network, self.attention)
         start = time.perf_counter()
-        self._step, self.memory = _compile(network, optimizer, config, self._mesh, abstract)
+        self._step, self.memory = _compile(
+            network, optimizer, config, self._mesh, abstract, teachers
+        )
         self.compile_seconds = time.perf_counter() - start
         init = jax.jit(
             lambda: initial_state(network, optimizer, config),
@@ -64,8 +70,11 @@ class Contender:
         self._state = init()
         vocab_size = network.text["vocab_size"]
         self._batches = (
-            _real(config, self._mesh) if real_input else _random(config, self._mesh, vocab_size)
+            _real(config, self._mesh, teachers.inputs)
+            if real_input
+            else _random(config, self._mesh, vocab_size, teachers)
         )
+        self._teachers = teachers.placed(self._mesh)
 
     def __enter__(self) -> Contender:
         return self
@@ -90,7 +99,7 @@ class Contender:
                     start = time.perf_counter()
                     batch = parallel.global_batch(next(self._batches), self._mesh)
                     waited = time.perf_counter() - start
-                    self._state, after = self._step(self._state, batch)
+                    self._state, after = self._step(self._state, batch | self._teachers)
                 if before is not None:
                     jax.block_until_ready(before)
                     now = time.perf_counter()
@@ -130,12 +139,18 @@ class Contender:
 
 
 def _compile(
-    network: Any, optimizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh, abstract: Any
+    network: Any,
+    optimizer: Any,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    abstract: Any,
+    teachers: Teachers,
 ) -> tuple[jax.stages.Compiled, Memory]:
-    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh)
+    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh, teachers)
+    more = teachers.shapes(config.batch_size, mesh)
     program: tuple[jax.stages.Compiled, Memory] | None
     try:
-        compiled = compile_lowered(lower_step(step, abstract, config, mesh), mesh)
+        compiled = compile_lowered(lower_step(step, abstract, config, mesh, more), mesh)
         program = compiled, Memory.of(compiled)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -145,7 +160,7 @@ def _compile(
     need = program[1].total if program else 0
     if program and need <= limit:
         return program
-    fitting_batch = _fitting(network, optimizer, config, mesh, abstract, limit)
+    fitting_batch = _fitting(network, optimizer, config, mesh, abstract, teachers, limit)
     needs = f"{need / GIB:.1f} GiB a device" if need else "more memory a device than there is"
     raise UserError(
         f"the step at config.batch_size={config.batch_size} needs {needs}, and there are "
@@ -161,6 +176,7 @@ def _fitting(
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
     abstract: Any,
+    teachers: Teachers,
     limit: float,
 ) -> int:
     """The largest halving of the batch that fits; 0 when none does."""
@@ -168,9 +184,12 @@ def _fitting(
     smaller = copy.deepcopy(config)
     while smaller.batch_size // 2 >= max(unit, 2):
         smaller.batch_size = smaller.batch_size // 2 // unit * unit
-        step = make_train_step(network, optimizer, smaller, Preprocessing.of(smaller), mesh)
+        step = make_train_step(
+            network, optimizer, smaller, Preprocessing.of(smaller), mesh, teachers
+        )
+        more = teachers.shapes(smaller.batch_size, mesh)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            compiled = compile_lowered(lower_step(step, abstract, smaller, mesh), mesh)
+            compiled = compile_lowered(lower_step(step, abstract, smaller, mesh, more), mesh)
             if Memory.of(compiled).total <= limit:
                 return smaller.batch_size
     return 0
@@ -191,18 +210,21 @@ def _peak_memory() -> int | None:
 
 
 def _random(
-    config: ConfigDict, mesh: jax.sharding.Mesh, vocab_size: int
+    config: ConfigDict, mesh: jax.sharding.Mesh, vocab_size: int, teachers: Teachers
 ) -> Generator[dict[str, np.ndarray]]:
     """One random batch of this process's rows, again and again."""
     batch = random_rows(config, mesh, vocab_size, config.seed)
+    batch |= teachers.random_rows(len(batch["record"]), config.seed)
     while True:
         yield batch
 
 
-def _real(config: ConfigDict, mesh: jax.sharding.Mesh) -> Generator[dict[str, np.ndarray]]:
+def _real(
+    config: ConfigDict, mesh: jax.sharding.Mesh, teachers: TeacherInputs
+) -> Generator[dict[str, np.ndarray]]:
     """The batches of a run of the config."""
     rows = parallel.local_rows(mesh, config.batch_size)
-    batches = train_batches(config, *open_input(config), start_step=0, rows=rows)
+    batches = train_batches(config, *open_input(config), start_step=0, rows=rows, teachers=teachers)
     with contextlib.closing(batches):
         for batch in batches:
             del batch["skipped"]

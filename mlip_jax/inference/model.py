@@ -22,7 +22,7 @@ from mlip_jax.core.progress import track
 from mlip_jax.data.images.preprocessing import ImageLike, Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.inference.batches import Batches
-from mlip_jax.inference.programs import Program, Programs, global_view, programs
+from mlip_jax.inference.programs import Program, global_view, programs
 from mlip_jax.models import building
 
 
@@ -100,16 +100,6 @@ class Model:
     def variables(self) -> Any:
         """The "params" and, with batch norm, "batch_stats" that embeddings are computed with."""
         return self._variables
-
-    @property
-    def view(self) -> str:
-        """The image view whose embeddings `encode_image` gives."""
-        return self._view
-
-    @property
-    def functions(self) -> Programs:
-        """What computes embeddings, as functions of `variables` and of arrays."""
-        return self._programs
 
     @property
     def tokenizer(self) -> Tokenizer:

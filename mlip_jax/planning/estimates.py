@@ -26,7 +26,7 @@ from mlip_jax.training import attention_choice
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step import compile_lowered, lower_step, make_train_step
-from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops
+from mlip_jax.training.step_cost import GIB, Memory, network_of, step_flops, teachers_of
 
 _CACHE = "jax_enable_compilation_cache"  # JAX's name of the setting
 
@@ -117,23 +117,26 @@ def estimate(config: ConfigDict, machine: Machine) -> Estimate:
     config.compute_dtype = _compute_dtype(config, machine)
     mesh = parallel.make_mesh(config.mesh, config.batch_size, machine.devices)
     network = network_of(config)
+    teachers = teachers_of(config, network)
+    network = teachers.pupil(network)
     optimizer = optimizers.make(config)
     abstract = abstract_state(network, optimizer, config, mesh)
     form = attention_choice.named(config, machine.platform)
     forms = dict.fromkeys(attention_choice.shapes(config, mesh), form)
     trained = building.with_attention(network, forms)
-    step = make_train_step(trained, optimizer, config, Preprocessing.of(config), mesh)
+    step = make_train_step(trained, optimizer, config, Preprocessing.of(config), mesh, teachers)
+    more = teachers.shapes(config.batch_size, mesh)
     known = {
         "machine": machine,
         "mesh": mesh,
         "batch_size": config.batch_size,
         "dtype": config.compute_dtype,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
-        "model_flops": step_flops(network, abstract.evaluated, config),
+        "model_flops": step_flops(network, abstract.evaluated, config, teachers),
     }
     try:
         with _compiled_anew(machine):
-            compiled = compile_lowered(lower_step(step, abstract, config, mesh), mesh)
+            compiled = compile_lowered(lower_step(step, abstract, config, mesh, more), mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal, Var
 from ml_collections import ConfigDict
 
-from mlip_jax.core.registry import LOSSES
-from mlip_jax.core.schema import PERSPECTIVES, views_of
-from mlip_jax.data.text.tokenizer import load_tokenizer
+from mlip_jax.core.registry import DISTILLATIONS, LOSSES
+from mlip_jax.core.schema import PERSPECTIVES, lessons, views_of
+from mlip_jax.data.text.tokenizer import Tokenizer, load_tokenizer
 from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import perspectives
+from mlip_jax.training.teachers import NO_TEACHERS, Teachers, open_teachers
 
 GIB = 2**30
 
@@ -52,24 +53,39 @@ class Memory:
 
 def network_of(config: ConfigDict) -> TwoTower:
     """The model without its data: a vocabulary to be trained counts as large as it may get."""
+    tokenizer = _tokenizer_of(config)
+    if tokenizer:
+        return building.build_for(config, tokenizer)
+    return building.build(config, vocab_size=config.model.text.vocab_size, start_id=0, end_id=1)
+
+
+def teachers_of(config: ConfigDict, network: TwoTower) -> Teachers:
+    """The models that a config's run learns from, without its data."""
+    return open_teachers(config, network, _tokenizer_of(config))
+
+
+def _tokenizer_of(config: ConfigDict) -> Tokenizer | None:
+    """The tokenizer; None for one that is trained on the data."""
     text = config.model.text
     if text.tokenizer == "wordpiece":
-        return building.build(config, vocab_size=text.vocab_size, start_id=0, end_id=1)
-    tokenizer = load_tokenizer(text.tokenizer, cleaning=text.cleaning)
-    return building.build_for(config, tokenizer)
+        return None
+    return load_tokenizer(text.tokenizer, cleaning=text.cleaning)
 
 
-def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
+def step_flops(
+    network: TwoTower, variables: Any, config: ConfigDict, teachers: Teachers = NO_TEACHERS
+) -> float:
     """FLOPs of the matrix products of a training step on the global batch.
 
     Three times those of the forward pass, encoders, heads and scores: each product has two in the
-    backward pass. A frozen tower has no backward pass. Nothing recomputed counts, nor does the
-    optimizer; a concat critic is left out.
+    backward pass. A frozen tower and a teacher have no backward pass. Nothing recomputed counts,
+    nor does the optimizer; a concat critic and projections to a teacher's space are left out.
 
     Args:
       network: the model.
       variables: its variables, as arrays or shapes.
       config: the run's.
+      teachers: of `network`.
     """
     size = config.model.image.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -91,9 +107,22 @@ def step_flops(network: TwoTower, variables: Any, config: ConfigDict) -> float:
         shapes |= out
         passes = 1 if tower in network.frozen else 3
         total += passes * views_of(config, second) * config.batch_size * matrix_flops(program.jaxpr)
-    return total + 3 * sum(
-        _score_flops(term, shapes, config.batch_size) for term in perspectives.terms(config)
-    )
+    own = sum(_score_flops(term, shapes, config.batch_size) for term in perspectives.terms(config))
+    return total + 3 * own + _lesson_flops(local, config, teachers)
+
+
+def _lesson_flops(variables: Any, config: ConfigDict, teachers: Teachers) -> float:
+    """Of the teachers' forward passes, and of all images' scores with all texts."""
+    batch, total = config.batch_size, 0.0
+    for teacher in teachers.all:
+        embedded = jax.make_jaxpr(teacher.embed)(
+            teacher.model.variables if teacher.model else variables, teachers.example(config)
+        )
+        total += batch * matrix_flops(embedded.jaxpr)
+        for way, _ in lessons(config):
+            own, theirs = DISTILLATIONS[way].products
+            total += 2.0 * batch**2 * (3 * own * config.model.embed_dim + theirs * teacher.width)
+    return total
 
 
 def _score_flops(

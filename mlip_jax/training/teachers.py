@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.devices import parallel
 from mlip_jax.inference import Model, load
 from mlip_jax.inference.programs import Programs, global_view, programs
+from mlip_jax.models import building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives.distillation import Embedded
 from mlip_jax.search.identity import digest
@@ -138,6 +140,17 @@ class Teachers:
             parallel.tree_shardings(variables, mesh),
         )
         return shapes
+
+    def example(self, config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of one row of what they see, the run's own image and token ids included."""
+        sizes = {IMAGE: config.model.image.image_size} | dict(self.inputs.sizes)
+        lengths = {key: length for key, (_, length) in self.inputs.tokenizers.items()}
+        lengths[TOKEN_IDS] = config.model.text.context_length
+        images = {key: (1, size, size, 3) for key, size in sizes.items()}
+        return {
+            **{key: jax.ShapeDtypeStruct(shape, np.uint8) for key, shape in images.items()},
+            **{key: jax.ShapeDtypeStruct((1, size), np.int32) for key, size in lengths.items()},
+        }
 
     def random_rows(self, rows: int, seed: int) -> dict[str, np.ndarray]:
         """Random values in the place of what is made for them of some rows of a batch."""
@@ -267,8 +280,13 @@ def _load(
     token_ids = next(same, f"token_ids_of_teacher_{len(tokenizers) + 1}")
     if token_ids not in dict(known):
         tokenizers[token_ids] = model.tokenizer, length
+    settings = copy.deepcopy(model.config)
+    if settings.compute_dtype == "auto":
+        settings.compute_dtype = config.compute_dtype
+    network = building.build_for(settings, model.tokenizer, training=False)
+    view = global_view(network)
+    functions = programs(network, view, settings, model.preprocess)
     text = np.zeros((1, length), np.int32)
-    functions, view = model.functions, model.view
     width = jax.eval_shape(functions.embed_texts, model.variables, text).shape[-1]
     return Teacher(name, digest(model), width, view, functions, image, token_ids, model)
 
