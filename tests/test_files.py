@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and what is said of JSON that is none."""
 
+import errno
 import json
 import math
 import os
@@ -74,9 +75,18 @@ def test_a_failure_leaves_what_was_there_and_no_draft(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         files.write_atomically(tmp_path / "folder", "text")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as caught:
         files.write_atomically(tmp_path / "nowhere/a", "text")
+    assert caught.value.filename == str(tmp_path / "nowhere/a")  # not its draft
     assert names(tmp_path) == ["a", "folder"]
+
+
+@pytest.mark.parametrize("whole", [files.whole_file, files.whole_folder])
+def test_a_full_disk_names_the_file(tmp_path, whole):
+    """A write that fails names none by itself."""
+    with pytest.raises(OSError, match="No space") as caught, whole(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a") and names(tmp_path) == []
 
 
 def test_a_draft_that_is_taken_away_changes_nothing(tmp_path):

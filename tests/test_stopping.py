@@ -142,43 +142,100 @@ def small_disk(tmp_path):
     """A command's beginning, after which a small disk lies in a folder, and that folder."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = f'mount -t tmpfs -o size=4m disk {disk} && exec "$@"'
+    mount = f'mount -t tmpfs -o size=64m disk {disk} && exec "$@"'
     words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
     if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no disk can be mounted here")
     return words, disk
 
 
-def test_a_full_disk_is_one_line(tiny, tmp_path, small_disk):
+def on_a_small_disk(small_disk, program, *arguments):
+    """Runs a program where that disk lies; returns its exit code, its output and its errors."""
+    words, _ = small_disk
+    environment = with_devices(1) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*words, sys.executable, "-c", program, *map(str, arguments)],
+        env=environment | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    errors = done.stderr
+    assert "Traceback" not in errors and "Exception" not in errors, errors
+    return done.returncode, done.stdout, errors
+
+
+FILL = """
+import os
+def fill(left):
+    with open("{disk}/filler", "wb") as filler:
+        size = os.statvfs("{disk}")
+        filler.write(bytes(size.f_bavail * size.f_frsize - left))
+"""
+
+
+def test_a_full_disk_is_one_line(tiny, small_disk):
     """At the first checkpoint, or where metrics.jsonl is written, whichever comes first."""
-    words, disk = small_disk
-    first = f"""
-import os, runpy, sys
-left = int(sys.argv.pop(1))
-with open("{disk}/filler", "wb") as filler:
-    size = os.statvfs("{disk}")
-    filler.write(bytes(size.f_bavail * size.f_frsize - left))
-sys.argv[0] = "mlip"
+    disk = small_disk[1]
+    program = f"""{FILL.format(disk=disk)}
+import sys
+fill(int(sys.argv.pop(1)))
 import mlip_jax.main
 mlip_jax.main.run()
 """
+    run = [f"--config={tiny}", f"--workdir={disk}/run", *LONG]
     for left in (0, 40 * 2**10, 300 * 2**10, 1500 * 2**10):
-        command = [*words, sys.executable, "-c", first, str(left)]
-        command += [f"--config={tiny}", f"--workdir={disk}/run", *LONG]
-        done = subprocess.run(
-            command,
-            env={
-                **with_devices(1),
-                "PYTHONPATH": str(ROOT),
-                "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        code, _, errors = on_a_small_disk(small_disk, program, left, *run)
+        print(left, errors[-300:])
+        assert code == 1, errors
+        (line,) = re.findall("^error: .*", errors, re.MULTILINE)
+        assert re.search("no space left", line, re.IGNORECASE) and f"{disk}/run" in line
+
+
+def test_a_disk_that_fills_up_in_a_save_costs_no_earlier_one(tiny, tmp_path, small_disk):
+    """Once there is room the same command goes on, to the bits of a run with room enough."""
+    disk = small_disk[1]
+    program = f"""{FILL.format(disk=disk)}
+import hashlib, pathlib, sys
+import jax
+from mlip_jax import main
+from mlip_jax.storage import checkpoint
+
+run, room = sys.argv[1:3], int(sys.argv[3])
+save = checkpoint.Checkpoints.save
+def save_where_it_is_full(self, step, *rest):
+    if step == 4 and room:
+        fill(room)
+    save(self, step, *rest)
+checkpoint.Checkpoints.save = save_where_it_is_full
+
+def saved():
+    folders = pathlib.Path(run[1].partition("=")[2], "checkpoints").iterdir()
+    return sorted(int(folder.name) for folder in folders if (folder / "files.json").exists())
+
+if room:
+    print(main.main(["mlip", *run]), saved())
+    os.remove("{disk}/filler")
+    room = 0
+print(main.main(["mlip", *run]), saved()[-1])
+fields, _ = checkpoint.restore_fields(run[1].partition("=")[2], ["params", "optimizer", "ema"])
+leaves = jax.tree.leaves(fields)
+print(hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest())
+"""
+    config = [f"--config={tiny}"]
+    code, output, errors = on_a_small_disk(
+        small_disk, program, *config, f"--workdir={tmp_path}/quiet", 0
+    )
+    assert code == 0, errors
+    end, bits = output.splitlines()[-2:]
+    assert end == "0 8"
+    for room in (4096, 20 * 2**10):
+        code, output, errors = on_a_small_disk(
+            small_disk, program, *config, f"--workdir={disk}/run", room
         )
-        output = done.stderr
-        print(left, output[-300:])
-        assert done.returncode == 1, output
-        assert "Traceback" not in output and "Exception" not in output, output
-        assert output.count("error: ") == 1 and "No space left" in output or "no space" in output
+        print(room, output, errors[-2000:])
+        assert code == 0, errors
+        assert output.splitlines()[-3:] == ["1 [2]", end, bits]
+        (line,) = re.findall("^error: .*", errors, re.MULTILINE)
+        assert re.search("no space left", line, re.IGNORECASE) and f"{disk}/run" in line

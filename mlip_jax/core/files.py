@@ -72,11 +72,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     draft = _draft(path)
     try:
-        yield draft
-        if draft.exists():
-            _sync(draft)
-            draft.replace(path)
-            places.publish(path)
+        with named_if_full(path, draft):
+            yield draft
+            if draft.exists():
+                _sync(draft)
+                draft.replace(path)
+                places.publish(path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -98,15 +99,33 @@ def whole_folder(target: Path) -> Iterator[Path]:
             # Of a killed process that had this one's number.
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
-        yield draft
-        for path in draft.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        with named_if_full(target, draft):
+            yield draft
+            for path in draft.rglob("*"):
+                if path.is_file():
+                    _sync(path)
         with _told(target):
             draft.rename(target)
         places.publish(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def named_if_full(path: Path, draft: Path | None = None) -> Iterator[None]:
+    """Has the error of a full disk name the file: a write that fails names none by itself.
+
+    Args:
+      path: what is written.
+      draft: what stands for it until it is whole; no error names this.
+    """
+    try:
+        yield
+    except OSError as error:
+        nameless = error.filename is None and error.errno in _FULL
+        if nameless or (draft is not None and error.filename == str(draft)):
+            error.filename = str(path)
+        raise
 
 
 def open_lock(path: Path) -> TextIO:

@@ -22,7 +22,7 @@ from typing import TextIO
 from mlip_jax.core import places
 from mlip_jax.core.buckets import Mirror
 from mlip_jax.core.errors import RunError
-from mlip_jax.core.files import NotJson, decode_json, open_lock
+from mlip_jax.core.files import NotJson, decode_json, named_if_full, open_lock
 
 LEASE = 60.0  # seconds
 _BEATS = 4  # times that a lease is written anew while it lasts
@@ -75,9 +75,10 @@ def _locked(path: Path) -> Iterator[str]:
     content = str(os.getpid())
     with open_lock(path) as file:
         _lock(file)
-        file.truncate(0)
-        file.write(content)
-        file.flush()
+        with named_if_full(path):
+            # Past the buffer, which would be written again when the file is closed.
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), content.encode(), 0)
         yield content
 
 
