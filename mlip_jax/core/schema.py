@@ -142,10 +142,15 @@ def default() -> ConfigDict:
     model.head = "linear"
     model.critic = "dot"  # "concat": an MLP on both features; scores pairs, cannot retrieve
     model.prior_weight = 0.0  # CLIP-Lite's prior matching; the losses keep 1 - this
+    # LoRA: kernels whose path matches the pattern learn a product of this rank, and nothing else of
+    # the encoders moves; 0: none. The pattern is a regular expression.
+    model.adapters = ConfigDict({"rank": 0, "pattern": r"attention/(qkv|out)/kernel$"})
     model.image = ConfigDict(
         {
             "architecture": "vit",  # or "resnet"
-            "pretrained": "",  # resnet: a safetensors file in torchvision's layout
+            # A folder with a model or with one of timm's ViTs, whose sizes
+            # `interop.pretrained.adopt_image` sets; resnet: also torchvision's safetensors file
+            "pretrained": "",
             "normalization": "clip",  # whose pixel mean and deviation; "imagenet", "siglip"
             "image_size": 48,
             "patch_size": 8,  # vit
@@ -256,6 +261,9 @@ def default() -> ConfigDict:
             "learning_rate": 1e-3,
             # Shares of the learning rate; an encoder with 0 is frozen.
             "rates": {"image": 1.0, "text": 1.0, "heads": 1.0},
+            # Of an encoder's last block to the one before it, and so on: what is learned already
+            # moves less the earlier it lies; 1: all alike.
+            "layer_decay": 1.0,
             "momentum": 0.9,  # sgd
             "warmup_samples": 10_000,  # -1: a share of the run
             "b1": 0.9,

@@ -75,7 +75,8 @@ _RULES = (
     (r"model\..*\.mlp_ratio", "above 0 and at most 1,000"),
     (r"optimizer\.max_scale|.*\.init_scale", "at least 1"),
     (r"optimizer\.(learning_rate|eps)|model\..*\.norm_epsilon", "above 0"),
-    (r"optimizer\.lookahead\.alpha", "above 0 and at most 1"),
+    (r"optimizer\.(lookahead\.alpha|layer_decay)", "above 0 and at most 1"),
+    (r"model\.adapters\.rank", "from 0 to 1,000"),
     (r"optimizer\.(b1|b2|ema|momentum)|model\..*(dropout|drop_path|prior_weight)", "in [0, 1)"),
     (r"data\.caption\..*|data\.augment\.(flip|trim|grayscale|blur|morphology)", "in [0, 1]"),
     (r"data\.max_skipped_share|model\.image\.merging\.(.*_mix|rate)", "in [0, 1]"),
@@ -141,6 +142,7 @@ def validate(config: ConfigDict) -> None:
         )
     for view, perspective in config.perspectives.items():
         LOSSES.check(f"perspectives.{view}.loss", perspective.loss)
+    _check_adapters(config)
     _check_critic(config)
     _check_teachers(config)
     _check_accumulation(config)
@@ -251,6 +253,30 @@ def _check_accumulation(config: ConfigDict) -> None:
                 f"{value!r}: its batch norm would see a part of the batch at a time, which is "
                 "another model; set config.accumulation=1"
             )
+
+
+def _check_adapters(config: ConfigDict) -> None:
+    model = config.model
+    try:
+        re.compile(model.adapters.pattern)
+    except re.error as error:
+        raise UserError(
+            f"config.model.adapters.pattern={model.adapters.pattern!r} is no regular expression: "
+            f"{error}"
+        ) from None
+    starts = (model.pretrained, model.image.pretrained, model.text.pretrained, config.start_from)
+    if model.adapters.rank and not any(starts):
+        raise UserError(
+            f"config.model.adapters.rank={model.adapters.rank} adapts a model that is there: start "
+            "from one (a config file's pretrained=FOLDER), or set the rank to 0"
+        )
+    norms = IMAGE_ENCODERS[model.image.architecture].batch_norm
+    if model.adapters.rank and norms and config.optimizer.rates.image:
+        raise UserError(
+            f"config.model.adapters.rank={model.adapters.rank}: the batch norms of a "
+            f"{model.image.architecture} would move beside its adapters; set "
+            "config.optimizer.rates.image=0, and the texts' encoder alone is adapted"
+        )
 
 
 def _check_optimizer(config: ConfigDict) -> None:

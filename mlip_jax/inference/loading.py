@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from mlip_jax.core import places, schema
@@ -72,7 +71,7 @@ def load(
         schema.set_key(asked, key, value)
     validate_model(asked)
     variables = dict(saved_model.variables)
-    _check_finite(variables, folder)
+    model_folders.check_finite(variables, folder)
     tokenizer = tokenizer or saved_model.tokenizer
     if config is not None or overrides:
         validate(asked)
@@ -92,20 +91,6 @@ def _sized(preprocessing: Preprocessing, image_size: int) -> Preprocessing:
         return preprocessing
     short = round(preprocessing.short_side * image_size / preprocessing.image_size)
     return dataclasses.replace(preprocessing, image_size=image_size, short_side=short)
-
-
-def _check_finite(variables: Mapping[str, Any], folder: Path) -> None:
-    """Raises UserError for weights that hold NaN or infinity: nothing that they give is a number.
-
-    Their least and their largest tell: whole arrays of answers would take a fourth of the memory.
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        array = np.asarray(leaf)
-        if array.size and not all(np.isfinite(float(each)) for each in (array.min(), array.max())):
-            raise UserError(
-                f"the weights in {folder} are damaged: tensor {parallel.path_name(path)} holds NaN "
-                "or infinity; take another checkpoint, or get the file again"
-            )
 
 
 def _check_parameters(config: ConfigDict, params: Any, tokenizer: Tokenizer, folder: Path) -> None:

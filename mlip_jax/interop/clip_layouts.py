@@ -109,6 +109,27 @@ def _timm(parts: dict[str, Part], modules: dict[str, str]) -> Layout:
     return Layout("open_clip's SigLIP", parts, modules, led=led)
 
 
+def timm_vit(*, pre_norm: bool) -> Layout:
+    """timm's ViT alone, with a class token; its parameters are the image encoder's.
+
+    Args:
+      pre_norm: it is one of CLIP's: a norm precedes the blocks, and its patches have no bias.
+    """
+    parts = {
+        "image_encoder/class_token": Part(("cls_token", "pos_embed#0"), "class"),
+        "image_encoder/position": Part(("pos_embed#1",), "grid"),
+    } | _matrix(_PATCH, "patch_embed.proj", "patch")
+    modules = {"image_encoder/norm_spatial": "norm"}
+    if pre_norm:
+        parts |= _WITHOUT_PATCH_BIAS
+        modules["image_encoder/norm_pre"] = "norm_pre"
+    modules |= _blocks("image_encoder/spatial_{}", "blocks.{}", _TIMM_BLOCK)
+    led = ("pos_embed", "cls_token", "cls_token")
+    return Layout(
+        "timm", parts, modules, cut={"pos_embed": 1}, led=led, skipped=r"^(head|fc_norm)\."
+    )
+
+
 def _hugging_face(
     parts: dict[str, Part], modules: dict[str, str]
 ) -> tuple[dict[str, Part], dict[str, str], dict[str, tuple[str, ...]]]:

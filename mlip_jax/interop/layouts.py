@@ -104,7 +104,7 @@ class Layout:
       joined: modules whose one matrix is several there.
       cut: tensors that hold two parts one after the other, and how many rows the first has: one,
         or a share of all. The parts are called NAME#0 and NAME#1 here.
-      led: tensors that have a first axis of one more.
+      led: tensors that have a first axis of one more; named twice, two of them.
       skipped: a pattern of tensors that are no weights.
     """
 
@@ -141,13 +141,19 @@ def _tensor(module: str, end: str) -> str:
     return f"{module}{end}" if module.endswith("_") else f"{module}.{end}"
 
 
-def read(weights: Path, layout: Layout, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read(
+    weights: Path,
+    layout: Layout,
+    wanted: Mapping[str, Any],
+    prepare: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict,
+) -> dict[str, Any]:
     """The weights of a file in another library's layout, as parameters of `TwoTower`.
 
     Args:
       weights: a safetensors file, or a folder as `tensors.read` takes it.
       layout: of the file.
       wanted: the parameters, or anything with their structure and shapes.
+      prepare: what is done with the file's tensors before they are taken.
 
     Returns:
       A tree as `wanted`, of float32 arrays.
@@ -157,11 +163,13 @@ def read(weights: Path, layout: Layout, wanted: Mapping[str, Any]) -> dict[str, 
     """
     skipped = re.compile(layout.skipped)
     file_tensors: dict[str, np.ndarray] = {}
-    for name, tensor in tensors.read(weights, lambda name: bool(skipped.search(name))).items():
+    found = prepare(tensors.read(weights, lambda name: bool(skipped.search(name))))
+    for name, tensor in found.items():
         if name in ("logit_scale", "logit_bias") and tensor.size == 1:
             tensor = tensor.reshape(())
-        if name in layout.led and tensor.ndim > 1 and len(tensor) == 1:
-            tensor = tensor[0]
+        for _ in range(layout.led.count(name)):
+            if tensor.ndim > 1 and len(tensor) == 1:
+                tensor = tensor[0]
         if name in layout.cut and tensor.ndim:
             share = layout.cut[name]
             rows = round(share * len(tensor)) if share < 1 else 1

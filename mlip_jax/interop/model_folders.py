@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from mlip_jax.core import schema
@@ -13,7 +17,8 @@ from mlip_jax.core.trained import read_config
 from mlip_jax.core.validation import validate
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.text.tokenizer import Tokenizer
-from mlip_jax.interop import artefact, hugging_face, open_clip
+from mlip_jax.devices import parallel
+from mlip_jax.interop import artefact, hugging_face, open_clip, timm
 from mlip_jax.interop.artefact import Artefact
 from mlip_jax.interop.foreign import Foreign
 from mlip_jax.storage.checkpoint import restore_fields, served
@@ -25,7 +30,9 @@ _KINDS = (
 
 
 def kind(folder: Path) -> str:
-    """What a folder holds: "workdir", "exported", "open_clip" or "hugging_face".
+    """What a folder holds: "workdir", "exported", "open_clip", "hugging_face" or "timm".
+
+    The last is an image encoder alone, which only `image_tower` and `read_image_tower` take.
 
     Where open_clip's files lie beside Hugging Face's of the same model, those are taken whose
     weights are there.
@@ -52,6 +59,8 @@ def kind(folder: Path) -> str:
         own_weights = (folder / open_clip.WEIGHTS[0]).is_file()
         is_supported = is_theirs and values["model_type"] in hugging_face.MODEL_TYPES
         return "open_clip" if own_weights or not is_supported else "hugging_face"
+    if "architecture" in values and not is_theirs:
+        return "timm"
     return "hugging_face" if is_theirs else "workdir"
 
 
@@ -61,7 +70,13 @@ def describe(folder: Path) -> Foreign:
     Raises:
       UserError: when it cannot be read, or is of a model that is not computed here.
     """
-    reader = open_clip if kind(folder) == "open_clip" else hugging_face
+    folder_kind = kind(folder)
+    if folder_kind == "timm":
+        raise UserError(
+            f"{folder} holds an image encoder of timm's alone: a run can start from it, as by "
+            f"--config=configs/clip.py:image={folder}"
+        )
+    reader = open_clip if folder_kind == "open_clip" else hugging_face
     return reader.describe(folder)
 
 
@@ -105,6 +120,55 @@ def read(folder: Path, step: int | None = None) -> Artefact:
     return Artefact(
         foreign.config, variables, foreign.tokenizer, foreign.preprocessing, None, about
     )
+
+
+def image_tower(folder: Path) -> tuple[ConfigDict, Preprocessing]:
+    """The image encoder in a folder, as config.model.image, and how its images are prepared.
+
+    Args:
+      folder: as `read` takes it, or one of timm's ViTs.
+
+    Raises:
+      UserError: as `settings`, and for a ViT that is not computed here.
+    """
+    if kind(folder) == "timm":
+        return timm.describe(folder)
+    config, preprocessing = settings(folder)
+    return config.model.image, preprocessing
+
+
+def read_image_tower(folder: Path, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The weights of the image encoder in a folder, as the variables of a model.
+
+    Args:
+      folder: see `image_tower`.
+      wanted: the encoder's parameters, or anything with their structure and shapes.
+
+    Raises:
+      UserError: for weights that are missing, damaged or of another model.
+    """
+    if kind(folder) == "timm":
+        return {"params": {"image_encoder": timm.read(folder, wanted)}}
+    variables = read(folder).variables
+    return {
+        collection: {"image_encoder": part["image_encoder"]}
+        for collection, part in variables.items()
+        if "image_encoder" in part
+    }
+
+
+def check_finite(variables: Mapping[str, Any], folder: Path | str) -> None:
+    """Raises UserError for weights that hold NaN or infinity: nothing that they give is a number.
+
+    Their least and their largest tell: whole arrays of answers would take a fourth of the memory.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        array = np.asarray(leaf)
+        if array.size and not all(np.isfinite(float(each)) for each in (array.min(), array.max())):
+            raise UserError(
+                f"the weights in {folder} are damaged: tensor {parallel.path_name(path)} holds NaN "
+                "or infinity; take another checkpoint, or get the file again"
+            )
 
 
 def _of_workdir(folder: Path, step: int | None) -> Artefact:

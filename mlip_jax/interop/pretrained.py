@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,101 @@ def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, A
     Raises:
       UserError: for a file that cannot be read, or holds another model than the config's.
     """
+    variables: dict[str, dict[str, Any]]
     if config.model.pretrained:
-        return _read_whole(config, wanted)
+        variables = _read_whole(config, wanted)
+        model_folders.check_finite(variables, config.model.pretrained)
+        return variables
     image, text = config.model.image.pretrained, config.model.text.pretrained
     if not (image or text):
         return {}
-    variables: dict[str, dict[str, Any]] = {"params": {}}
+    variables = {"params": {}}
     if text:
         _check_sizes(config, text)
         variables["params"]["text_encoder"] = bert.read(text, wanted["params"]["text_encoder"])
-    if image:
+        model_folders.check_finite(variables, text)
+    if image and _is_described(config):
+        _read_image_tower(config, wanted, variables)
+    elif image:
         params, stats = resnet.read(
             image, wanted["params"]["image_encoder"], wanted["batch_stats"]["image_encoder"]
         )
         variables["params"]["image_encoder"] = params
         variables["batch_stats"] = {"image_encoder": stats}
+    if image:
+        model_folders.check_finite(variables, image)
     return variables
+
+
+def _is_described(config: ConfigDict) -> bool:
+    """Whether what the image encoder starts from says what it is; torchvision's ResNets do not."""
+    if config.model.image.architecture != "resnet":
+        return True
+    folder = places.local(config.model.image.pretrained).expanduser()
+    try:
+        return model_folders.kind(folder) in ("workdir", "exported")
+    except UserError:
+        return False
+
+
+def _read_image_tower(
+    config: ConfigDict, wanted: Mapping[str, Any], variables: dict[str, dict[str, Any]]
+) -> None:
+    folder = places.local(config.model.image.pretrained).expanduser()
+    pretrained, _ = model_folders.image_tower(folder)
+    image = config.model.image
+    _check_tower(folder, "image", image, pretrained, _IMAGE_SIZES)
+    for depth, kept in ((image, pretrained), (image.frequency, pretrained.frequency)):
+        if depth.depth != kept.depth:
+            raise UserError(
+                f"config.model.image has {image.depth} blocks, {image.frequency.depth} of them of "
+                f"the Frequency Stage, but the encoder in {folder} has {pretrained.depth} and "
+                f"{pretrained.frequency.depth}: set depth and frequency.depth so"
+            )
+    towers = model_folders.read_image_tower(folder, wanted["params"]["image_encoder"])
+    if building.image_encoder(config).patch_tokens:
+        towers["params"] = positions.fit(towers["params"], building.grid(config))
+    for collection, part in towers.items():
+        shapes, found = (
+            {name: leaf.shape for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+            for tree in (dict(wanted[collection]["image_encoder"]), part["image_encoder"])
+        )
+        if shapes != found:
+            name = min(
+                key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key)
+            )
+            raise UserError(
+                f"{folder}: {name} of the image encoder has shape {found.get(name)}, the config's "
+                f"model wants {shapes.get(name)}: see interop.pretrained.adopt_image, which sets "
+                "the sizes"
+            )
+        variables.setdefault(collection, {}).update(part)
+
+
+def adopt_image(config: ConfigDict, path: str) -> None:
+    """Makes the config's image encoder the one in a folder, frozen: LiT (arXiv 2111.07991).
+
+    Sizes, pixel mean and deviation become the encoder's; a Frequency Stage stays where it has one.
+    What is learned on top of it is the images' projection. config.optimizer.rates.image, the share
+    of the learning rate, tunes it.
+
+    Args:
+      config: a recipe's.
+      path: a folder that `mlip_jax.load` takes, or one of timm's ViTs.
+
+    Raises:
+      UserError: for a folder that holds no image encoder, or whose normalisation has no name here.
+    """
+    folder = places.local(path).expanduser()
+    pretrained, preprocessing = model_folders.image_tower(folder)
+    image = config.model.image
+    for key in ("image_size", *_IMAGE_SIZES):
+        image[key] = pretrained[key]
+    image.frequency.depth = pretrained.frequency.depth
+    image.normalization = _normalization(folder, preprocessing)
+    image.pretrained = path
+    image.dropout = image.drop_path = image.patch_dropout = 0.0
+    config.optimizer.rates.image = 0.0
 
 
 def adopt_bert(config: ConfigDict, path: str) -> None:
@@ -214,17 +293,22 @@ def _normalization(folder: Path, preprocessing: Preprocessing) -> str:
 _STARTS_AT_ZERO = re.compile(r"/frequency_\d+/mlp/down/")
 
 
+def _check_tower(
+    folder: Path, tower: str, wanted: ConfigDict, pretrained: ConfigDict, keys: Collection[str]
+) -> None:
+    for key in sorted(set(keys) - {"depth", "vocab_size", "cleaning"}):
+        if wanted[key] != pretrained[key]:
+            raise UserError(
+                f"config.model.{tower}.{key}={wanted[key]!r}, but the model in {folder} has "
+                f"{pretrained[key]!r}: set it so"
+            )
+
+
 def _read_whole(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     folder = places.local(config.model.pretrained).expanduser()
     pretrained = model_folders.read(folder)
     for tower, keys in (("image", _IMAGE_SIZES), ("text", _TEXT_SIZES)):
-        for key in set(keys) - {"depth", "vocab_size", "cleaning"}:
-            value, pretrained_value = config.model[tower][key], pretrained.config.model[tower][key]
-            if value != pretrained_value:
-                raise UserError(
-                    f"config.model.{tower}.{key}={value!r}, but the model in {folder} has "
-                    f"{pretrained_value!r}: set it so"
-                )
+        _check_tower(folder, tower, config.model[tower], pretrained.config.model[tower], keys)
     variables = dict(pretrained.variables)
     if building.image_encoder(config).patch_tokens:
         variables["params"] = positions.fit(variables["params"], building.grid(config))
@@ -256,7 +340,8 @@ def summary(
       variables: from `read`.
       wanted: the model's variables, or anything with their structure and shapes.
     """
-    if not config.model.pretrained or not variables:
+    model = config.model
+    if not variables:
         return []
     wanted_leaves = traverse_util.flatten_dict(dict(wanted), sep="/")
     has = {
@@ -267,8 +352,11 @@ def summary(
     new = wanted_leaves.keys() - has
     sizes = {key: math.prod(leaf.shape) for key, leaf in wanted_leaves.items()}
     share = sum(sizes[key] for key in has) / sum(sizes.values())
+    source = model.pretrained or " and ".join(
+        part.pretrained for part in (model.image, model.text) if part.pretrained
+    )
     lines = [
-        f"starts from {config.model.pretrained}: {len(has)} of {len(wanted_leaves)} tensors, "
+        f"starts from {source}: {len(has)} of {len(wanted_leaves)} tensors, "
         f"{100 * share:.1f} % of the parameters"
     ]
     if new:

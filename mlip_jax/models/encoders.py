@@ -145,8 +145,6 @@ def _check_vit(config: ConfigDict) -> None:
     guidance.parts(image.merging.guidance)
     _check_sizes(config, "image")
     _check_guidance(config)
-    if image.pretrained:
-        raise UserError("config.model.image.pretrained is for ResNets; leave it '' for a ViT")
     if image.image_size < image.patch_size:
         raise UserError(
             f"config.model.image.image_size={image.image_size} is smaller than "

@@ -30,6 +30,7 @@ from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import read_json
 from mlip_jax.devices import processes
+from mlip_jax.models import adapters
 from mlip_jax.models.two_tower import OF_TEACHERS
 from mlip_jax.storage import seal
 from mlip_jax.storage.workdir import origin
@@ -542,9 +543,9 @@ def count_parameters(workdir: str | os.PathLike[str]) -> int | None:
 def served(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Of a state's fields the variables to serve: averaged or slow parameters where there are.
 
-    Without the projections to teachers' spaces, which serve training alone.
+    Adapters are added to their kernels. The projections to teachers' spaces serve training alone.
     """
-    params = fields["ema"] or fields["slow"] or fields["params"]
+    params = adapters.merged(fields["ema"] or fields["slow"] or fields["params"])
     kept = {name: part for name, part in params.items() if not name.startswith(OF_TEACHERS)}
     return {"params": kept, "batch_stats": fields["batch_stats"]}
 

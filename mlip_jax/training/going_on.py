@@ -154,7 +154,7 @@ def branch(config: ConfigDict, abstract: TrainState) -> tuple[TrainState, list[s
         return part._replace(count=zero(shape.count)) if _restarts(part) else part
 
     # The average of a tower that is frozen from here on would never reach its weights.
-    frozen = frozen_encoders(config.optimizer) if restored.ema else ()
+    frozen = frozen_encoders(config) if restored.ema else ()
     still = {name: jax.tree.map(jnp.copy, restored.params[name]) for name in frozen}
     state = restored.replace(
         step=zero(abstract.step),

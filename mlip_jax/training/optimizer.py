@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.registry import OPTIMIZERS, SCHEDULES
 from mlip_jax.devices.parallel import path_name
+from mlip_jax.models.adapters import ADAPTERS
 from mlip_jax.training import muon as orthogonal
 
 _ADAMW_RMS = 0.2  # of an element of AdamW's updates, before the learning rate
@@ -110,19 +112,23 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     norm, lookahead = settings.clip_norm, settings.lookahead
     steps = [optax.clip_by_global_norm(norm)] if norm > 0 else []
     steps.append(OPTIMIZERS[settings.name](settings, learning_rate(config), _decayed))
-    if any(share != 1.0 for share in settings.rates.values()):
-        steps.append(optax.stateless(_scaled(settings.rates.to_dict())))
+    if settings.layer_decay != 1.0 or any(share != 1.0 for share in settings.rates.values()):
+        steps.append(optax.stateless(_scaled(settings)))
     chain = optax.chain(*steps)
-    if frozen := frozen_encoders(settings):
+    if frozen := frozen_encoders(config):
         chain = _of_the_others(chain, frozen)
     if lookahead.period > 0:
         return optax.lookahead(chain, lookahead.period, lookahead.alpha)
     return chain
 
 
-def frozen_encoders(settings: ConfigDict) -> tuple[str, ...]:
-    """The parameters of the frozen towers, by their names in the tree; of config.optimizer."""
-    return tuple(f"{name}_encoder" for name in ("image", "text") if not settings.rates[name])
+def frozen_encoders(config: ConfigDict) -> tuple[str, ...]:
+    """The encoders whose own parameters stay as they are, by their names in the tree.
+
+    Those are the ones without a learning rate, and with adapters both: only these learn.
+    """
+    adapted, rates = config.model.adapters.rank > 0, config.optimizer.rates
+    return tuple(f"{name}_encoder" for name in ("image", "text") if adapted or not rates[name])
 
 
 def _of_the_others(
@@ -197,18 +203,58 @@ def sgd(
 
 
 def tower(path: tuple[Any, ...]) -> str:
-    """ "image" or "text" for the parameters of an encoder, "heads" for all others."""
-    root = path_name(path).split("/", 1)[0]
+    """ "image" or "text" for the parameters of an encoder or its adapters, "heads" for others."""
+    root = _module(path).split("/", 1)[0]
     return {"image_encoder": "image", "text_encoder": "text"}.get(root, "heads")
 
 
-def _scaled(rates: Mapping[str, float]) -> Callable[[Any, Any], Any]:
-    """Multiplies each tower's updates by its share of the learning rate."""
+def _module(path: tuple[Any, ...]) -> str:
+    return path_name(path).removeprefix(f"{ADAPTERS}/")
+
+
+def layer_shares(params: Any, decay: float) -> Any:
+    """Each parameter's share of its tower's learning rate, by the depth that it lies at.
+
+    As BEiT (arXiv 2106.08254) counts: 1 for the heads and for what follows an encoder's last block,
+    `decay` for the last block, its square for the one before, and one power more than the
+    first block's for what precedes that.
+    """
+    blocks: dict[str, set[tuple[str, int, int]]] = {"image": set(), "text": set()}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if block := _block(path):
+            blocks[tower(path)].add(block)
+
+    def share(path: tuple[Any, ...], leaf: Any) -> float:
+        del leaf
+        name = tower(path)
+        if name == "heads" or _AFTER_BLOCKS.match(_module(path)):
+            return 1.0
+        order, block = sorted(blocks[name]), _block(path)
+        return decay ** (len(order) - (order.index(block) if block else -1))
+
+    return jax.tree_util.tree_map_with_path(share, params)
+
+
+# "spatial_3", of "image_encoder/spatial_3/mlp/up/kernel"; "stage_0_block_1" of a ResNet's.
+_BLOCK = re.compile(r"\w+_encoder/([a-z]+)_(\d+)(?:_[a-z]+_(\d+))?/")
+_AFTER_BLOCKS = re.compile(r"\w+_encoder/(norm(_spatial|_frequency)?|pool\w*)/")
+
+
+def _block(path: tuple[Any, ...]) -> tuple[str, int, int] | None:
+    """What a block is sorted by; the Frequency Stage comes before the Spatial one."""
+    match = _BLOCK.match(_module(path))
+    return (match[1], int(match[2]), int(match[3] or 0)) if match else None
+
+
+def _scaled(settings: ConfigDict) -> Callable[[Any, Any], Any]:
+    """Multiplies each update by its tower's and its layer's share of the learning rate."""
 
     def scale(updates: Any, params: Any = None) -> Any:
         del params
         return jax.tree_util.tree_map_with_path(
-            lambda path, update: update * rates[tower(path)], updates
+            lambda path, update, share: update * (settings.rates[tower(path)] * share),
+            updates,
+            layer_shares(updates, settings.layer_decay),
         )
 
     return scale

@@ -28,7 +28,7 @@ from mlip_jax.devices import parallel
 from mlip_jax.evaluations import suites
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
-from mlip_jax.models import building
+from mlip_jax.models import adapters, building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
@@ -274,6 +274,7 @@ def _initialise(opened: Opened) -> TrainState:
     else:
         state = _fresh(opened)
         lines = pretrained.summary(run.config, weights, opened.abstract.evaluated)
+    lines += adapters.describe(opened.abstract.params)
     for line in lines:
         run.console.print(line)
     if lines and not jax.process_index():

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from optax import LookaheadParams
 
 from mlip_jax.devices import parallel
-from mlip_jax.models import building
+from mlip_jax.models import adapters, building
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.storage.checkpoint import served
 
@@ -62,7 +62,8 @@ def initial_state(
     if pretrained:
         replaced = traverse_util.flatten_dict(dict(pretrained))
         variables = traverse_util.unflatten_dict(traverse_util.flatten_dict(variables) | replaced)
-    params = variables["params"]
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's own
+    params = adapters.add(variables["params"], config, key)
     lookahead = config.optimizer.lookahead.period > 0
 
     # Copies: the donated state may not hold one buffer twice.

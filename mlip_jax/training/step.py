@@ -19,6 +19,7 @@ from mlip_jax.core.registry import DISTILLATIONS
 from mlip_jax.core.schema import lessons
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
+from mlip_jax.models import adapters
 from mlip_jax.models.dropout import NUMBER, ROWS
 from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.objectives import equality, perspectives
@@ -80,7 +81,7 @@ def make_train_step(
             taught = teachers.embedded(rows, weights, state, config.accumulation, mesh)
             loss, metrics, batch_stats, gradient = objective.value_and_gradient(state, rows, taught)
         norm = optax.tree.norm(gradient)
-        after = updated(state, gradient, batch_stats, optimizer, config.optimizer)
+        after = updated(state, gradient, batch_stats, optimizer, config)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         metrics |= {
@@ -153,9 +154,9 @@ class Objective:
         self, params: Any, rows: dict[str, Array], state: TrainState
     ) -> tuple[dict[str, Array], Any]:
         """Embeddings of some rows of the batch, and the batch norms' new statistics."""
-        frozen = [f"{tower}_encoder" for tower in self.model.frozen]
         # No gradient, so no backward pass either.
-        params = params | {name: jax.lax.stop_gradient(params[name]) for name in frozen}
+        still = {name: jax.lax.stop_gradient(params[name]) for name in frozen_encoders(self.config)}
+        params = adapters.merged(params | still)
         second = rows.get("image_2")
         (embeddings, _, _), changed = self.model.apply(
             {
@@ -247,7 +248,7 @@ def updated(
     gradient: Any,
     batch_stats: Any,
     optimizer: optax.GradientTransformation,
-    settings: ConfigDict,
+    config: ConfigDict,
 ) -> TrainState:
     """The state after an update, with the same step number.
 
@@ -256,8 +257,9 @@ def updated(
       gradient: of the parameters.
       batch_stats: the batch norms' new statistics.
       optimizer: from `optimizer.make`.
-      settings: config.optimizer.
+      config: the run's.
     """
+    settings = config.optimizer
     lookahead = settings.lookahead.period > 0
     before = optax.LookaheadParams(state.params, state.slow) if lookahead else state.params
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
@@ -271,7 +273,7 @@ def updated(
         # Early on the average follows closely; without this it would remember the start.
         seen = state.step.astype(jnp.float32)
         rate = jnp.minimum(settings.ema, (1.0 + seen) / (10.0 + seen))
-        frozen = frozen_encoders(settings)
+        frozen = frozen_encoders(config)
         ema = {
             name: old
             if name in frozen
