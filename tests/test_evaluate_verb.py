@@ -68,6 +68,7 @@ def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
         "grounding",
         "concepts",
         "guidance",
+        "compositional",
     ]
     assert [spec for name, spec in families if name == "svm"] == ["voc:a", "voc:b"]
     assert ("grounding", "own-grounding") in families
@@ -171,7 +172,13 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
     families.clear()
     capsys.readouterr()
     assert evaluate(workdir, "--suite=all") == 0
-    assert [name for name, _ in families] == ["svm", "grounding", "concepts", "guidance"]
+    assert [name for name, _ in families] == [
+        "svm",
+        "grounding",
+        "concepts",
+        "guidance",
+        "compositional",
+    ]
     assert "going on after retrieval=validation, zero_shot=validation" in capsys.readouterr().out
     assert {"linear_probe/own-linear_probe/top1", "svm/own-svm/top1"} <= set(
         read_results(workdir).figures

@@ -161,6 +161,7 @@ EVALUATIONS: Table[Family] = Table(
         "grounding": "mlip_jax.evaluations.grounding:FAMILY",
         "concepts": "mlip_jax.evaluations.concepts.editing:FAMILY",
         "guidance": "mlip_jax.evaluations.guidance:FAMILY",
+        "compositional": "mlip_jax.evaluations.compositional:FAMILY",
     },
 )
 DATASETS: Table[DatasetKind] = Table(
