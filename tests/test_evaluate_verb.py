@@ -68,6 +68,8 @@ def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
         "grounding",
         "concepts",
         "guidance",
+        "calibration",
+        "corruptions",
         "compositional",
     ]
     assert [spec for name, spec in families if name == "svm"] == ["voc:a", "voc:b"]
@@ -177,6 +179,8 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
         "grounding",
         "concepts",
         "guidance",
+        "calibration",
+        "corruptions",
         "compositional",
     ]
     assert "going on after retrieval=validation, zero_shot=validation" in capsys.readouterr().out

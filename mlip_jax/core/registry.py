@@ -161,6 +161,8 @@ EVALUATIONS: Table[Family] = Table(
         "grounding": "mlip_jax.evaluations.grounding:FAMILY",
         "concepts": "mlip_jax.evaluations.concepts.editing:FAMILY",
         "guidance": "mlip_jax.evaluations.guidance:FAMILY",
+        "calibration": "mlip_jax.evaluations.calibration:FAMILY",
+        "corruptions": "mlip_jax.evaluations.corruptions:FAMILY",
         "compositional": "mlip_jax.evaluations.compositional:FAMILY",
     },
 )

@@ -302,6 +302,8 @@ def default() -> ConfigDict:
             "grounding": (),  # "compositions", or sets of regions
             "concepts": (),  # "gender", or the path of a JSON file
             "guidance": (),  # of token merging: "compositions", or datasets of images
+            "calibration": (),  # sets of images with one class each
+            "corruptions": (),  # sets with classes, or with captions
             "compositional": (),  # files of SugarCrepe's or Winoground's examples
             # Of templates.json; "auto": those of a well-known set; or a template with {}. The
             # subcommand evaluate takes several, with | between.

@@ -113,6 +113,7 @@ def _values(file: Path) -> Iterator[tuple[str, Any]]:
 def _example(place: str, value: Any) -> Example:
     if not isinstance(value, dict):
         raise UserError(f"{place} is no example: expected an object")
+    images: tuple[str, ...]
     if "negative_caption" in value:
         keys, images = ("caption", "negative_caption"), ("filename",)
     else:

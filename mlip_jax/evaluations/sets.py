@@ -133,6 +133,12 @@ class Sets:
         sets.config = config
         return sets
 
+    def seen_by(self, model: Encoder) -> Sets:
+        """The same datasets, opened already, for another model."""
+        sets = copy.copy(self)
+        sets._model, sets._embedded = model, {}
+        return sets
+
     @property
     def model(self) -> Encoder:
         """What embeds the datasets."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -137,21 +138,47 @@ def score(sets: Sets, spec: str) -> Outcome | None:
       RunError: for NaN or infinity among the embeddings.
     """
     embedded = sets.evaluation(spec)
-    class_names = () if embedded is None else embedded.source.class_names
-    if embedded is None or not class_names or not (embedded.targets == 1).any():
+    if embedded is None or not has_classes(embedded):
         if spec == "validation":
             return None
         raise UserError(f"config.evaluation.zero_shot: the dataset {spec!r} has no class labels")
+    prompted = class_embeddings(sets, spec, embedded)
+    if embedded.multi_label:
+        return _average_precision(embedded, prompted.embeddings, prompted.words)
+    groups = equal_classes(sets.model, prompted.names, prompted.templates)
+    return _accuracy(embedded, prompted.embeddings, groups, prompted.names, prompted.words)
+
+
+class Prompted(NamedTuple):
+    """The classes of a dataset as the model reads them."""
+
+    embeddings: Float[np.ndarray, "classes width"]
+    names: Sequence[str]
+    templates: Sequence[str]
+
+    @property
+    def words(self) -> str:
+        """How they are asked for."""
+        several = len(self.templates) > 1
+        return f"{len(self.templates)} prompts a class" if several else repr(self.templates[0])
+
+
+def has_classes(embedded: EmbeddedSet) -> bool:
+    """Whether a dataset has class names, and an image of a class."""
+    return bool(embedded.source.class_names) and bool((embedded.targets == 1).any())
+
+
+def class_embeddings(sets: Sets, spec: str, embedded: EmbeddedSet) -> Prompted:
+    """The classes of a dataset by config.evaluation.templates and class_names.
+
+    Raises:
+      UserError: for a class folder without images, or a template without a slot.
+    """
     check_classes(embedded, spec)
     config = sets.config.evaluation
     templates = find_templates(config.templates, embedded.name)
-    names = find_class_names(config.class_names, class_names, embedded.name)
-    classes = embed_classes(sets.model, names, templates)
-    prompts = f"{len(templates)} prompts a class" if len(templates) > 1 else repr(templates[0])
-    if embedded.multi_label:
-        return _average_precision(embedded, classes, prompts)
-    groups = equal_classes(sets.model, names, templates)
-    return _accuracy(embedded, classes, groups, names, prompts)
+    names = find_class_names(config.class_names, embedded.source.class_names, embedded.name)
+    return Prompted(embed_classes(sets.model, names, templates), names, templates)
 
 
 def _accuracy(
