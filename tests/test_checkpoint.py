@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import RunError, UserError
-from mlip_jax.storage import checkpoint
+from mlip_jax.storage import checkpoint, trees
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.storage.workdir import open_workdir
 from mlip_jax.training import optimizer as optimizers
@@ -311,8 +311,8 @@ def test_what_the_optimizer_keeps_of_a_tower_may_be_on_one_side_alone(tmp_path):
 
     tuned, frozen = state(1.0), state(0.0)
     kept = "1/inner_states/muon/inner_state/0/mu/text_encoder/kernel"
-    assert kept in checkpoint._named(tuned.optimizer)
-    assert not any("text" in name for name in checkpoint._named(frozen.optimizer))
+    assert kept in trees.named(tuned.optimizer)
+    assert not any("text" in name for name in trees.named(frozen.optimizer))
     for name, saved, wanted in (("tuned", tuned, frozen), ("frozen", frozen, tuned)):
         with Checkpoints(tmp_path / name) as checkpoints:
             checkpoints.save(1, saved, {})
@@ -321,8 +321,8 @@ def test_what_the_optimizer_keeps_of_a_tower_may_be_on_one_side_alone(tmp_path):
         assert_same_bits(restored, others)
         assert jax.tree.structure(restored) == jax.tree.structure(wanted)
         assert_same_bits(restored.params, saved.params)
-        moments = checkpoint._named(restored.optimizer)
-        expected = checkpoint._named(saved.optimizer)
+        moments = trees.named(restored.optimizer)
+        expected = trees.named(saved.optimizer)
         for tensor in moments.keys() & expected.keys():
             assert_same_bits(moments[tensor], expected[tensor])
         if wanted is tuned:

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mlip_jax.core.files import read_json
 from mlip_jax.devices import processes
 from mlip_jax.models import adapters
 from mlip_jax.models.two_tower import OF_TEACHERS
-from mlip_jax.storage import seal
+from mlip_jax.storage import seal, trees
 from mlip_jax.storage.workdir import origin
 
 FOLDER = "checkpoints"
@@ -193,15 +193,15 @@ class Checkpoints:
             if self._put_aside_if_damaged(step):
                 continue
             tree = self._manager.item_metadata(step)["state"].tree
-            _check_tensors(self._folder / str(step), tree, abstract_state)
+            trees.check_tensors(self._folder / str(step), tree, abstract_state)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_as_saved(tree, abstract_state)),
+                    state=ocp.args.StandardRestore(trees.as_saved(tree, abstract_state)),
                     extras=ocp.args.JsonRestore(),
                 ),
             )
-            return _as_wanted(restored.state, abstract_state), restored.extras
+            return trees.as_wanted(restored.state, abstract_state), restored.extras
         if any(self._folder.glob(f"{_ASIDE}*")):
             raise RunError(f"every checkpoint in {self._folder} is damaged: give a new --workdir")
         return None
@@ -306,78 +306,6 @@ class Checkpoints:
                 places.remove(self._folder / name)
 
 
-def _check_tensors(path: Path, tree: Any, abstract_state: Any) -> None:
-    """Compares names, shapes and types: Orbax's own errors name no tensor.
-
-    What the optimizer keeps of a tower may be on one side alone, see `_as_saved`.
-    """
-    fields = getattr(abstract_state, "__dataclass_fields__", abstract_state)
-    if lacking := sorted(set(fields) - set(tree)):
-        raise UserError(
-            f"checkpoint {path} keeps no {', '.join(lacking)}: an older mlip_jax wrote it; train "
-            "it on with that version, or evaluate it with this one"
-        )
-    saved = _tensors(tree)
-    wanted = _tensors(abstract_state)
-    other = f"checkpoint {path} is of another model"
-    for name in sorted(saved.keys() | wanted.keys()):
-        if name not in saved or name not in wanted:
-            if _tower_of(name) in _towers(saved) ^ _towers(wanted):
-                continue
-            place = "the checkpoint" if name not in saved else "this config's model"
-            raise UserError(f"{other}: {place} has no tensor {name}")
-        if saved[name] != wanted[name]:
-            raise UserError(
-                f"{other}: tensor {name} is {saved[name]} there and {wanted[name]} in this "
-                "config's model"
-            )
-
-
-_OF_TOWER = re.compile(r"optimizer/(?:.*/)?(image_encoder|text_encoder)/")
-
-
-def _tower_of(name: str) -> str | None:
-    """The tower that a tensor of the optimizer's state is of; None for any other tensor."""
-    match = _OF_TOWER.match(name)
-    return match[1] if match else None
-
-
-def _towers(names: Iterable[str]) -> set[str]:
-    """Those that an optimizer with tensors of these names keeps a state of."""
-    return {tower for tower in map(_tower_of, names) if tower}
-
-
-def _as_saved(tree: Any, abstract_state: Any) -> Any:
-    """What to ask Orbax for: the state, or, where a tower is frozen on one side, the saved tree.
-
-    The optimizer has no state of a frozen tower, and a run may start from another in which it was
-    not. Checkpoints of versions before this one hold zeros there.
-    """
-    wanted = _named(abstract_state)
-    if _named(tree).keys() == wanted.keys():
-        return abstract_state
-
-    def asked(path: Any, leaf: Any) -> Any:
-        spare = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=abstract_state.step.sharding)
-        return wanted.get(_name(path), spare)
-
-    return jax.tree_util.tree_map_with_path(asked, tree)
-
-
-def _as_wanted(restored: Any, abstract_state: Any) -> Any:
-    """What Orbax gave in the state's structure; what was not saved is 0, as at a run's start."""
-    saved = _named(restored)
-    if saved.keys() == _named(abstract_state).keys():
-        return restored  # as it was asked for
-
-    def given(path: Any, leaf: Any) -> Any:
-        if _name(path) in saved:
-            return saved[_name(path)]
-        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(given, abstract_state)
-
-
 def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
     """Whether a run has saved anything in a workdir, which need not exist."""
     return bool(saved_steps(workdir))
@@ -401,7 +329,7 @@ def check_state(workdir: str | os.PathLike[str], abstract_state: Any) -> Path:
     """
     _, extras = restore_fields(workdir, ("step",))
     path = places.local(workdir).absolute() / FOLDER / str(extras["step"])
-    _check_tensors(path, _saved_tree(path), abstract_state)
+    trees.check_tensors(path, _saved_tree(path), abstract_state)
     return path
 
 
@@ -422,9 +350,9 @@ def restore_state(workdir: str | os.PathLike[str], abstract_state: Any) -> tuple
     """
     path = check_state(workdir, abstract_state)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        wanted = ocp.args.StandardRestore(_as_saved(_saved_tree(path), abstract_state))
+        wanted = ocp.args.StandardRestore(trees.as_saved(_saved_tree(path), abstract_state))
         state = checkpointer.restore(path / _STATE, args=wanted)
-    return _as_wanted(state, abstract_state), int(path.name)
+    return trees.as_wanted(state, abstract_state), int(path.name)
 
 
 def _saved_tree(path: Path) -> Any:
@@ -548,19 +476,6 @@ def served(fields: Mapping[str, Any]) -> dict[str, Any]:
     params = adapters.merged(fields["ema"] or fields["slow"] or fields["params"])
     kept = {name: part for name, part in params.items() if not name.startswith(OF_TEACHERS)}
     return {"params": kept, "batch_stats": fields["batch_stats"]}
-
-
-def _tensors(tree: Any) -> dict[str, str]:
-    """Name -> "type[shape]" of every array in a tree of arrays, or of what stands for them."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _leave_late_writes_alone() -> None:
