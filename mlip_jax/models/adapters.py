@@ -63,15 +63,15 @@ def add(params: Mapping[str, Any], config: ConfigDict, key: Array) -> dict[str, 
     return dict(params) | {ADAPTERS: traverse_util.unflatten_dict(flat, sep="/")}
 
 
-def merged(params: Mapping[str, Any]) -> dict[str, Any]:
+def merged(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of the model alone: every adapter added to its kernel.
 
     Of shapes instead of arrays, those of the kernels.
     """
-    kept = {name: part for name, part in params.items() if name != ADAPTERS}
     if ADAPTERS not in params:
-        return kept
-    flat, adapters = _flat(kept), _flat(params[ADAPTERS])
+        return params
+    flat = _flat({name: part for name, part in params.items() if name != ADAPTERS})
+    adapters = _flat(params[ADAPTERS])
     for name in adapters:
         path, _, part = name.rpartition("/")
         if part == _A and not isinstance(flat[path], jax.ShapeDtypeStruct):
