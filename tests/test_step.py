@@ -210,8 +210,8 @@ def test_the_average_follows_early_and_remembers_late():
             states[step + 1].params,
         )
         assert_same(states[step + 1].ema, expected, rtol=1e-5, atol=1e-7)
-    assert states[3].evaluated["params"] is states[3].ema
-    assert states[3].replace(ema={}).evaluated["params"] is states[3].params
+    assert_same(states[3].evaluated["params"], states[3].ema)
+    assert_same(states[3].replace(ema={}).evaluated["params"], states[3].params)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
