@@ -22,6 +22,7 @@ from mlip_jax.storage.checkpoint import served
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import Objective, make_train_step
+from mlip_jax.training.teachers import NO_TEACHERS
 
 QKV = "image_encoder/spatial_0/attention/qkv/kernel"
 
@@ -122,10 +123,12 @@ def test_their_gradient_follows_from_the_kernels():
             mesh=None,
             terms=perspectives.terms(config),
             key=jax.random.key(0),
+            teachers=NO_TEACHERS,
+            lessons={},
         )
         rows = batch() | {"number": jnp.arange(BATCH)}
         state = start().replace(params=params)
-        return jax.jit(objective.value_and_gradient)(state, rows)[-1]
+        return jax.jit(lambda *given: objective.value_and_gradient(*given, ())[-1])(state, rows)
 
     params = start().params
     products = flat(params[adapters.ADAPTERS])
