@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlip_jax.evaluations.family import Family
     from mlip_jax.export.verb import WriteModel
     from mlip_jax.models.encoders import ImageEncoderKind, TextEncoderKind
+    from mlip_jax.models.predictions import Prediction
     from mlip_jax.objectives.distillation import Distillation
     from mlip_jax.objectives.losses import Loss
     from mlip_jax.training.optimizer import MakeOptimizer, MakeSchedule
@@ -118,6 +119,10 @@ DISTILLATIONS: Table[Distillation] = Table(
         "features": "mlip_jax.objectives.distillation:FEATURES",
         "relation": "mlip_jax.objectives.distillation:RELATION",
     },
+)
+# Perspectives that predict something, beside those of schema.PERSPECTIVES, which compare views.
+PREDICTIONS: Table[Prediction] = Table(
+    "prediction", {"caption": "mlip_jax.models.captioning:CAPTION"}
 )
 IMAGE_ENCODERS: Table[ImageEncoderKind] = Table(
     "image encoder",

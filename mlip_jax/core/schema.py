@@ -216,6 +216,21 @@ def default() -> ConfigDict:
         }
     )
 
+    # The decoder that writes captions from the image's tokens, where perspectives.caption has a
+    # weight; its context is the text encoder's.
+    model.caption = ConfigDict(
+        {
+            "width": 192,
+            "depth": 3,
+            "heads": 6,
+            "mlp_ratio": 4.0,
+            "activation": "gelu",
+            "dropout": 0.0,
+            "queries": 0,  # of an attentional pooler before it, CoCa's; 0: all tokens, no pooler
+            "remat": False,
+        }
+    )
+
     config.perspectives = ConfigDict(
         {
             view: {
@@ -231,6 +246,14 @@ def default() -> ConfigDict:
                 "init_bias": 0.0,  # where a bias is learned
             }
             for view in PERSPECTIVES
+        }
+    )
+    # Of `model.caption`, which exists where this weight is above 0.
+    config.perspectives.caption = ConfigDict(
+        {
+            "weight": 0.0,
+            "warmup_samples": 0,
+            "parallel": 0.0,  # share of the captions that are predicted all tokens at once, CapPa's
         }
     )
     # Models that the run learns from: folders that `mlip_jax.load` opens; "ema": its own average.

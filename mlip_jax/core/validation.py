@@ -16,6 +16,7 @@ from mlip_jax.core.registry import (
     IMAGE_ENCODERS,
     LOSSES,
     OPTIMIZERS,
+    PREDICTIONS,
     SCHEDULES,
     TEXT_ENCODERS,
 )
@@ -26,6 +27,7 @@ from mlip_jax.core.schema import (
     IMAGE_VIEWS,
     NORMALIZATIONS,
     OWN_AVERAGE,
+    PERSPECTIVES,
     PROBES,
     default,
     flatten,
@@ -68,7 +70,7 @@ _RULES = (
     (r"evaluation\.box_threshold", "in [0, 1)"),
     # Beyond any model: of a stranger's config, they would take all memory, or minutes.
     (r"model\.image\.(image|patch)_size", "from 1 to 8,192"),
-    (r"model\.image\.depth", "from 1 to 1,000"),
+    (r"model\.(image|caption)\.depth", "from 1 to 1,000"),
     (r"model\.(image\.frequency|text)\.depth", "from 0 to 1,000"),
     (r"model\..*(width|heads|_dim)", "from 1 to 1,000,000"),
     (r"model\.text\.vocab_size", "at least 1"),
@@ -80,6 +82,7 @@ _RULES = (
     (r"optimizer\.(b1|b2|ema|momentum)|model\..*(dropout|drop_path|prior_weight)", "in [0, 1)"),
     (r"data\.caption\..*|data\.augment\.(flip|trim|grayscale|blur|morphology)", "in [0, 1]"),
     (r"data\.max_skipped_share|model\.image\.merging\.(.*_mix|rate)", "in [0, 1]"),
+    (r"perspectives\.caption\.parallel", "in [0, 1]"),
     (r"data\.augment\.(affine|color)", "in [0, 2]"),
     (r"data\.workers", "from -1 to 1,024"),
     (r"data\.window", "from -1 to 100,000"),
@@ -88,7 +91,10 @@ _RULES = (
         r"(optimizer\.warmup|optimizer\.cooldown|checkpoint\.every|evaluation\.every)_samples",
         "at least -1",
     ),
-    (r"distillation\..*|.*(_samples|_penalty|\.weight|\.depth|\.odds)", "at least 0"),
+    (
+        r"distillation\..*|.*(_samples|_penalty|\.weight|\.depth|\.odds|\.queries)",
+        "at least 0",
+    ),
     (r"evaluation\.frequency_mix|checkpoint\.keep_best", "at least 0"),
 )
 _LONG = re.compile(r"seed|(.*_)?samples")  # whole numbers that may be large
@@ -140,8 +146,8 @@ def validate(config: ConfigDict) -> None:
             f"config.model.pretrained and config.model.{towers[0]}.pretrained both say what the "
             "run starts from: leave one of them ''"
         )
-    for view, perspective in config.perspectives.items():
-        LOSSES.check(f"perspectives.{view}.loss", perspective.loss)
+    for view in PERSPECTIVES:
+        LOSSES.check(f"perspectives.{view}.loss", config.perspectives[view].loss)
     _check_adapters(config)
     _check_critic(config)
     _check_teachers(config)
@@ -183,6 +189,9 @@ def validate_model(config: ConfigDict) -> None:
     _check_image(config)
     _check_text(config)
     _check_widths(config)
+    for name in PREDICTIONS:
+        if config.perspectives[name].weight > 0:
+            PREDICTIONS[name].check(config)
 
 
 def _check_image(config: ConfigDict) -> None:
@@ -224,7 +233,8 @@ def _check_widths(config: ConfigDict) -> None:
 def _check_critic(config: ConfigDict) -> None:
     if config.model.critic == "dot":
         return
-    for view, perspective in config.perspectives.items():
+    for view in PERSPECTIVES:
+        perspective = config.perspectives[view]
         if not perspective.weight or view.endswith("_tokens"):
             continue
         if LOSSES[perspective.loss].of_pairs is None:
@@ -298,7 +308,8 @@ def _check_perspectives(config: ConfigDict) -> None:
             "every config.perspectives.*.weight between image and text is 0: there is nothing to "
             "train on"
         )
-    for view, perspective in config.perspectives.items():
+    for view in PERSPECTIVES:
+        perspective = config.perspectives[view]
         depth = config.model.image.frequency.depth
         if perspective.weight and view.startswith("frequency") and depth == 0:
             raise UserError(

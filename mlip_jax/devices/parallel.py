@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     (r"(out|down|output)/kernel$", PartitionSpec("tensor", "fsdp")),
     (r"convolution\w*/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
     (r"text_encoder/embedding$", PartitionSpec("fsdp", "tensor")),
+    (r"predictors_\w+/embedding$", PartitionSpec("fsdp", "tensor")),
     (r"filter$", PartitionSpec(None, None, "fsdp")),
     (r"", PartitionSpec()),
 )

@@ -95,6 +95,26 @@ def attend(
     return out, keys, jnp.mean(first, axis=1), jnp.mean(of_all, axis=(1, 2))
 
 
+def attend_with(
+    q: Float[Array, "batch heads queries head"],
+    k: Float[Array, "batch heads keys head"],
+    v: Float[Array, "batch heads keys head"],
+    mask: Bool[Array, "#batch 1 #queries keys"] | None = None,
+    size: Float[Array, "batch keys"] | None = None,
+) -> Float[Array, "batch heads queries head"]:
+    """Attends with queries that may be of other tokens than keys and values.
+
+    Args:
+      q: the queries.
+      k: the keys.
+      v: the values.
+      mask: True where a query may look at a key; None: everywhere.
+      size: patches behind each key; its log is added to the logits.
+    """
+    weights = _weights(q, k, mask, size)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v)
+
+
 def _mask(
     tokens: int, causal: bool, lengths: Int[Array, "batch"] | None
 ) -> Bool[Array, "#batch 1 #tokens tokens"] | None:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.registry import IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS
+from mlip_jax.core.registry import IMAGE_ENCODERS, LOSSES, PREDICTIONS, TEXT_ENCODERS
 from mlip_jax.core.schema import PERSPECTIVES, is_used
 from mlip_jax.models import merging
 from mlip_jax.models.grad_cam import Path, Tokens
@@ -28,6 +28,7 @@ class Vocabulary(Protocol):
     vocab_size: int
     sot: int  # the start-of-text token
     eot: int
+    pads_left: bool
 
 
 def compute_dtype(config: ConfigDict) -> jnp.dtype:
@@ -131,6 +132,7 @@ def build(
         for view in PERSPECTIVES  # a ConfigDict would give them by the alphabet
         if is_used(config, view)
     }
+    texts = {"vocab_size": vocab_size, "start_id": start_id, "end_id": end_id}
     return TwoTower(
         image={
             "architecture": model.image.architecture,
@@ -140,9 +142,7 @@ def build(
         text={
             "architecture": model.text.architecture,
             **TEXT_ENCODERS[model.text.architecture].fields(config),
-            "vocab_size": vocab_size,
-            "start_id": start_id,
-            "end_id": end_id,
+            **texts,
             "remat": training and model.text.remat,
         },
         embed_dim=model.embed_dim,
@@ -151,13 +151,32 @@ def build(
         critic=model.critic,
         prior=model.prior_weight > 0,
         critics=critics,
+        predictions={
+            name: {
+                **PREDICTIONS[name].fields(config),
+                **texts,
+                "remat": training and model[name].remat,
+            }
+            for name in PREDICTIONS
+            if config.perspectives[name].weight > 0
+        },
         frozen=tuple(tower for tower in ("image", "text") if not config.optimizer.rates[tower]),
         dtype=compute_dtype(config),
     )
 
 
 def build_for(config: ConfigDict, tokenizer: Vocabulary, *, training: bool = True) -> TwoTower:
-    """The model that a config describes, for the texts of a tokenizer; see `build`."""
+    """The model that a config describes, for the texts of a tokenizer; see `build`.
+
+    Raises:
+      UserError: as `build`, and for a decoder of texts that a tokenizer pads at their beginning.
+    """
+    if tokenizer.pads_left and config.perspectives.caption.weight > 0:
+        raise UserError(
+            f"config.model.text.tokenizer={config.model.text.tokenizer!r} pads texts at their "
+            "beginning, which the caption decoder cannot read: set "
+            "config.perspectives.caption.weight=0, or take another tokenizer"
+        )
     return build(
         config,
         vocab_size=tokenizer.vocab_size,
@@ -190,18 +209,32 @@ def parameter_shapes(config: ConfigDict, tokenizer: Vocabulary) -> Any:
 
 def embed_kept(network: TwoTower, variables: Any, images: Array, config: ConfigDict) -> Embeddings:
     """`embed_images` of what patch dropout keeps, with nothing else left out: to count its work."""
+    return _of_kept(network, variables, config, images, method="embed_images")
+
+
+def all_kept(
+    network: TwoTower, variables: Any, images: Array, token_ids: Array, config: ConfigDict
+) -> Embeddings:
+    """The network's embeddings of images and texts, and what it predicts, as `embed_kept`."""
+    embeddings: Embeddings = _of_kept(network, variables, config, images, token_ids)[0]
+    return embeddings
+
+
+def _of_kept(
+    network: TwoTower, variables: Any, config: ConfigDict, *inputs: Array, method: str | None = None
+) -> Any:
     if not config.model.image.patch_dropout:
-        return network.apply(variables, images, method="embed_images")
+        return network.apply(variables, *inputs, method=method)
     image = {**network.image, "dropout": 0.0, "drop_path": 0.0}
-    embeddings, _ = network.clone(image=image).apply(
+    result, _ = network.clone(image=image).apply(
         variables,
-        images,
+        *inputs,
         deterministic=False,
         rngs={"dropout": jax.random.key(0)},
         mutable=["batch_stats"],
-        method="embed_images",
+        method=method,
     )
-    return embeddings
+    return result
 
 
 def initialise(network: TwoTower, config: ConfigDict, key: Array) -> dict[str, Any]:

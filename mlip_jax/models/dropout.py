@@ -6,6 +6,10 @@ that is cut in parts for memory's sake is left the same as one that is not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,20 @@ from jaxtyping import Array, Float, Int, Key
 # A variable beside the parameters: {ROWS: {NUMBER: int32 [rows]}}, the places in the global batch
 # of the rows that a network is applied to. Without it they are 0, 1, ...
 ROWS, NUMBER = "rows", "number"
+_numbers: ContextVar[Array | None] = ContextVar("numbers", default=None)
+
+
+@contextmanager
+def numbered(network: nn.Module) -> Iterator[None]:
+    """Makes the rows' numbers known in all of a network while it is called.
+
+    Flax hides the variables of the whole from blocks that are computed again for their gradient.
+    """
+    before = _numbers.set(network.get_variable(ROWS, NUMBER, None))
+    try:
+        yield
+    finally:
+        _numbers.reset(before)
 
 
 def row_keys(module: nn.Module, rows: int) -> Key[Array, "rows"]:
@@ -25,7 +43,9 @@ def row_keys(module: nn.Module, rows: int) -> Key[Array, "rows"]:
         then lie beside one another.
     """
     assert module.scope is not None  # it is being applied
-    numbers = module.scope.root.get_variable(ROWS, NUMBER, jnp.arange(rows))
+    numbers = _numbers.get()
+    if numbers is None:
+        numbers = module.scope.root.get_variable(ROWS, NUMBER, jnp.arange(rows))
     views = rows // len(numbers)
     numbers = (numbers[:, None] * views + jnp.arange(views)).reshape(-1)
     return jax.vmap(jax.random.fold_in, (None, 0))(module.make_rng("dropout"), numbers)

@@ -45,8 +45,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def layer_norm(name: str, dtype: jnp.dtype, epsilon: float = EPSILON) -> nn.LayerNorm:
-    """LayerNorm with statistics in float32."""
+def layer_norm(name: str | None, dtype: jnp.dtype, epsilon: float = EPSILON) -> nn.LayerNorm:
+    """LayerNorm with statistics in float32; in a module's setup it takes its name from there."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
@@ -96,6 +96,38 @@ def _half_product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[
 
 
 half_product.defvjp(_half_product_forward, _half_product_backward)
+
+
+@jax.custom_vjp
+def half_logits(
+    x: Float[Array, "*batch width"], table: Float[Array, "vocabulary width"]
+) -> Float[Array, "*batch vocabulary"]:
+    """The products of bfloat16 rows with all rows of a table, in float32, as its gradient is.
+
+    The table is taken in bfloat16. On GPUs the logits' gradient is rounded to that, or they would
+    multiply in float32.
+    """
+    return jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _half_logits_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    def products(x: Array, table: Array, gradient: Array) -> tuple[Array, Array]:
+        rows, of_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        for_x = jnp.dot(of_rows, table, preferred_element_type=jnp.float32)
+        for_table = jnp.dot(of_rows.T, rows, preferred_element_type=jnp.float32)
+        return for_x.astype(x.dtype).reshape(x.shape), for_table
+
+    def rounded(x: Array, table: Array, gradient: Array) -> tuple[Array, Array]:
+        return products(x, table, gradient.astype(x.dtype))
+
+    x, table = kept
+    for_x, for_table = jax.lax.platform_dependent(
+        x, table.astype(x.dtype), gradient, cuda=rounded, rocm=rounded, default=products
+    )
+    return for_x, for_table.astype(table.dtype)
+
+
+half_logits.defvjp(lambda x, table: (half_logits(x, table), (x, table)), _half_logits_backward)
 
 
 @jax.custom_vjp

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlip_jax.core.registry import IMAGE_ENCODERS, TEXT_ENCODERS
+from mlip_jax.core.registry import IMAGE_ENCODERS, PREDICTIONS, TEXT_ENCODERS
 from mlip_jax.core.schema import IMAGE_VIEWS, PERSPECTIVES
-from mlip_jax.models.dropout import row_keys
+from mlip_jax.models.dropout import numbered, row_keys
 from mlip_jax.models.heads import (
     ConcatCritic,
     LinearHead,
@@ -26,6 +26,7 @@ from mlip_jax.models.vit import ImageViews
 Embeddings = dict[str, Array]
 # What the names of parameters begin with that serve learning from teachers alone.
 OF_TEACHERS = "teacher_heads_"
+PREDICTORS = "predictors_"  # what the parameters of predictions are named after
 
 
 class TwoTower(nn.Module):
@@ -36,9 +37,10 @@ class TwoTower(nn.Module):
     perspectives within a modality have two projections each, one a side.
     Attributes `image` and `text` are the encoders' fields and their "architecture"; `critics` maps
     each perspective in use to its initial (scale, bias or None). A "concat" critic takes the
-    encoders' features as they are: there are no heads on global views then. `frozen` names the
-    towers ("image", "text") that run as in evaluation. `to_teachers` maps the names of projections
-    of embeddings to the widths that they give.
+    encoders' features as they are: there are no heads on global views then. `predictions` maps each
+    perspective in use that predicts to its module's fields. `frozen` names the towers ("image",
+    "text") that run as in evaluation. `to_teachers` maps the names of projections of embeddings to
+    the widths that they give.
     """
 
     image: Mapping[str, Any]
@@ -49,6 +51,7 @@ class TwoTower(nn.Module):
     critic: str
     prior: bool
     critics: Mapping[str, tuple[float, float | None]]
+    predictions: Mapping[str, Mapping[str, Any]]
     frozen: tuple[str, ...]
     dtype: jnp.dtype
     to_teachers: Mapping[str, int] = field(default_factory=dict)
@@ -94,6 +97,10 @@ class TwoTower(nn.Module):
         self.teacher_heads = {
             name: LinearHead(width, self.dtype) for name, width in self.to_teachers.items()
         }
+        self.predictors = {
+            name: PREDICTIONS[name].module(**fields, dtype=self.dtype)
+            for name, fields in self.predictions.items()
+        }
 
     def _encoder(self, kinds: Mapping[str, Any], fields: Mapping[str, Any]) -> nn.Module:
         fields = dict(fields)
@@ -126,11 +133,17 @@ class TwoTower(nn.Module):
           deterministic: as in evaluation: no dropout, running statistics.
 
         Returns:
-          Embeddings by view (see `objectives.perspectives.term_loss`), scales (not their logs) and
-          biases by perspective.
+          Embeddings by view (see `objectives.perspectives.term_loss`), with them the sum of each
+          example's losses and their number, "..._count", of every prediction; scales (not their
+          logs) and biases by perspective.
         """
-        embeddings = self.embed_images(images, deterministic, images_2)
-        embeddings |= self.embed_texts(token_ids, deterministic, token_ids_2)
+        with numbered(self):
+            image, embeddings = self._embed("image", images, images_2, deterministic)
+            text, of_texts = self._embed("text", token_ids, token_ids_2, deterministic)
+            embeddings |= of_texts
+            for name, predictor in self.predictors.items():
+                losses, counts = predictor(image, text, token_ids, deterministic)
+                embeddings |= {name: losses, f"{name}_count": counts}
         return embeddings, *self.scales_and_biases()
 
     def scales_and_biases(self) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -145,8 +158,7 @@ class TwoTower(nn.Module):
 
         The views of "augmented_image" are there when `images_2` is given.
         """
-        views, embeddings = self._embed("image", images, images_2, deterministic)
-        return embeddings | {"sizes": views.sizes}
+        return self._embed("image", images, images_2, deterministic)[1]
 
     def embed_texts(
         self, token_ids: Array, deterministic: bool = True, token_ids_2: Array | None = None
@@ -155,13 +167,12 @@ class TwoTower(nn.Module):
 
         The views of "other_caption" are there when `token_ids_2` is given.
         """
-        views, embeddings = self._embed("text", token_ids, token_ids_2, deterministic)
-        return embeddings | {"text_mask": views.mask}
+        return self._embed("text", token_ids, token_ids_2, deterministic)[1]
 
     def _embed(
         self, tower: str, inputs: Array, second_inputs: Array | None, deterministic: bool
     ) -> tuple[Any, Embeddings]:
-        """A tower's views of the inputs, and the embeddings of those in use."""
+        """A tower's views of the inputs, and the embeddings of those in use with what they need."""
         heads = self.image_heads if tower == "image" else self.text_heads
         views, second = self._encode(tower, inputs, second_inputs, deterministic)
         embeddings = {}
@@ -169,7 +180,10 @@ class TwoTower(nn.Module):
             features = _features(view, views, second)
             if features is not None:
                 embeddings[view] = _project(head, features, deterministic)
-        return views, embeddings | self._prior(tower, _global(views), deterministic)
+        embeddings |= self._prior(tower, _global(views), deterministic)
+        if tower == "image":
+            return views, embeddings | {"sizes": views.sizes}
+        return views, embeddings | {"text_mask": views.mask}
 
     def _encode(
         self, tower: str, inputs: Array, second: Array | None, deterministic: bool

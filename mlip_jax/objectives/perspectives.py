@@ -1,4 +1,7 @@
-"""The objective of a run: a weighted sum of losses, each between two views of the same example."""
+"""The objective of a run: a weighted sum of losses.
+
+Each is between two views of the same example, or of what is predicted of it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.registry import LOSSES, PREDICTIONS
 from mlip_jax.core.schema import PERSPECTIVES
 from mlip_jax.objectives import sharded
 from mlip_jax.objectives.equality import Keys
@@ -22,7 +25,10 @@ PairCritic = Callable[[str, Array, Array], Array]
 
 
 class Term(NamedTuple):
-    """One perspective: which view against which, by which loss, how strongly."""
+    """One perspective: which view against which, by which loss, how strongly.
+
+    One that predicts has neither a loss of the table nor shifts.
+    """
 
     view: str
     loss: str
@@ -31,11 +37,16 @@ class Term(NamedTuple):
     warmup_samples: int
     odds: float = 1.0
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it predicts something, and compares no views."""
+        return self.view in PREDICTIONS
+
 
 def terms(config: ConfigDict) -> tuple[Term, ...]:
     """The perspectives of a config whose weight is above 0."""
     in_order = [(view, config.perspectives[view]) for view in PERSPECTIVES]
-    return tuple(
+    comparing = (
         Term(
             view,
             p.loss,
@@ -47,6 +58,12 @@ def terms(config: ConfigDict) -> tuple[Term, ...]:
         for view, p in in_order
         if p.weight > 0
     )
+    predicting = (
+        Term(name, "", float(p.weight), 0, p.warmup_samples)
+        for name in PREDICTIONS
+        if (p := config.perspectives[name]).weight > 0
+    )
+    return (*comparing, *predicting)
 
 
 def term_loss(
@@ -66,13 +83,16 @@ def term_loss(
     Args:
       term: the perspective.
       embeddings: by view, float32, L2-normalised unless there is a critic; token views come with
-        "text_mask" and, for "spatial_tokens", "sizes" [batch, merged].
+        "text_mask" and, for "spatial_tokens", "sizes" [batch, merged]. Of what is predicted the
+        sum of each example's losses [batch], and under "..._count" their number [batch].
       scale: multiplies cosines.
       bias: added to scaled cosines, where one is learned.
       chunk, blocks, mesh, keys: see `Scoring`.
       critic: scores pairs of global features in place of the scaled cosine, for losses that score
         few pairs.
     """
+    if term.predicts:
+        return mean_of_all(embeddings[term.view], embeddings[f"{term.view}_count"])
     one, other = embeddings[term.view], embeddings[PERSPECTIVES[term.view]]
     loss = LOSSES[term.loss]
     scoring = Scoring(scale, bias, term.shifts, chunk, blocks, mesh, keys, term.odds)
@@ -86,6 +106,15 @@ def term_loss(
         equals = sharded.equal_at_shifts(keys, term.shifts, mesh)
         return loss.of_pairs(sharded.distinct(scores, equals), term.odds)
     return loss.of_embeddings(one, other, scoring)
+
+
+def mean_of_all(sums: Float[Array, " batch"], counts: Int[Array, " batch"]) -> Float[Array, ""]:
+    """The mean over all losses of a batch, of each example's sum and number of them.
+
+    So an example counts for what there is to predict of it, wherever it is computed. Without any
+    it is 0.
+    """
+    return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
 
 
 def _token_weights(

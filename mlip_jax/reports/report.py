@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mlip_jax.core import places, versions
 from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.history import History, read_history, series, training_seconds
-from mlip_jax.core.registry import LOSSES, TEXT_ENCODERS
+from mlip_jax.core.registry import LOSSES, PREDICTIONS, TEXT_ENCODERS
 from mlip_jax.core.trained import START
 from mlip_jax.data.sets.opening import open_training, open_validation
 from mlip_jax.data.sets.records import Source
@@ -241,7 +241,7 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         merging = f"{100 * image.merging.rate:.0f} % of the patch tokens, guidance "
         merging += f"{image.merging.guidance!r}"
     perspectives = [
-        f"{name.replace('_', ' ')} ({_loss(perspective)}, weight {perspective.weight:g})"
+        f"{name.replace('_', ' ')} ({_loss(config, name)}, weight {perspective.weight:g})"
         for name, perspective in config.perspectives.items()
         if perspective.weight > 0
     ]
@@ -315,7 +315,10 @@ def _rates(workdir: Path, folder: Path) -> Picture | None:
     )
 
 
-def _loss(perspective: ConfigDict) -> str:
+def _loss(config: ConfigDict, name: str) -> str:
+    if name in PREDICTIONS:
+        return PREDICTIONS[name].describe(config)
+    perspective = config.perspectives[name]
     if LOSSES[perspective.loss].of_pairs is None:
         return perspective.loss
     plural = "s" if perspective.shifts > 1 else ""

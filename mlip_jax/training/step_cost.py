@@ -77,9 +77,10 @@ def step_flops(
 ) -> float:
     """FLOPs of the matrix products of a training step on the global batch.
 
-    Three times those of the forward pass, encoders, heads and scores: each product has two in the
-    backward pass. A frozen tower and a teacher have no backward pass. Nothing recomputed counts,
-    nor does the optimizer; a concat critic and projections to a teacher's space are left out.
+    Three times those of the forward pass, encoders, heads, predictions and scores: each product has
+    two in the backward pass. A frozen tower and a teacher have no backward pass. Nothing recomputed
+    counts, nor does the optimizer; a concat critic and projections to a teacher's space are left
+    out.
 
     Args:
       network: the model.
@@ -92,7 +93,7 @@ def step_flops(
     text = jax.ShapeDtypeStruct((1, config.model.text.context_length), jnp.int32)
     local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    total = 0.0
+    total = both = 0.0
     for tower, example, second in (
         ("image", image, "augmented_image"),
         ("text", text, "other_caption"),
@@ -106,9 +107,19 @@ def step_flops(
         program, out = jax.make_jaxpr(embed, return_shape=True)(local, example)
         shapes |= out
         passes = 1 if tower in network.frozen else 3
-        total += passes * views_of(config, second) * config.batch_size * matrix_flops(program.jaxpr)
-    own = sum(_score_flops(term, shapes, config.batch_size) for term in perspectives.terms(config))
-    return total + 3 * own + _lesson_flops(local, config, teachers)
+        once = matrix_flops(program.jaxpr)
+        total += passes * views_of(config, second) * config.batch_size * once
+        both += once
+    terms = [term for term in perspectives.terms(config) if not term.predicts]
+    scores = sum(_score_flops(term, shapes, config.batch_size) for term in terms)
+    if network.predictions:
+
+        def embed_pair(variables: Any, images: jax.Array, token_ids: jax.Array) -> Any:
+            return building.all_kept(network, variables, images, token_ids, config)
+
+        whole = matrix_flops(jax.make_jaxpr(embed_pair)(local, image, text).jaxpr)
+        total += 3 * config.batch_size * (whole - both)
+    return total + 3 * scores + _lesson_flops(local, config, teachers)
 
 
 def _lesson_flops(variables: Any, config: ConfigDict, teachers: Teachers) -> float:

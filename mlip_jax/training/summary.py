@@ -26,7 +26,7 @@ from mlip_jax.models.building import (
     seen,
     training_patches,
 )
-from mlip_jax.models.two_tower import TwoTower
+from mlip_jax.models.two_tower import PREDICTORS, TwoTower
 from mlip_jax.recipes.lengths import suitable_epochs
 from mlip_jax.training.step_cost import GIB, Memory
 
@@ -86,10 +86,12 @@ def print_length(console: Console, config: ConfigDict, source: Source) -> None:
 
 
 def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
-    """Parameters by tower, "heads" being all that is in neither encoder."""
+    """Parameters by tower and by prediction, "heads" being all that is in none of them."""
     counts = dict.fromkeys((*_TOWERS.values(), "heads"), 0)
     for name, part in params.items():
-        counts[_TOWERS.get(name, "heads")] += sum(
+        predicted = name.removeprefix(PREDICTORS)
+        part_name = f"for {predicted}" if predicted != name else _TOWERS.get(name, "heads")
+        counts[part_name] = counts.get(part_name, 0) + sum(
             math.prod(leaf.shape) for leaf in jax.tree.leaves(part)
         )
     return counts
