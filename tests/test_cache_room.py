@@ -93,6 +93,16 @@ def test_what_is_ahead_leaves_half_of_the_cache_to_what_is_needed(cache):
         bring(cache / "b")
 
 
+def test_the_bytes_that_a_dataset_will_have_count_as_used(cache):
+    other = cache_room.dataset_folder("gs://bucket/other", "")
+    cache_room.hold(other / "files")
+    cache_room.reserve(other, 2 * SIZE)
+    with pytest.raises(UserError, match="in use"):
+        bring(cache / "a")
+    cache_room.reserve(other, 0)
+    bring(cache / "a")
+
+
 class Recorded:
     """A dataset of a server that notes what is brought and released."""
 

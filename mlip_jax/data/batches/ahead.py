@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Sequence
 
-from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.batches.windows import WindowedOrder
 from mlip_jax.data.sets.records import InShards
 
 _AT_ONCE = 4  # shards
 _AGAIN = 20.0  # seconds after which a shard is said to be needed again
-_RETRY = 1.0  # seconds after which one that could not be brought is asked for again
+_RETRY = 0.2  # seconds for which none is asked for when one could not be brought
 _PAUSE = 0.1  # seconds between two looks at what is needed
 
 _Key = tuple[int, int]  # number of the dataset, of the shard
@@ -50,7 +49,8 @@ class ReadAhead:
         self._wanted: list[_Key] = []  # the most urgent first
         self._now: set[_Key] = set()  # those of them that are read now
         self._coming: set[_Key] = set()
-        self._due: dict[_Key, float] = {}  # when to ask again for those that were asked for
+        self._due: dict[_Key, float] = {}  # when to ask again for those that came
+        self._idle_until = 0.0
 
     def start(self) -> None:
         """Begins with the shards of the first batch."""
@@ -104,7 +104,7 @@ class ReadAhead:
     def _next(self) -> _Key | None:
         """The most urgent shard that is not here, or that is kept and was named long ago."""
         now = time.monotonic()
-        for key in self._wanted:
+        for key in self._wanted if now >= self._idle_until else ():
             if key not in self._coming and now >= self._due.get(key, now):
                 return key
         return None
@@ -119,14 +119,17 @@ class ReadAhead:
                 self._coming.add(key)
             number, shard = key
             dataset = self._parts[number][0]
-            again = _RETRY
-            with contextlib.suppress(RunError, UserError, OSError):
+            came = False
+            # Whatever it is: at the end of the program even libraries that are closed.
+            with contextlib.suppress(Exception):
                 dataset.bring(shard, ahead=True)
-                again = _AGAIN
+                came = True
             with self._waiting:
                 self._coming.discard(key)
-                if key in self._wanted:
-                    self._due[key] = time.monotonic() + again
+                if not came:
+                    self._idle_until = time.monotonic() + _RETRY
+                elif key in self._wanted:
+                    self._due[key] = time.monotonic() + _AGAIN
                 needed = key in self._now
             if not needed:
                 dataset.release(shard)  # what is needed now may take its room

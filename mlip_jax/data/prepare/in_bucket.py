@@ -153,7 +153,9 @@ def _bring(bucket: Bucket, where: str, objects: Objects, root: Path) -> None:
     if not lacking:
         return
     size = sum(objects[name][2] for name in lacking)
+    cache_room.reserve(root.parent, 0)
     cache_room.make_room(root.parent.parent, size, where, _ROOM)
+    cache_room.reserve(root.parent, sum(version[2] for version in objects.values()))
     print(
         f"{where}: bringing {len(lacking):,} files of {size / cache_room.GIB:,.2f} GiB to {root}",
         file=sys.stderr,

@@ -28,6 +28,7 @@ LIMIT = "MLIP_JAX_CACHE_GIB"
 GIB = 2**30
 SHARDS = "shards"  # the folder of those that come and go
 _IN_USE, _MAKING_ROOM = ".in-use", ".bringing"
+_SIZE = ".size"  # the bytes of a dataset of so many files that counting them would take long
 _CLAIM = ".claim"  # what the lock of a shard is called; as large as what is being brought
 _FRESH = 60.0  # seconds for which a shard is kept that was used now, unless there is need
 _RELEASED = 86_400.0  # seconds by which one that is not needed any more is older than it is
@@ -183,8 +184,23 @@ def _tell(url: str) -> None:
         )
 
 
-def _used(folder: Path) -> int:
-    """The bytes of a folder. What is being brought counts by its claim."""
+def reserve(folder: Path, size: int) -> None:
+    """Notes the bytes that a dataset's folder will have; 0: that nobody knows them."""
+    if size:
+        (folder / _SIZE).write_text(str(size))
+    else:
+        (folder / _SIZE).unlink(missing_ok=True)
+
+
+def _used(above: Path) -> int:
+    """The bytes of all datasets."""
+    return sum(map(_bytes, above.iterdir()))
+
+
+def _bytes(folder: Path) -> int:
+    """The bytes of a dataset, as they are noted. What is being brought counts by its claim."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / _SIZE).read_text())
     total = 0
     for path in folder.rglob("*"):
         total += _size(path) if path.is_file() and not is_draft(path) else 0
@@ -269,7 +285,7 @@ def _remove_unused(folder: Path) -> int:
     """Removes a dataset's folder unless a process has it open; gives the bytes that it had."""
     with contextlib.suppress(OSError), (folder / _IN_USE).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = _used(folder)
+        size = _bytes(folder)
         shutil.rmtree(folder)
         return size
     return 0
