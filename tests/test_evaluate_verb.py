@@ -71,6 +71,7 @@ def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
         "calibration",
         "corruptions",
         "compositional",
+        "captioning",
     ]
     assert [spec for name, spec in families if name == "svm"] == ["voc:a", "voc:b"]
     assert ("grounding", "own-grounding") in families
@@ -182,6 +183,7 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
         "calibration",
         "corruptions",
         "compositional",
+        "captioning",
     ]
     assert "going on after retrieval=validation, zero_shot=validation" in capsys.readouterr().out
     assert {"linear_probe/own-linear_probe/top1", "svm/own-svm/top1"} <= set(
@@ -194,7 +196,7 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
     ("flags", "message"),
     [
         (["evaluate", "--suite=mlib"], "did you mean 'mlip'?"),
-        (["evaluate", "--suite=svm,groundin"], "'groundin' is none of mlip, clip_lite, all"),
+        (["evaluate", "--suite=svm,groundin"], "'groundin' is none of mlip, clip_lite, coca, all"),
         (["train", "--suite=all", "--config=x.py"], "--suite goes with the subcommand evaluate"),
         (["evaluate", "--compare=a,b", "--suite=all"], "takes no --suite"),
         (["evaluate", "--compare=nowhere*,b"], "there is no folder nowhere*"),

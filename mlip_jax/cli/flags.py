@@ -172,7 +172,7 @@ FLAGS = (
         "suite",
         {
             "evaluate": Use(
-                Text(f"mlip, clip_lite, all, or some of {', '.join(EVALUATIONS)}"),
+                Text(f"mlip, clip_lite, coca, all, or some of {', '.join(EVALUATIONS)}"),
                 "NAME,...",
                 "mlip or clip_lite (the evaluations of those papers), all, or some of "
                 f"{', '.join(EVALUATIONS)} (default: those that config.evaluation has datasets "

@@ -41,7 +41,7 @@ class Outcome:
     """What one evaluation found on one dataset; the mappings share their keys."""
 
     name: str  # of the dataset, as the figures' keys carry it
-    figures: Mapping[str, float]  # shares in [0, 1]; "..._rank": from 1; "..._cosine": [-1, 1]
+    figures: Mapping[str, float]  # shares in [0, 1], but for those of `sheets.formatted`
     chance: Mapping[str, float]  # the same figure for a guess that has not seen the images
     examples: Mapping[str, int]  # queries or images behind the figure
     protocols: Mapping[str, str]  # a few words that tell this way of counting from others

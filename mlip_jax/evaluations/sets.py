@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -81,13 +82,7 @@ class EmbeddedSet:
 
     def omissions(self) -> str:
         """Sentences on what was left out, each after a space; "" when nothing was."""
-        sentences = [f" {note.rstrip('.')}." for note in self.source.notes]
-        if self.unreadable:
-            sentences.append(
-                f" {len(self.unreadable):,} unreadable images are left out, the first: "
-                f"{self.unreadable[0]}."
-            )
-        return "".join(sentences)
+        return omissions(self.source, self.unreadable)
 
 
 class _How(TypedDict):
@@ -332,8 +327,7 @@ def embed_source(
             f"the dataset {name!r}: the label {labels[wrong]} of {source.name_of(indices[wrong])} "
             f"is out of range: there are {classes} classes"
         )
-    if source.name in _FIRST_CAPTION_ONLY:
-        captions = [image_captions[:1] for image_captions in captions]
+    captions = [captions_that_count(source, image_captions) for image_captions in captions]
     rows = np.concatenate(parts)
     return EmbeddedSet(
         source=source,
@@ -365,6 +359,21 @@ def check_classes(embedded: EmbeddedSet, spec: str) -> None:
     for name, present in zip(embedded.source.class_names, has_images, strict=True):
         if not present:
             raise UserError(f"the class {name!r} of the dataset {spec!r} has no readable image")
+
+
+def captions_that_count(source: Source, captions: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of an image's captions that describe it, and are no other names of it."""
+    return captions[:1] if source.name in _FIRST_CAPTION_ONLY else captions
+
+
+def omissions(source: Source, unreadable: Sequence[str]) -> str:
+    """Sentences on what a source leaves out, and what could not be read; each after a space."""
+    sentences = [f" {note.rstrip('.')}." for note in source.notes]
+    if unreadable:
+        sentences.append(
+            f" {len(unreadable):,} unreadable images are left out, the first: {unreadable[0]}."
+        )
+    return "".join(sentences)
 
 
 def short_name(spec: str, own_name: str = "") -> str:

@@ -61,10 +61,11 @@ def _group(group: str) -> str:
 
 
 def formatted(key: str, value: float) -> str:
-    """A figure as percent, unless it is a rank or a cosine."""
+    """A figure as percent, unless it is a rank, from 1, a cosine, a loss or CIDEr-D, 0 to 10."""
     if key.endswith("rank"):
         return f"{value:,.1f}"
-    return f"{value:.3f}" if key.endswith("cosine") else f"{100 * value:.2f} %"
+    plain = key.endswith(("cosine", "loss", "cider_d"))
+    return f"{value:.3f}" if plain else f"{100 * value:.2f} %"
 
 
 def table(results: Results) -> Table:

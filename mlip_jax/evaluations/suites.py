@@ -19,6 +19,7 @@ from mlip_jax.evaluations.sets import Sets
 SUITES = {
     "mlip": ("retrieval", "zero_shot", "linear_probe"),
     "clip_lite": ("retrieval", "zero_shot", "linear_probe", "svm", "grounding", "concepts"),
+    "coca": ("retrieval", "zero_shot", "captioning"),
 }
 ALL = "all"
 # What a run that was evaluated on nothing says at its end, and in its report.

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer as Encoder
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.text.captions import repairs
 from mlip_jax.data.text.tokenizer import Tokenizer
+from mlip_jax.export.programs import decoder_notes
 from mlip_jax.inference import Model
 from mlip_jax.interop import layouts
 from mlip_jax.interop.foreign import MissingPreprocessing, MissingTokenizer
 from mlip_jax.interop.layouts import Layout
+from mlip_jax.models.two_tower import PREDICTORS
 
 # What encode_image and encode_text need; training's other heads and scales stay behind.
 _KEPT = (
@@ -80,7 +82,12 @@ def notes(model: Model, crop: str) -> list[str]:
         )
     if isinstance(model.tokenizer, MissingTokenizer):
         sentences.append(model.tokenizer.reason)
-    unused = sorted(name for name in model.variables["params"] if name not in _KEPT)
+    sentences += decoder_notes(model)
+    unused = sorted(
+        name
+        for name in model.variables["params"]
+        if name not in _KEPT and not name.startswith(PREDICTORS)
+    )
     if unused:
         sentences.append(f"left out, as no embedding needs them: {', '.join(unused)}")
     return sentences

@@ -71,6 +71,11 @@ def check(model: Model, name: str, run: Callable[[np.ndarray], ArrayLike]) -> Ag
     return Agreement(float(differences[agrees].max()), len(agrees), flipped)
 
 
+def decoder_notes(model: Model) -> list[str]:
+    """That a format has no place for the caption decoder, where the model has one, in words."""
+    return ["its caption decoder is left out; --format=mlip keeps it"] if model.writes else []
+
+
 def finish(
     folder: Path, model: Model, files: dict[str, str], agreement: dict[str, Agreement]
 ) -> list[str]:
@@ -103,7 +108,7 @@ def finish(
         "logit_scale": model.logit_scale,
         "logit_bias": model.logit_bias,
     }
-    notes = []
+    notes = decoder_notes(model)
     for name, (worst, rows, flipped) in agreement.items():
         but = f", but for {flipped}, where rounding merged another token" if flipped else ""
         notes.append(f"{name}: run on {rows} rows, equal to the model within {worst:.1e}{but}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +26,7 @@ from mlip_jax.data.text.tokenizer import Tokenizer
 from mlip_jax.inference.batches import Batches
 from mlip_jax.inference.programs import Program, global_view, programs
 from mlip_jax.models import building
+from mlip_jax.models.two_tower import PREDICTORS
 
 
 class Model:
@@ -37,6 +40,7 @@ class Model:
       preprocess: `Preprocessing`: an image of any kind to uint8 [size, size, 3].
       logit_scale: what training multiplied cosines by.
       pairwise: whether it scores pairs only, having no joint space (`config.model.critic`).
+      writes: whether it has a caption decoder, which `caption` asks.
       step: of the checkpoint that it was loaded from; None when it was not.
       about: what its folder says of it beside that, such as its data's "attribution", or, in words,
         what was "lost" when it was exported for another library.
@@ -72,6 +76,7 @@ class Model:
         self._programs = programs(network, self._view, config, preprocessing)
         self._batches = Batches(config.evaluation.batch_size, mesh)
         self.pairwise = network.critic == "concat"
+        self.writes = "caption" in network.predictions
         self.step: int | None = None
         self.about: Mapping[str, Any] = {}
 
@@ -126,7 +131,7 @@ class Model:
         }
 
     def _variables_without(self, tower: str) -> dict[str, Any]:
-        other = (f"{tower}_encoder", f"{tower}_heads")
+        other = (f"{tower}_encoder", f"{tower}_heads", PREDICTORS)
         return {
             collection: {name: part for name, part in tree.items() if not name.startswith(other)}
             for collection, tree in self._variables.items()
@@ -172,7 +177,7 @@ class Model:
         if not images:
             return self.encode_image_pixels(self._pixels([]))
         with ThreadPoolExecutor(cores()) as pool:
-            batches = self._decoded(images, size, pool, progress)
+            batches = self._decoded(images, size, pool, progress, "embedding images")
             embed = self._programs.embed_pixels
             return self._batches.over(embed, self._variables, batches, size)
 
@@ -254,6 +259,118 @@ class Model:
         images, texts = _images(images), _texts(texts)
         _check_pairs(len(images), len(texts))
         return self._batched(self._programs.score_pairs, self._pixels(images), self.tokenize(texts))
+
+    def caption(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        beams: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> list[str]:
+        """Writes a caption of each image, by the decoder that the perspective `caption` trains.
+
+        Args:
+          images: as in `encode_image`.
+          beams: captions in hand for an image; 1: at each place the likeliest token is taken.
+          temperature: above 0 tokens are drawn in place of that, the more freely the higher; 1 is
+            as likely as the model says.
+          seed: of these draws; an image's are those of its place in `images`.
+          progress: whether to draw a bar, where standard error is a terminal.
+
+        Returns:
+          A text an image, as the tokenizer writes it: of most, in lower case.
+
+        Raises:
+          OSError: for a file that cannot be read or holds no image.
+          UserError: for a model without a decoder, or beams and a temperature that do not go
+            together.
+        """
+        images = _images(images)
+        self._check_writes(beams, temperature)
+        if not images:
+            return []
+        size = self._batches.size(len(images))
+        with ThreadPoolExecutor(cores()) as pool:
+            batches = self._decoded(images, size, pool, progress, "captioning images")
+            return self._written(batches, size, beams, temperature, seed)
+
+    def caption_pixels(
+        self,
+        images: UInt8[np.ndarray, "images size size 3"],
+        *,
+        beams: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """As `caption`, of images that `preprocess` has brought to size."""
+        images = np.asarray(images, np.uint8)
+        self._check_writes(beams, temperature)
+        if not len(images):
+            return []
+        size = self._batches.size(len(images))
+        starts = range(0, len(images), size)
+        batches = ((images[start : start + size],) for start in starts)
+        return self._written(batches, size, beams, temperature, seed)
+
+    def caption_losses(
+        self,
+        images: UInt8[np.ndarray, "images size size 3"],
+        token_ids: Int[np.ndarray, "images context"],
+    ) -> Float[np.ndarray, "images 2"]:
+        """What the decoder loses on image i's caption i: the sum over its tokens, and their number.
+
+        Args:
+          images: as `preprocess` brings them to size.
+          token_ids: as `tokenize` gives them.
+
+        Raises:
+          UserError: for a model without a decoder.
+        """
+        self._check_writes()
+        _check_pairs(len(images), len(token_ids))
+        images, token_ids = np.asarray(images, np.uint8), np.asarray(token_ids, np.int32)
+        return self._batched(self._programs.caption_losses, images, token_ids)
+
+    def _check_writes(self, beams: int = 1, temperature: float = 0.0) -> None:
+        if not self.writes:
+            raise UserError(
+                "this model has no caption decoder: config.perspectives.caption.weight above 0 "
+                "trains one (configs/coca.py)"
+            )
+        if beams < 1 or not 0 <= temperature < math.inf:
+            raise UserError(
+                f"beams={beams}, temperature={temperature}: at least one beam, and a temperature "
+                "of at least 0"
+            )
+        if beams > 1 and temperature:
+            raise UserError(
+                f"beams={beams} find likely captions, temperature={temperature} draws one: give "
+                "one of the two"
+            )
+
+    def _written(
+        self,
+        batches: Iterable[tuple[np.ndarray]],
+        size: int,
+        beams: int,
+        temperature: float,
+        seed: int,
+    ) -> list[str]:
+        """Captions of batches of pixels."""
+
+        def with_draws() -> Iterator[tuple[np.ndarray, ...]]:
+            first = 0
+            for (pixels,) in batches:
+                numbers = np.arange(first, first + len(pixels), dtype=np.uint32)
+                alike = np.full(len(pixels), temperature, np.float32)
+                yield pixels, alike, np.full(len(pixels), seed, np.uint32), numbers
+                first += len(pixels)
+
+        write = functools.partial(self._programs.captions, beams=beams, draws=temperature > 0)
+        ids = self._batches.over(write, self._variables, with_draws(), size)
+        return [self._tokenizer.decode(row) for row in ids]
 
     def saliency(
         self, images: UInt8[np.ndarray, "images size size 3"], texts: str | Sequence[str]
@@ -346,10 +463,15 @@ class Model:
         return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
 
     def _decoded(
-        self, images: list[ImageLike], size: int, pool: ThreadPoolExecutor, progress: bool
+        self,
+        images: list[ImageLike],
+        size: int,
+        pool: ThreadPoolExecutor,
+        progress: bool,
+        words: str,
     ) -> Iterator[tuple[np.ndarray]]:
         """Batches of pixels, each decoded when it is asked for."""
-        done = iter(track(range(len(images)), "embedding images", shown=progress))
+        done = iter(track(range(len(images)), words, shown=progress))
         for start in range(0, len(images), size):
             pixels = []
             for image in pool.map(self.preprocess, images[start : start + size]):

@@ -20,6 +20,7 @@ from mlip_jax.models.grad_cam import grad_cam
 from mlip_jax.models.heads import normalize
 from mlip_jax.models.two_tower import Embeddings, TwoTower, level
 from mlip_jax.models.vit import ImageViews
+from mlip_jax.models.writing import write_captions
 
 
 class Program(NamedTuple):
@@ -43,6 +44,10 @@ class Programs(NamedTuple):
     inspect: jax.stages.Wrapped  # its images' ImageViews; the others return an array
     image_features: jax.stages.Wrapped
     saliency: jax.stages.Wrapped
+    # Of a model with a decoder. Of images, and for each a temperature, a seed and a number, ids
+    # [images, places]; it has the static arguments `beams`, and `draws`, whether the three count.
+    captions: jax.stages.Wrapped
+    caption_losses: jax.stages.Wrapped  # of images and ids, sums and counts [images, 2]
 
 
 def global_view(network: TwoTower) -> str:
@@ -124,6 +129,31 @@ def programs(
         source = inspect(variables, images).last_source
         return _on_grid(grad_cam(score, layers), source, side)
 
+    def captions(
+        variables: Any,
+        images: jax.Array,
+        temperature: jax.Array,
+        seeds: jax.Array,
+        numbers: jax.Array,
+        *,
+        beams: int,
+        draws: bool,
+    ) -> jax.Array:
+        pixels = preprocessing.normalize(images)
+        if not draws:
+            return write_captions(network, variables, pixels, beams)
+        keys = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))
+        return write_captions(network, variables, pixels, 1, temperature, keys(seeds, numbers))
+
+    def caption_losses(
+        variables: Any, images: jax.Array, token_ids: jax.Array
+    ) -> Float[Array, "images 2"]:
+        pixels = preprocessing.normalize(images)
+        outputs: tuple[Embeddings, dict[str, Array], dict[str, Array]]
+        outputs = network.apply(variables, pixels, token_ids)
+        losses, counts = outputs[0]["caption"], outputs[0]["caption_count"]
+        return jnp.stack([losses, counts.astype(jnp.float32)], axis=-1)
+
     return Programs(
         embed_array=jax.jit(embed_array),
         embed_pixels=jax.jit(embed_pixels),
@@ -132,6 +162,8 @@ def programs(
         inspect=jax.jit(inspect),
         image_features=jax.jit(image_features),
         saliency=jax.jit(saliency),
+        captions=jax.jit(captions, static_argnames=("beams", "draws")),
+        caption_losses=jax.jit(caption_losses),
     )
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from jaxtyping import Complex, UInt8
@@ -22,7 +22,7 @@ from mlip_jax.core.trained import START
 from mlip_jax.data.sets.opening import open_training, open_validation
 from mlip_jax.data.sets.records import Source
 from mlip_jax.devices import cluster
-from mlip_jax.evaluations import grounding
+from mlip_jax.evaluations import captioning, grounding
 from mlip_jax.evaluations.interface import Encoder
 from mlip_jax.evaluations.results import read_results
 from mlip_jax.evaluations.sets import EmbeddedSet, embed_source, short_name
@@ -31,6 +31,7 @@ from mlip_jax.evaluations.suites import WITHOUT_VALIDATION
 from mlip_jax.inference import load
 from mlip_jax.models import building
 from mlip_jax.reports import style
+from mlip_jax.reports.captions_sheet import Captioned, make_captions
 from mlip_jax.reports.curves import draw_curves
 from mlip_jax.reports.filters import draw_filters
 from mlip_jax.reports.grounding import draw_grounding
@@ -127,6 +128,7 @@ def write_report(
         without_results=WITHOUT_VALIDATION if results.step else "No results yet: evaluate the run.",
         curves=curves,
         retrieval=None if embedded is None else make_sheet(model, embedded),
+        captions=_captions(model, embedded),
         merging=merging,
         filters=filters,
         rates=rates,
@@ -164,6 +166,13 @@ def _curves(history: History, folder: Path) -> Picture | None:
     if figure is None:
         return None
     return Picture(style.save(figure, folder / "curves.png"), "Curves of the run over samples seen")
+
+
+def _captions(model: Inspectable, embedded: EmbeddedSet | None) -> tuple[Captioned, ...]:
+    """What the model's decoder writes; nothing without one."""
+    if embedded is None or not captioning.writes(model.config):
+        return ()
+    return make_captions(cast(captioning.Captioner, model), embedded)
 
 
 def _merging(model: Inspectable, embedded: EmbeddedSet, folder: Path) -> Picture | None:
