@@ -58,7 +58,7 @@ setup(
         "pyarrow>=17.0",  # tensorflow-datasets needs it anyway
         "safetensors>=0.5",
         "tokenizers>=0.21",
-        "protobuf>=4.25",  # what SentencePiece's files are written in
+        "protobuf>=6.31.1",  # SentencePiece's files; TensorFlow Datasets needs it undeclared
         "ftfy>=6.3.1",  # mends texts as open_clip does
         "flatbuffers>=24.3.25",  # jax.export writes programs by it
         # The embedded data.

@@ -5,6 +5,7 @@ largest file that it may write, or null. Each is answered by the child's number,
 ended, by its exit code.
 """
 
+import atexit
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ def start(arguments, log, environment, limit):
         main.run()
     except SystemExit as error:
         code = error.code
+        atexit._run_exitfuncs()  # as the interpreter would: of several processes, JAX's farewell
     except BaseException:
         traceback.print_exc()
     finally:

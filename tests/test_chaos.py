@@ -90,6 +90,7 @@ class Chaos:
         self.pids, self.codes = [], []
         self.told = []  # the faults, in words
         self.damaged = set()  # names of files since the last start
+        self.unmended = set()  # and since the first, but for those that were removed
         self.steps_lost = set()  # whose line of metrics.jsonl was hit
 
     def close(self):
@@ -179,15 +180,19 @@ class Chaos:
                 )
         return self.codes[0]
 
-    def mend(self, names):
-        """Does what the line says of a damaged file: removes it."""
+    def mend(self):
+        """Does what the line says of a damaged file: removes it.
+
+        It may have been damaged before a start that was killed too early to notice.
+        """
         (error,) = re.findall("^error: .*", self.output(), re.MULTILINE)
-        named = [name for name in names if str(self.run / name) in error]
+        named = [name for name in self.unmended if str(self.run / name) in error]
         if "another config" in error:
             named = ["config.json"]
-        assert named and set(named) <= set(names), error
+        assert named and set(named) <= self.unmended, error
         for name in named:
             (self.run / name).unlink()
+        self.unmended.difference_update(named)
 
     # The faults while it runs.
 
@@ -283,6 +288,7 @@ class Chaos:
             content[place] ^= 1 << self.rng.randrange(8)
         file.write_bytes(content)
         self.damaged.add(name)
+        self.unmended.add(name)
 
     def odd_folder(self):
         """A folder stands where a file should be; the program says so, and it is taken away."""
@@ -304,19 +310,17 @@ class Chaos:
         """No file may become larger: the run ends with a line, or goes on where none is."""
         limit = self.rng.choice(LIMITS)
         self.tell(f"no file above {limit} bytes")
-        names = set(self.damaged)
         self.start(limit=limit)
         self.steps_on(12)
         self.send(signal.SIGTERM)
         if self.ends(75, 1, 2) == 2:
-            self.mend(names)
+            self.mend()
 
     def one_start(self):
         """A start with its faults: before, while it runs, and at its end."""
         for _ in range(self.rng.randint(0, 2)):
             self.rng.choice((self.damage, self.damage, self.litter))()
         end = self.rng.choice(self.ENDS)
-        names = set(self.damaged)
         self.start(workers=int(end == "hit_worker"))
         self.steps_on()
         while self.runs() and self.rng.random() < 0.5:
@@ -325,7 +329,7 @@ class Chaos:
         if self.runs():
             getattr(self, end)()
         elif self.ends(0, 2, *((1,) if end == "hit_worker" else ())) == 2:
-            self.mend(names)
+            self.mend()
 
     ENDS = ("kill", "kill", "stop", "stop", "hit_worker")
 
@@ -340,7 +344,7 @@ class Chaos:
     def finish(self):
         self.start()
         if self.ends(0, 2) == 2:
-            self.mend({"config.json", "environment.json"})
+            self.mend()
             self.finish()
 
 
