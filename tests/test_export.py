@@ -331,6 +331,7 @@ def test_an_exported_folder_that_is_damaged_is_told(clip, tmp_path):
         ({"image_size": -1}, "image_size -1 is no whole number"),
         ({"std": [0.0, 1.0, 1.0]}, "std .* is none of three channels"),
         ({"mean": [float("nan")] * 3}, "mean .* is none of three channels"),
+        ({"mean": [10**400, 0, 0]}, "mean .* is none of three channels"),
         ({"crop": 5}, "crop 5 is none of round, floor"),
     ):
         prepared = config["preprocessing"] | values

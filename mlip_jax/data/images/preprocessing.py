@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from mlip_jax.core.files import read_file
+from mlip_jax.core.files import is_number, read_file
 from mlip_jax.data.images import limits, orientation
 from mlip_jax.data.images.limits import UnreadableImage
 
@@ -327,7 +326,7 @@ class Preprocessing:
             raise ValueError(f"short_side {self.short_side} is not from 0 to {MOST_PIXELS:,}")
         for name in ("mean", "std"):
             numbers = getattr(self, name)
-            finite = all(math.isfinite(number) for number in numbers)
+            finite = all(map(is_number, numbers))
             if len(numbers) != 3 or not finite or (name == "std" and min(numbers) <= 0):
                 raise ValueError(f"{name} {list(numbers)} is none of three channels")
         for name, words in _WORDS.items():
