@@ -190,6 +190,8 @@ def test_the_longest_text_is_the_tokenizers(tmp_path):
             "tokenizer_class is 'LlamaTokenizerFast'.*name PreTrainedTokenizerFast",
         ),
         ({"tokenizer_class": "GemmaTokenizer", "pad_token": "<|"}, "has no token '<.'"),
+        ({"sep_token": "\udce9"}, "tokenizer_config.json: a text holds half of a surrogate pair"),
+        ({"added_tokens_decoder": {"1": {"content": "\ud83d"}}}, "half of a surrogate pair"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(tmp_path, settings, message):

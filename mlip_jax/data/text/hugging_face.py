@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as _Encoder
 
 from mlip_jax.core.errors import UserError, first_line
 from mlip_jax.core.files import read_json
-from mlip_jax.core.texts import brief
+from mlip_jax.core.texts import brief, is_whole
 from mlip_jax.data.text import sentence_piece
 from mlip_jax.data.text.encoders import guarded, read_encoder
 
@@ -360,7 +360,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json; special tokens as plain texts."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings |= read_json(folder / name, missing={}, advice="get it again")
+        settings |= _check_whole(
+            folder / name, read_json(folder / name, missing={}, advice="get it again")
+        )
     settings = {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
         for key, value in settings.items()
@@ -369,6 +371,13 @@ def _settings(folder: Path) -> dict[str, Any]:
         if not isinstance(settings.get(key), str | None):
             raise UserError(f"{folder}: {key} is {brief(settings[key])}; expected a text")
     return settings
+
+
+def _check_whole(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The values; raises UserError for texts that the tokenizers library cannot hold."""
+    if not is_whole(json.dumps(values, ensure_ascii=False)):
+        raise UserError(f"{file}: a text holds half of a surrogate pair, which is no character")
+    return values
 
 
 def _affixes(encoder: _Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
