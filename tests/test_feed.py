@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,29 @@ def test_a_batch_that_does_not_come_is_said(release):
         assert feed.next(never) == 0
         with pytest.raises(InputLost, match=r"no batch came within 0.3 s \(MLIP_INPUT_SECONDS\)"):
             feed.next(never)
+
+
+def test_a_signal_that_outlasts_a_look_at_the_clock_does_not_stop_it(release):
+    """A wait that it interrupts when its time has run out must not begin anew without an end."""
+    came = []
+
+    def outlast(number, frame):
+        del number, frame
+        assert not came, "it waits for ever"
+        came.append(True)
+        time.sleep(0.4)  # longer than a look
+
+    before = signal.signal(signal.SIGALRM, outlast)
+    try:
+        with Feed(stalled(release), 0.5, 60) as feed:
+            assert feed.next(never) == 0
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 20)
+            with pytest.raises(InputLost, match="no batch came"):
+                feed.next(never)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert came
 
 
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_batch(release):

@@ -59,7 +59,8 @@ class Feed:
         self._batches = batches
         self._seconds = seconds
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._come: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # No SimpleQueue: a signal that comes as its time runs out makes that one wait for ever.
+        self._come: queue.Queue[Any] = queue.Queue()
         self._waits = False
         self._thread = threading.Thread(target=self._take, daemon=True)
         self._thread.start()
