@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -114,6 +115,47 @@ def test_a_set_larger_than_the_cache_trains(upload, shards, prepared, kind, tmp_
     monkeypatch.setenv("MLIP_JAX_CACHE_GIB", str(0.01 * size / 2**30))
     with pytest.raises(RunError, match=r"needs 0\.00 GiB more in .* set MLIP_JAX_CACHE_GIB higher"):
         batches(settings(f"{kind}:{url}"), 30, start=40)
+
+
+def open_files(process):
+    return len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("object_server", ["gs"], indirect=True)  # one is enough for the order
+def test_many_small_shards_give_every_sample_once_an_epoch_whatever_the_workers(
+    upload, tmp_path, monkeypatch
+):
+    folder, shards, samples = tmp_path / "tars" / "set", 200, 20
+    for number in range(shards):
+        members = []
+        for key in range(number * samples, (number + 1) * samples):
+            members += [(f"{key}.png", picture(key, (8, 8), "PNG")), (f"{key}.txt", b"text")]
+        tar(folder / f"{number:03d}.tar", members)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    sizes = json.dumps({path.name: samples for path in folder.iterdir()})
+    (folder / "sizes.json").write_text(sizes)
+    steps = shards * samples // 32
+    config = settings(f"webdataset:{folder}", window=3, batch_size=32)
+    expected = [batch["record"] for batch in batches(config, steps)]
+    assert len(set(np.concatenate(expected).tolist())) == shards * samples
+    monkeypatch.setenv("MLIP_JAX_CACHE_GIB", str(0.5 * size / 2**30))
+    for workers in (0, 8):
+        config = settings(f"webdataset:{upload(folder)}", window=3, batch_size=32)
+        config.data.workers = workers
+        tokenizer, source = load_tokenizer("clip"), open_training(config.data)
+        stream = train_batches(config, source, tokenizer, start_step=0)
+        for step, records in enumerate(expected):
+            np.testing.assert_array_equal(next(stream)["record"], records)
+            if step == 20:
+                workers_now = [one.pid for one in multiprocessing.active_children()]
+                early = [open_files(process) for process in (os.getpid(), *workers_now)]
+        late = [open_files(process) for process in (os.getpid(), *workers_now)]
+        assert len(workers_now) >= workers
+        # Some 130 shards later: they are connections, not a file a shard.
+        assert max(late) < 300 and max(np.subtract(late, early)) < 60, (early, late)
+        stream.close()
+    assert in_cache(tmp_path / "cache") <= 0.5 * size + 10**6
 
 
 def test_processes_share_what_is_here_and_a_killed_one_leaves_nothing(upload, shards, tmp_path):

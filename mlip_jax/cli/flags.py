@@ -225,7 +225,7 @@ FLAGS = (
                 Text(),
                 "KIND:PATH",
                 "the dataset to read, such as webdataset:TARS, parquet:PATH, huggingface:DIR, "
-                "csv:FILE, jsonl:FILE, coco:PATH or folder:DIR",
+                "csv:FILE, jsonl:FILE, coco:PATH or folder:DIR; also in a bucket",
             )
         },
     ),
