@@ -11,12 +11,14 @@ import pytest
 from mlip_jax.cli import command_line
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.validation import validate
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.models import building
 from mlip_jax.recipes import sizes
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+BASELINES = "baselines.py"  # of runs, each of one size
+FILES = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name != BASELINES)
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,32 @@ def test_mlip_takes_every_objective(objective):
     assert config.model.image.frequency.depth > 0 and config.model.image.merging.rate > 0
     params = shapes(config)
     assert ("bias_spatial_global" in params) == (objective == "sigmoid")
+
+
+def test_baselines_are_as_their_table_says():
+    module = runpy.run_path(f"configs/{BASELINES}")
+    table = re.findall(r"^\| (\w+_\w+) \| (.*) \|$", module["__doc__"], re.MULTILINE)
+    assert [name for name, _ in table] == list(module["RUNS"])
+    for name, cells in table:
+        model, pairs, batch, epochs, numbers, *_ = cells.split(" | ")
+        config = parse(f"{BASELINES}:run={name},data=jsonl:pairs.jsonl")
+        validate(config)
+        assert config.name == name
+        described = building.image_encoder(config).describe(config)
+        wanted = {"ResNet-50": "ResNet-50", "ViT-B/16": "patches of 16", "ViT-B/32": "of 32"}
+        assert wanted[model] in described
+        assert parse(f"{BASELINES}:run={name}").data.train == pairs.lower()
+        assert config.batch_size == int(batch.replace(",", ""))
+        assert config.epochs == int(epochs)
+        rate, decay = map(float, numbers.split(", "))
+        settings = config.optimizer
+        assert (settings.learning_rate, settings.weight_decay) == (rate, decay)
+        kernel = shapes(config)["text_encoder"]["block_0"]["attention"]["qkv"]["kernel"]
+        assert kernel.shape == (512, 3 * 512)
+    with pytest.raises(UserError, match="did you mean 'cc3m_rn50'"):
+        parse(f"{BASELINES}:run=cc3m_rn51")
+    (command,) = re.findall(r"^    python -m mlip_jax\.main (.*)$", module["__doc__"], re.MULTILINE)
+    assert command_line.parse(command.split()).config.name == "cc3m_vit_b16"
 
 
 def test_clip_lite_takes_negatives_and_has_the_papers_recipe():
