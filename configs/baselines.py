@@ -27,7 +27,7 @@ from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.schema import arguments
 from mlip_jax.recipes.recipes import recipe
 
-# Size, dataset, pairs a batch, epochs, peak rate, weight decay, samples of the warm-up, share of the
+# Size, dataset, pairs a batch, epochs, peak rate, weight decay, samples of the warm-up, share of an
 # image that the smallest crop has.
 RUNS = {
     "cc3m_rn50": ("RN50", "cc3m", 1024, 30, 1e-3, 0.1, 10_000 * 1024, 0.9),
