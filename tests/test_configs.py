@@ -10,7 +10,8 @@ import pytest
 
 from mlip_jax.cli import command_line
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.registry import LOSSES
+from mlip_jax.core.registry import LOSSES, PREDICTIONS
+from mlip_jax.core.schema import PERSPECTIVES
 from mlip_jax.core.validation import validate
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.models import building
@@ -46,7 +47,8 @@ def shapes(config):
 
 
 def test_the_systems_are_there():
-    assert {"clip.py", "clip_lite.py", "filip.py", "mlip.py", "siglip.py"} <= set(FILES)
+    known = {"clip", "clip_lite", "coca", "filip", "mlip", "siglip", "siglip2"}
+    assert {f"{name}.py" for name in known} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -56,8 +58,10 @@ def test_the_default_is_quick_and_ready(file):
     assert config.data.train == "emoji"
     assert config.to_dict() == parse(f"{file}:size=quick,data=emoji").to_dict()
     params = shapes(config)
-    for view, perspective in config.perspectives.items():
-        assert (f"log_scale_{view}" in params) == (perspective.weight > 0)
+    for view in PERSPECTIVES:
+        assert (f"log_scale_{view}" in params) == (config.perspectives[view].weight > 0)
+    for name in PREDICTIONS:
+        assert (f"predictors_{name}" in params) == (config.perspectives[name].weight > 0)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 20e6
 
 

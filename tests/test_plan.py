@@ -19,7 +19,7 @@ from mlip_jax.training import step_cost
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step_cost import Memory
 
-CONFIGS = ("clip.py", "clip_lite.py", "filip.py", "mlip.py", "siglip.py")
+CONFIGS = ("clip.py", "clip_lite.py", "coca.py", "filip.py", "mlip.py", "siglip.py", "siglip2.py")
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ def large(file, arguments=LARGE, mesh="data:-1", flags=()):
         ("mlip.py:objective=jsd", "fsdp:4", ("accumulation=2",)),
         ("mlip.py:objective=sigmoid", "fsdp:2,tensor:2", ("ring=always",)),
         large("mlip.py", mesh="fsdp:4", flags=("ring=always",)),
-        *map(large, ("clip.py", "filip.py", "mlip.py", "siglip.py")),
+        *map(large, ("clip.py", "coca.py", "filip.py", "mlip.py", "siglip.py", "siglip2.py")),
         large("clip_lite.py", "size=RN50,data=jsonl:x"),
     ],
 )

@@ -15,6 +15,7 @@ from mlip_jax.planning import estimates, gpus, hlo, kernels, machines
 from mlip_jax.training.step_cost import GIB, Memory
 
 H100 = gpus.CARDS["h100"]
+CONFIGS = ("mlip", "clip_lite", "clip", "siglip", "filip", "coca", "siglip2")
 WITH_COMPILER = pytest.mark.skipif(
     not gpus._has_compiler(), reason="needs XLA's compiler for GPUs: the extra plan-gpu"
 )
@@ -155,7 +156,7 @@ def check(plan, devices):
 
 
 @WITH_COMPILER
-@pytest.mark.parametrize("name", ["mlip", "clip_lite", "clip", "siglip", "filip"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_quick_config_compiles_for_a_gpu(name):
     plan = compiled(name, "h100:1", compute_dtype="bfloat16")
     check(plan, 1)
@@ -163,7 +164,7 @@ def test_every_quick_config_compiles_for_a_gpu(name):
     assert plan["products"]["bf16"] > 0.5 * sum(plan["products"].values())
 
 
-LARGE = [("clip_lite", "RN50"), *((name, "B/16") for name in ("mlip", "clip", "siglip", "filip"))]
+LARGE = [("clip_lite", "RN50"), *((name, "B/16") for name in CONFIGS if name != "clip_lite")]
 
 
 @WITH_COMPILER

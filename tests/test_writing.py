@@ -19,7 +19,7 @@ from mlip_jax.data.sets.opening import open_evaluation
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations import read_results, suites
 from mlip_jax.evaluations.caption_scores import bleu_4, cider_d, words
-from mlip_jax.export import own, stablehlo
+from mlip_jax.export import open_clip, own, stablehlo
 from mlip_jax.inference import Model
 from mlip_jax.models import building
 from mlip_jax.models.writing import write_captions
@@ -202,7 +202,11 @@ def test_exports_keep_the_decoder_or_say_that_they_leave_it_out(tmp_path):
     assert loaded.caption_pixels(pixels()) == model().caption_pixels(pixels())
     (tmp_path / "programs").mkdir()
     notes = stablehlo.write(tmp_path / "programs", model())
-    assert notes[0] == "its caption decoder is left out; --format=mlip keeps it"
+    left_out = "its caption decoder is left out; --format=mlip keeps it"
+    assert notes[0] == left_out
+    (tmp_path / "weights").mkdir()
+    notes = open_clip.write(tmp_path / "weights", model())
+    assert left_out in notes and not any("predictors" in note for note in notes)
 
 
 def test_an_evaluation_writes_captions_and_compares(pairs):

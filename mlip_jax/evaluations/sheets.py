@@ -14,6 +14,7 @@ from mlip_jax.core.markdown import plain
 from mlip_jax.core.tables import make_table
 from mlip_jax.evaluations.results import Results
 
+_WORDS = {"cider_d": "CIDEr-D", "bleu_4": "BLEU-4"}  # figures with a name of their own
 _HEADINGS = ("Dataset", "Figure", "Value", "Chance", "Examples", "Protocol")
 
 
@@ -52,6 +53,7 @@ def names(key: str) -> tuple[str, str]:
     """A figure's key in words: its family and dataset, and the figure."""
     family, name, figure = key.split("/", 2)
     words = figure.replace("_recall@", " R@").replace("top", "top-").replace("_", " ")
+    words = _WORDS.get(figure, words)
     return _group(f"{family}/{name}"), words
 
 

@@ -272,6 +272,7 @@ def keep_own(config: ConfigDict, own: ConfigDict | None) -> bool:
         config.perspectives[view].update(perspective)
         config.perspectives[view].warmup_samples = 0  # it has been through that
     config.model.image.merging.update(own.model.image.merging)
+    config.model.caption.update(own.model.caption)
     config.evaluation.frequency_mix = own.evaluation.frequency_mix
     return True
 

@@ -53,6 +53,22 @@ def recipe(size: str, data: str) -> ConfigDict:
     return config
 
 
+def add_decoder(config: ConfigDict, *, weight: float, layers: int) -> None:
+    """Adds a caption decoder as wide as the text encoder, and its evaluation, in place.
+
+    Args:
+      config: a recipe's.
+      weight: of its loss.
+      layers: blocks of it.
+    """
+    text, caption = config.model.text, config.model.caption
+    for key in ("width", "heads", "mlp_ratio", "activation", "dropout"):
+        caption[key] = text[key]
+    caption.depth = layers
+    config.perspectives.caption.weight = weight
+    config.evaluation.captioning = ("validation",)
+
+
 def clip_lite(size: str, data: str) -> ConfigDict:
     """The config of CLIP-Lite: one perspective by the Jensen-Shannon bound, small batches.
 
