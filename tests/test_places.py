@@ -182,6 +182,17 @@ def test_a_server_that_fails_every_tenth_request_costs_nothing_but_time(faults, 
     assert faults.requests > 50
 
 
+def test_libraries_do_not_try_for_long_by_themselves(faults, bucket, tmp_path):
+    there = object_store.Bucket(bucket)
+    there.write("file", b"1")
+    faults.answer = lambda _: 503
+    for act in (there._files.cat_file, lambda place: there._files.get_file(place, tmp_path / "x")):
+        before = faults.requests
+        with pytest.raises(Exception):  # noqa: B017, each library has its own
+            act(there._object("file"))
+        assert faults.requests - before <= 12  # two tries, of which each may have some in it
+
+
 def test_a_server_that_is_away_for_a_while_is_waited_for(faults, bucket):
     folder = places.local(bucket)
     back = time.monotonic() + 3

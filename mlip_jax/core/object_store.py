@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import random
 import sys
@@ -23,7 +24,9 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra of setup.py that reads
 PATIENCE = 300.0  # seconds for which a server may be away
 AT_START = 30.0  # the same before anything is done
 _QUIET = 5.0  # seconds after which it is said that a server is waited for
-PAUSE = 0.5  # seconds before the first other try; they double
+PAUSE = 0.5  # seconds before the first other try; they double ...
+_LONGEST_PAUSE = 5.0  # ... up to this: by no more is a server seen late that is back
+_OWN_TRIES = 2  # of the libraries: tries are repeated here, where it is known for how long
 _AT_ONCE = 8  # transfers, of which each may hold 50 MB in memory
 _PAST_THE_END = 416  # the HTTP status for bytes that an object does not have
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors of this machine's disk
@@ -252,7 +255,7 @@ class Bucket:
                         f"{self.afterwards}"
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1))
-            pause = min(2 * pause, 15)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _tell(self, words: str) -> None:
         print(f"{self.url}: {words}", file=sys.stderr)
@@ -277,6 +280,21 @@ class Bucket:
             raise error
 
 
+@functools.cache
+def _of_few_tries(google_files: Any) -> Any:
+    """gcsfs's file system, with fewer tries of its own: six take half a minute, and are nested."""
+    from gcsfs.retry import retry_request
+
+    class OfFewTries(google_files):  # type: ignore[misc]
+        pass
+
+    for name in ("_request", "_get_file_request", "_get_file_concurrent"):
+        tried_once = getattr(getattr(google_files, name, None), "__wrapped__", None)
+        if tried_once is not None:
+            setattr(OfFewTries, name, retry_request(retries=_OWN_TRIES)(tried_once))
+    return OfFewTries
+
+
 def _file_system(scheme: str, url: str) -> Any:
     if scheme not in EXTRAS:
         raise UserError(
@@ -286,17 +304,16 @@ def _file_system(scheme: str, url: str) -> Any:
     options = {"use_listings_cache": False, "skip_instance_cache": True}
     try:
         if scheme == "gs":
+            # We say what is wrong ourselves, in one line.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
             # The class that gcsfs takes by itself asks for the bucket's kind at every call.
             from gcsfs.core import GCSFileSystem
 
-            # We say what is wrong ourselves, in one line.
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
-            return GCSFileSystem(**options)
+            return _of_few_tries(GCSFileSystem)(**options)
         from s3fs import S3FileSystem
 
-        # Tries that fail are repeated here, where it is known for how long.
         files = S3FileSystem(**options, config_kwargs={"retries": {"max_attempts": 1}})
-        files.retries = 2
+        files.retries = _OWN_TRIES
         return files
     except ImportError as error:
         raise UserError(
