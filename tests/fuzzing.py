@@ -7,6 +7,7 @@ MLIP_FUZZ_EXAMPLES=N has each test meet N of them, and MLIP_FUZZ_FIRST=N begins 
 """
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -132,7 +133,7 @@ class Odd(random.Random):
         elif way < 4:
             node[key] = self.like(inner)
         elif way < 5 and words:
-            node[key] = self.choice(words)
+            node[key] = copy.deepcopy(self.choice(words))  # it may be changed in its turn
         else:
             node[key] = self.value()
         return value
