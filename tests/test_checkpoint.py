@@ -527,6 +527,15 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
         pass
 
 
+def test_what_stands_in_the_lock_s_place_is_named(tmp_path):
+    (tmp_path / "run/.lock").mkdir(parents=True)
+    with (
+        pytest.raises(UserError, match=r"run as --workdir: .*run/\.lock: Is a directory"),
+        open_workdir(tmp_path / "run", schema.default()),
+    ):
+        pass
+
+
 def test_saving_does_not_wait_for_the_disk(tmp_path):
     """The write goes on after save() has returned."""
 

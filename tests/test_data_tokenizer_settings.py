@@ -184,6 +184,7 @@ def test_the_longest_text_is_the_tokenizers(tmp_path):
         ({"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs=.*, which is not"),
         ({"padding_side": "both"}, "padding_side is 'both'; expected left or right"),
         ({"truncation_side": "middle"}, "truncation_side is 'middle'; expected left or right"),
+        ({"model_max_length": float("nan")}, "model_max_length is nan; expected a number above 0"),
         ({"model_max_length": "long"}, "model_max_length is 'long'; expected a number above 0"),
         (
             {"tokenizer_class": "LlamaTokenizerFast"},

@@ -389,6 +389,9 @@ def test_columns_that_are_wrong(tmp_path):
     path.parent.mkdir()
     pq.write_table(table, path)
     (tmp_path / "in/y.parquet").write_bytes(path.read_bytes()[:-50])
+    # The name of a column is no UTF-8.
+    renamed = path.read_bytes().replace(b"caption", b"c\xedption")
+    (tmp_path / "in/z.parquet").write_bytes(renamed)
     out = prepare(tmp_path, f"parquet:{tmp_path / 'in'}", LENIENT)
     assert set(records(out)) == {f"{path}[0]"}
     reason_of = {name.rpartition("/")[2]: why for name, why in reasons(out).items()}
@@ -396,6 +399,7 @@ def test_columns_that_are_wrong(tmp_path):
     assert reason_of["x.parquet[2]"].endswith("not an image of a known format")
     assert reason_of["x.parquet[3]"] == "has neither caption nor class"
     assert reason_of["y.parquet"].startswith("cannot be read")
+    assert reason_of["z.parquet"].startswith("cannot be read: 'utf-8' codec can't decode")
 
 
 def test_too_much_that_is_broken_is_an_error_whose_work_is_kept(tmp_path, capsys):

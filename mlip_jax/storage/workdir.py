@@ -86,7 +86,10 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack, accept: 
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"cannot use {str(folder)[:200]} as --workdir: {error.strerror}") from error
+        place = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+        raise UserError(
+            f"cannot use {str(folder)[:200]} as --workdir: {place[:300]}{error.strerror}"
+        ) from error
     for place in (folder, folder / "report"):
         remove_drafts(place, others_write=True)
     path = folder / "config.json"

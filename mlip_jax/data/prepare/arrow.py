@@ -28,6 +28,8 @@ from mlip_jax.data.prepare.webdataset import find_files
 from mlip_jax.data.sets.shards import is_split
 from mlip_jax.data.sets.splits import canonical
 
+# What pyarrow raises of a damaged file; the last of its columns' names.
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 _BATCH = 64  # rows that are in memory at a time, where the file allows it
 _BUFFER = 2**20  # bytes; without one, or with pre_buffer, a whole row group is in memory
 _STATE, _INFO, _DICT = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -52,7 +54,7 @@ class _Columns(Reader):
         for number, file in enumerate(self._files):
             try:
                 schema, rows = self._open(file)
-            except (pa.ArrowException, OSError) as error:
+            except _DAMAGED as error:
                 self._broken[number] = Broken(str(file), f"cannot be read: {first_line(error)}")
                 self._rows.append(0)
                 continue
@@ -144,7 +146,7 @@ class _Columns(Reader):
                 split = canonical(value) if isinstance(value, str) else None
                 known = split or value is None or value == ""
                 yield split or "", "" if known else f"unknown split {brief(value)}"
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             reason = f"the column {name!r} cannot be read on: {first_line(error)}"
             yield from itertools.repeat(("", reason), self._rows[number] - rows)
 
@@ -170,7 +172,7 @@ class _Columns(Reader):
                     row = next(remaining, None)
                 if row is None:
                     return
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             reason = f"the file cannot be read on: {first_line(error)}"
         else:
             reason = "the file ends before this row"

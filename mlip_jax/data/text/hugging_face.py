@@ -184,7 +184,8 @@ def _longest(folder: Path, settings: dict[str, Any]) -> int | None:
     longest = settings.get("model_max_length")
     if longest is None:
         return None
-    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or longest < 1:
+    # Not less than 1: no comparison holds for NaN.
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
         raise UserError(f"{folder}: model_max_length is {longest!r}; expected a number above 0")
     return int(min(longest, 2**31 - 1))  # transformers writes 1e30 for "as long as one likes"
 
