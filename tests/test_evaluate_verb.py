@@ -137,6 +137,8 @@ DAMAGED_RESULTS = [
     ('{"a/b/c": true}', "'a/b/c' of figures is a truth value"),
     ('{"examples/a/b/c": [5]}', "'a/b/c' of examples is a list"),
     ('{"note/a/b": 5}', "'a/b' of notes is a number"),
+    (f'{{"a/b/c": {10**400}}}', "'a/b/c' of figures is more than a float can hold"),
+    (f'{{"step": {10**400}}}', "step is more than a float can hold"),
 ]
 
 

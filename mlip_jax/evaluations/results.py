@@ -10,7 +10,7 @@ from typing import Any
 
 from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import kind_of, read_json, write_atomically
+from mlip_jax.core.files import is_number, kind_of, read_json, write_atomically
 from mlip_jax.evaluations.interface import Outcome
 
 FILE_NAME = "results.json"
@@ -76,6 +76,8 @@ class Results:
         """Raises ValueError, in words, for what `evaluate` cannot have found."""
         if self.step is not None and type(self.step) is not int:
             raise ValueError(f"step is {kind_of(self.step)}, not a whole number")
+        if self.step is not None and not is_number(self.step):
+            raise ValueError("step is more than a float can hold")
         kinds = {"figures": _NUMBERS, "chance": _NUMBERS, "examples": _NUMBERS}
         for name, kind in (kinds | {"protocols": str, "notes": str}).items():
             values = getattr(self, name)
@@ -84,6 +86,8 @@ class Results:
             for key, value in values.items():
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise ValueError(f"{key!r} of {name} is {kind_of(value)}")
+                if isinstance(value, int) and not is_number(value):
+                    raise ValueError(f"{key!r} of {name} is more than a float can hold")
         for key in self.figures:
             if key.count("/") < 2:
                 raise ValueError(f"{key!r} is no FAMILY/DATASET/FIGURE")
