@@ -82,7 +82,12 @@ def parse(arguments: Sequence[str]) -> Command | str:
         import_file(file)
     if subcommand == "evaluate" and "compare" in options:
         return _comparison(options, remaining)
-    if not table.takes(subcommand, "config"):
+    if subcommand == "prepare" and "teacher" in options:
+        return _keeping(options, remaining)
+    if not table.has_config(subcommand):
+        for name in ("config", "views"):
+            if name in options:
+                raise UserError(f"{subcommand} takes --{name} with --teacher alone")
         if remaining:
             raise UserError(
                 f"{subcommand} takes no {remaining[0]!r}: it takes flags alone, and no config"
@@ -111,6 +116,23 @@ def parse(arguments: Sequence[str]) -> Command | str:
         if flag.variable and flag.keyword in options
     }
     return Command(subcommand, config, workdir, options, environment)
+
+
+def _keeping(options: dict[str, Any], remaining: list[str]) -> Command:
+    """Prepare, of what a teacher says, for the runs of a config."""
+    for flag in table.FLAGS:
+        if flag.keyword in options and flag.name not in ("config", "out", "teacher", "views"):
+            raise UserError(f"prepare --teacher looks at a finished dataset: no --{flag.name}")
+    file = options.pop("config", None)
+    if not file:
+        raise UserError(
+            "prepare --teacher needs the config of the runs that will learn from it, by whose "
+            "augmentation it is shown images: add --config=NAME"
+        )
+    config = load_config(file)
+    _override(config, remaining)
+    validate(config)
+    return Command("prepare", config, None, options)
 
 
 def _comparison(options: Mapping[str, Any], remaining: list[str]) -> Command:

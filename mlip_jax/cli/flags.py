@@ -99,6 +99,12 @@ FLAGS = (
                 ("evaluate", "report", "export", "search"),
                 Use(Text(), _CONFIG, "a config in place of the workdir's own"),
             ),
+            "prepare": Use(
+                Text(),
+                _CONFIG,
+                "with --teacher: the config of the runs that will learn from it, by whose "
+                "augmentation images are shown",
+            ),
             **dict.fromkeys(
                 ("plan", "benchmark"),
                 Use(
@@ -354,6 +360,25 @@ FLAGS = (
         bare=ON,
     ),
     Flag(
+        "teacher",
+        {
+            "prepare": Use(
+                Text(),
+                "FOLDER",
+                "keep what the model in this folder says of the prepared dataset in --out, for "
+                "runs of --config with config.teacher=kept",
+            )
+        },
+    ),
+    Flag(
+        "views",
+        {
+            "prepare": Use(
+                Whole(1, 1000), "N", "augmented views of each image for --teacher", default=8
+            )
+        },
+    ),
+    Flag(
         "format",
         {
             "export": Use(
@@ -507,6 +532,11 @@ def takes(subcommand: str, name: str) -> bool:
     return subcommand in _BY_NAME[name].uses
 
 
+def has_config(subcommand: str) -> bool:
+    """Whether a subcommand takes a config; prepare does for a teacher alone."""
+    return subcommand != "prepare" and takes(subcommand, "config")
+
+
 def complete(arguments: Iterable[str]) -> list[str]:
     """Gives flags that need no value the value that they stand for: --serve, --check, -h."""
     return [_BARE.get(argument, argument) for argument in arguments]
@@ -581,7 +611,7 @@ def unknown(subcommand: str, name: str) -> UserError:
 
 def _override_for(subcommand: str, name: str, *, near: bool = False) -> str:
     """'; did you mean --config.KEY=VALUE?' with the key of that name; "" where there is none."""
-    if not takes(subcommand, "config"):
+    if not has_config(subcommand):
         return ""
     key = find_key(name, list(flatten(default().to_dict())), near=near)
     return f"; did you mean --config.{key}=VALUE?" if key else ""

@@ -93,12 +93,18 @@ SUBCOMMANDS = {
         "mlip_jax.data.prepare",
         "prepare",
         "convert a dataset to shards that are fast to read",
-        ("--source=KIND:PATH --out=DIR [flags]", "--check --out=DIR"),
+        (
+            "--source=KIND:PATH --out=DIR [flags]",
+            "--check --out=DIR",
+            "--teacher=FOLDER --out=DIR --config=CONFIG [--views=N]",
+        ),
         (
             "Reads a dataset, checks every record and writes ArrayRecord shards, an index, "
             "checksums and a dataset card. The same command continues a run that was stopped and "
             "repairs damaged shards.",
             "docs/data.md describes the kinds of --source and what is checked.",
+            "With --teacher it keeps what a model says of a finished dataset; see "
+            "docs/teachers.md.",
         ),
         (
             "mlip prepare --source=webdataset:'tars/{00000..00331}.tar' \\\n"
@@ -106,6 +112,8 @@ SUBCOMMANDS = {
             "mlip prepare --source=csv:pairs.tsv --out=data/pairs \\\n"
             "  --columns=image=path,caption=title",
             "mlip prepare --check --out=data/pairs",
+            "mlip prepare --teacher=runs/large --out=data/pairs \\\n"
+            "  --config=clip_kd:teacher=kept --config.data.caption.tags=0",
             "mlip train --config=mlip:data=prepared:data/pairs",
         ),
     ),

@@ -34,7 +34,8 @@ PERSPECTIVES = {
 }
 IMAGE_VIEWS = tuple(view for view, other in PERSPECTIVES.items() if other.startswith("text_"))
 TAUGHT_VIEWS = tuple(view for view in IMAGE_VIEWS if view.endswith("_global"))
-OWN_AVERAGE = "ema"  # the teacher that is no folder
+# Teachers that are no folder: the run's own average; what `prepare --teacher` has kept.
+OWN_AVERAGE, KEPT = "ema", "kept"
 CLEANINGS = (
     "none",
     "clip_lite",
@@ -256,7 +257,8 @@ def default() -> ConfigDict:
             "parallel": 0.0,  # share of the captions that are predicted all tokens at once, CapPa's
         }
     )
-    # Models that the run learns from: folders that `mlip_jax.load` opens; "ema": its own average.
+    # Models that the run learns from: folders that `mlip_jax.load` opens; "ema": its own average;
+    # "kept" or "kept:FOLDER": what `prepare --teacher` has kept beside the training set.
     config.teacher = ()
     # By way of learning and view, the weight of its loss; the mean over several teachers.
     config.distillation = ConfigDict(

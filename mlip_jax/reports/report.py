@@ -18,6 +18,7 @@ from mlip_jax.core import places, versions
 from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.history import History, read_history, series, training_seconds
 from mlip_jax.core.registry import LOSSES, PREDICTIONS, TEXT_ENCODERS
+from mlip_jax.core.schema import lessons
 from mlip_jax.core.trained import START
 from mlip_jax.data.sets.opening import open_training, open_validation
 from mlip_jax.data.sets.records import Source
@@ -267,11 +268,23 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         ("Text encoder", TEXT_ENCODERS[config.model.text.architecture].describe(config)),
         ("Embedding", f"{config.model.embed_dim} wide, {config.model.head.replace('_', ' ')}"),
         ("Perspectives", "; ".join(perspectives)),
+        *_teachers(config),
         ("Optimizer", config.optimizer.name),
         ("Learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
         ("Weight decay", f"{config.optimizer.weight_decay:g}"),
         ("Seed", str(config.seed)),
     ]
+
+
+def _teachers(config: ConfigDict) -> list[tuple[str, str]]:
+    """Whom the run learns from, and what; nothing without teachers."""
+    if not config.teacher:
+        return []
+    taught = [
+        f"{way} of {view.replace('_', ' ')} (weight {weight:g})"
+        for (way, view), weight in lessons(config).items()
+    ]
+    return [("Teachers", f"{', '.join(config.teacher)}: {'; '.join(taught)}")]
 
 
 def _data(

@@ -29,11 +29,12 @@ from mlip_jax.core.schema import views_of
 from mlip_jax.data.batches.ahead import ReadAhead
 from mlip_jax.data.batches.order import order, windowed_orders
 from mlip_jax.data.batches.shared_memory import Lender, Lent, Receiver
-from mlip_jax.data.batches.teaching import NO_INPUTS, TeacherInputs
+from mlip_jax.data.batches.teaching import IMAGE, NO_INPUTS, TeacherInputs
 from mlip_jax.data.batches.workers import BATCHES_IN_FLIGHT, end_with_parent, worker_count
 from mlip_jax.data.images.augment import augment, by_pillow, short_side, trim
 from mlip_jax.data.images.fast_decoding import decode_pixels
 from mlip_jax.data.images.preprocessing import Preprocessing, decode, flatten
+from mlip_jax.data.sets.kept import random_of_view, same_views
 from mlip_jax.data.sets.mixtures import datasets_of, stand_ins
 from mlip_jax.data.sets.one_image import bits_of
 from mlip_jax.data.sets.records import InShards, Record, Source
@@ -86,7 +87,8 @@ def train_batches(
       "token_ids_2", where config.perspectives.other_caption has a weight: as "token_ids", another
       caption of the same images where they have one, with left and right as in "image";
       and by the keys of `teachers`: uint8 [b, size, size, 3], the view of "image" in another size;
-      int32 [b, length], the caption of "token_ids" by another tokenizer.
+      int32 [b, length], the caption of "token_ids" by another tokenizer; float16 [b, width], what
+      is kept of the view and the caption.
 
     Raises:
       UserError: when the source is empty, or too many images in a row cannot be read.
@@ -95,7 +97,7 @@ def train_batches(
         raise UserError(f"the training set {source.name!r} is empty")
     process_rows = tuple(range(config.batch_size) if rows is None else map(int, rows))
     batch_size = config.batch_size
-    examples = order(source, config.seed, batch_size).random_map(_Example(config, source, teachers))
+    examples = order(source, config.seed, batch_size).random_map(Example(config, source, teachers))
     workers = workers_for(config, len(process_rows), teachers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags; outside of absl's main nobody parses
@@ -172,12 +174,13 @@ def _until_closed(
 _Decoded = Image.Image | np.ndarray  # RGB, uint8 [height, width, 3]
 
 
-class _Example:
+class Example:
     """From the index of a record to a view of its image and a caption."""
 
     def __init__(self, config: ConfigDict, source: Source, teachers: TeacherInputs) -> None:
         self._source = source
-        self._sizes = dict(teachers.sizes)
+        self._teachers = teachers
+        self._views_kept = same_views(list(teachers.kept.values()))
         self._augment = config.data.augment.copy_and_resolve_references()
         self._caption = config.data.caption.to_dict()
         self._size = config.model.image.image_size
@@ -198,23 +201,48 @@ class _Example:
         index = int(index)
         record, image, number, place = self._readable(index)
         # The same draws in the same order, whether second views follow or not, and in every size.
-        at_start = copy.deepcopy(rng) if self._sizes else rng
-        pixels, flipped = self._view(image, rng, self._size)
-        others = {
-            key: self._view(image, copy.deepcopy(at_start), size)[0]
-            for key, size in self._sizes.items()
-        }
+        chance, view = rng, 0
+        if self._views_kept:
+            view = int(rng.integers(self._views_kept.views))
+            assert record.origin is not None  # see `TeacherInputs.said`
+            chance = random_of_view(self._views_kept.seed, record.origin, view)
+        views, flipped = self._views(image, chance)
         words = record.captions, record.tags, self._caption, rng
         texts: tuple[str, ...]
         texts = captions.compose_two(*words) if self._two_captions else (captions.compose(*words),)
+        said = self._teachers.said(record, view, texts[0], flipped)
         if flipped:
             texts = tuple(captions.swap_sides(text) for text in texts)
         skipped = -1 if place == index else index
-        example = {"image": pixels, "record": number, "skipped": skipped} | others
+        example: dict[str, Any] = {**views, **said, "record": number, "skipped": skipped}
         example |= zip(("caption", "caption_2"), texts, strict=False)
         if self._two_images:
             example["image_2"], _ = self._view(image, rng, self._size)
         return example
+
+    def kept_views(
+        self, index: int, seed: int, count: int
+    ) -> tuple[Record, list[dict[str, np.ndarray]]]:
+        """A record, and its first views of `data.sets.kept` in every size, by the batch's keys.
+
+        Raises:
+          OSError: when the image cannot be read.
+        """
+        record, image, _ = self._decoded(index)
+        assert record.origin is not None  # of a prepared dataset
+        chances = (random_of_view(seed, record.origin, view) for view in range(count))
+        return record, [self._views(image, chance)[0] for chance in chances]
+
+    def _views(
+        self, image: _Decoded, rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], bool]:
+        sizes = self._teachers.sizes
+        at_start = copy.deepcopy(rng) if sizes else rng
+        pixels, flipped = self._view(image, rng, self._size)
+        others = {
+            key: self._view(image, copy.deepcopy(at_start), size)[0] for key, size in sizes.items()
+        }
+        return {IMAGE: pixels} | others, flipped
 
     def _view(
         self, image: _Decoded, rng: np.random.Generator, size: int
@@ -305,6 +333,8 @@ class _Batches:
             if f"caption{view}" in values_by_key:  # tokenised together
                 ids = self._tokenizer.encode(values_by_key[f"caption{view}"], self._context_length)
                 batch[f"token_ids{view}"] = ids
+        for key in (f"{kept}_{side}" for kept in self._teachers.kept for side in ("image", "text")):
+            batch[key] = np.stack(values_by_key[key])
         return batch | self._teachers.token_ids(values_by_key["caption"])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax.core import places
@@ -36,8 +38,8 @@ _SHOWN = 3
 
 
 def prepare(
-    config: None,
-    workdir: None,
+    config: ConfigDict | None,
+    workdir: Path | None,
     *,
     out: str,
     source: str = "",
@@ -51,6 +53,8 @@ def prepare(
     licence: str = "",
     attribution: str = "",
     check: bool = False,
+    teacher: str = "",
+    views: int = 8,
 ) -> int:
     """Writes a prepared dataset, or goes on with one; prints what is in it.
 
@@ -59,8 +63,8 @@ def prepare(
     same bytes. A finished dataset is compared with its checksums, and damaged files are made again.
 
     Args:
-      config: None.
-      workdir: None.
+      config: with `teacher`, of the runs that will learn from it; else None.
+      workdir: not used.
       out: the dataset's folder, a path or a URL: shards are brought to a bucket one by one.
       source: KIND:PATH; see docs/data.md. Of a URL a copy is brought to this machine.
       columns: ROLE=NAME,...; see `columns.read_columns`.
@@ -73,6 +77,8 @@ def prepare(
       licence: for the card.
       attribution: for the card, and to be shown wherever the dataset is used.
       check: only compare a finished dataset with its checksums.
+      teacher: a folder with a model: only keep what it says of a finished dataset.
+      views: of each image that it is shown.
 
     Returns:
       0; with `check`, 1 when a file is damaged.
@@ -82,7 +88,11 @@ def prepare(
         too many broken records.
       RunError: when a worker process is killed, or a file cannot be written.
     """
-    del config, workdir
+    del workdir
+    if teacher:
+        # What loads models lies above this subpackage.
+        keeping = importlib.import_module("mlip_jax.training.keeping")
+        return int(keeping.keep(config, out, teacher, views))
     folder = places.local(out, empty=True).expanduser()
     places.fetch(folder / shards.INDEX)
     console = Console(highlight=False, markup=False, soft_wrap=True)

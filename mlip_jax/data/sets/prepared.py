@@ -19,7 +19,7 @@ from mlip_jax.core.texts import brief, lines, shown, whole
 from mlip_jax.data.sets import shards
 from mlip_jax.data.sets.files import present_names
 from mlip_jax.data.sets.kinds import Opening, by_path
-from mlip_jax.data.sets.records import Record, shard_of
+from mlip_jax.data.sets.records import Origin, Record, shard_of
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Example, Index, Shard
 from mlip_jax.data.sets.splits import STANDARD, Choice
 from mlip_jax.data.sets.stored import Shards, Store, Version
@@ -74,7 +74,12 @@ class PreparedSource:
             tags=usable(example.tags, self._cleaning),
             label=labels[0] if labels else -1,
             name=shown(example.name),
+            origin=self._origin(index),
         )
+
+    def _origin(self, index: int) -> Origin:
+        shard, place = shard_of(self, index)
+        return Origin(self._names[shard], place)
 
     def name_of(self, index: int) -> str:
         """The record's name; of one that is damaged, its shard and its place there."""
@@ -175,7 +180,8 @@ class MultiLabelPreparedSource(PreparedSource):
             self._row(example), self.class_names, self._cleaning
         )
         tags = usable(example.tags, self._cleaning)
-        return Record(example.image, captions, tags, -1, shown(example.name))
+        name, origin = shown(example.name), self._origin(index)
+        return Record(example.image, captions, tags, -1, name, origin)
 
     def _checked(self, example: Example) -> Example:
         unknown = next((k for k in example.labels + example.difficult if k not in self._labels), "")

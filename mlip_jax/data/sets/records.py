@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int8, Int64
@@ -13,6 +13,13 @@ from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import is_whole
 
 _PLACES_SHOWN = 5
+
+
+class Origin(NamedTuple):
+    """Where a record of a prepared dataset lies."""
+
+    shard: str  # its name
+    place: int
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Record:
     tags: tuple[str, ...]  # such as a category: words to add to a caption
     label: int  # index into the source's class_names; -1: none
     name: str  # path or id: what errors and reports print
+    # Of a prepared dataset's; two are equal wherever they lie.
+    origin: Origin | None = field(default=None, compare=False)
 
 
 class MissingSplit(UserError):
