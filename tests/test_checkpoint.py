@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import RunError, UserError
-from mlip_jax.storage import checkpoint, trees
+from mlip_jax.storage import checkpoint, seal, trees
 from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
 from mlip_jax.storage.workdir import open_workdir
 from mlip_jax.training import optimizer as optimizers
@@ -525,6 +525,11 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
         open_workdir(tmp_path / "file", schema.default()),
     ):
         pass
+
+
+def test_a_seal_s_names_are_shown_in_short(tmp_path):
+    (tmp_path / seal.NAME).write_text(json.dumps({"x" * 5000: [1, 1]}))
+    assert seal.damage(tmp_path) == f"{'x' * 200} is missing"
 
 
 def test_what_stands_in_the_lock_s_place_is_named(tmp_path):

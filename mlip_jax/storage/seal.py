@@ -11,6 +11,7 @@ from mlip_jax.core.files import read_json
 from mlip_jax.core.texts import shown
 
 NAME = "files.json"
+_MOST = 200  # characters of a name that a message shows
 Files = dict[str, list[int]]
 # Orbax writes these after the seal: when it commits.
 _UNSEALED = {"_CHECKPOINT_METADATA", "commit_success.txt", NAME}
@@ -54,7 +55,7 @@ def damage(folder: Path, *, unread: str = "") -> str:
         if unread and name.startswith(unread):
             continue
         if name not in present:
-            return f"{shown(name)} is missing"
+            return f"{shown(name[:_MOST])} is missing"
         if present[name] != expected:
-            return f"{shown(name)} has changed since it was written"
+            return f"{shown(name[:_MOST])} has changed since it was written"
     return ""
