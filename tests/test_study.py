@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from devices import with_devices
@@ -15,6 +16,8 @@ from mlip_jax import main as door
 from mlip_jax.core.errors import UserError
 from mlip_jax.study import runs, study
 from mlip_jax.study.table import read_table
+
+TABLES = sorted((Path(__file__).parents[1] / "docs/studies").glob("*.json"))
 
 KEY = "retrieval/pairs/text_to_image_recall@1"
 
@@ -198,3 +201,15 @@ def test_a_real_run_is_stopped_and_resumed(tiny, table, tmp_path):
     )
     assert one == other
     assert runs.read_log(out)["first/seed0"].starts == 2
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_a_table_of_the_documentation_can_be_run(file):
+    table = read_table(str(file), Path("studies") / file.stem)
+    written = {run.workdir for run in table.runs}
+    assert len(written) == len(table.runs) >= 2
+    # A row that learns from another one's run comes after it.
+    for number, run in enumerate(table.runs):
+        for word in run.arguments[0].partition("teacher=")[2].split("+"):
+            before = {each.workdir for each in table.runs[:number]}
+            assert not word.startswith("studies/") or Path(word) in before
