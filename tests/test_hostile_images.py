@@ -3,10 +3,9 @@
 import io
 
 import numpy as np
-import PIL
 import pytest
 from images import encoded, exif, picture
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mlip_jax.data.images import fast_decoding
 from mlip_jax.data.images.limits import MOST_PIXELS, UnreadableImage
@@ -69,7 +68,8 @@ def damaged(data, others, rng):
 def by_pillow(data):
     """Sizes of the stored and the upright image as Pillow alone gives them; None if it refuses.
 
-    The second is None for a Pillow that gives up a whole block of EXIF data for one damaged entry.
+    The second is None where Pillow finds no orientation: of a damaged block of EXIF data it may
+    give up the whole, or stumble over an entry when it writes it again.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -77,12 +77,12 @@ def by_pillow(data):
     except Exception:
         return None
     size = image.size
-    if int(PIL.__version__.partition(".")[0]) < 13:
-        return size, None
     try:
+        if ExifTags.Base.Orientation not in image.getexif():
+            return size, None
         return size, ImageOps.exif_transpose(image).size
-    except Exception:  # of a damaged block of EXIF data, which says nothing
-        return size, size
+    except Exception:
+        return size, None
 
 
 @EACH

@@ -58,8 +58,9 @@ def of_image(image: Image.Image) -> int:
 def of_file(image: Image.Image) -> int:
     """The orientation of an image that Pillow has decoded from a file.
 
-    `of_image` gives the same. Pillow also reads all else in the block for that, which takes longer,
-    and more memory than the image where the block is made for it.
+    `of_image` gives the same of an undamaged block; of a damaged one Pillow may give up what is
+    still there. It also reads all else in the block, which takes longer, and more memory than the
+    image where the block is made for it.
     """
     if image.format == "TIFF":
         return UPRIGHT  # Pillow has turned it
