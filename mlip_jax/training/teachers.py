@@ -259,9 +259,8 @@ class Teachers:
             return {}
         variables = self._variables()
         shardings = parallel.tree_shardings(variables, mesh)
-        # Host arrays: what lies on one device of one process is no array of the others.
-        place = jax.jit(lambda tree: tree, out_shardings=shardings)
-        return {WEIGHTS: place(jax.device_get(variables))}
+        # Of host arrays, which every process has.
+        return {WEIGHTS: jax.jit(lambda tree: tree, out_shardings=shardings)(variables)}
 
     def _kept(self) -> dict[str, int]:
         """The widths of what is kept, by the batch's keys."""
@@ -399,6 +398,8 @@ def _load(
 ) -> ModelTeacher:
     """A folder's model; notes in `sizes` and `tokenizers` what it needs that is not there yet."""
     model = load_teacher(name, "config.teacher")
+    # A run has its weights once on its devices, by `placed`.
+    model = model.with_variables(jax.device_get(model.variables))
     size = model.preprocess.image_size
     image = IMAGE if size == config.model.image.image_size else f"image_at_{size}"
     if image != IMAGE:
