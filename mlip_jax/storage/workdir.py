@@ -86,9 +86,9 @@ def _take(folder: Path, config: ConfigDict, held: contextlib.ExitStack, accept: 
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        place = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+        in_the_way = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
         raise UserError(
-            f"cannot use {str(folder)[:200]} as --workdir: {place[:300]}{error.strerror}"
+            f"cannot use {str(folder)[:200]} as --workdir: {in_the_way[:300]}{error.strerror}"
         ) from error
     for place in (folder, folder / "report"):
         remove_drafts(place, others_write=True)
