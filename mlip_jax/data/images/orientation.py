@@ -34,7 +34,8 @@ _TURNS = {
     7: _Turn(Image.Transpose.TRANSVERSE, -1, -1, True),
     8: _Turn(Image.Transpose.ROTATE_90, 1, -1, True),
 }
-_ORDERS = {b"II*\0": "<", b"MM\0*": ">", b"II\0*": "<", b"MM*\0": ">"}  # as some write it, too
+# As some write it, too; the last is BigTIFF's, which Pillow reads as the others.
+_ORDERS = {b"II*\0": "<", b"MM\0*": ">", b"II\0*": "<", b"MM*\0": ">", b"MM\0+": ">"}
 # EXIF's types that Pillow reads: their bytes, and the whole numbers among them.
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _WHOLE_NUMBERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I"}
