@@ -15,6 +15,7 @@ from mlip_jax.benchmark.results import Timing, summarize
 from mlip_jax.cli import command_line
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.training.step_cost import GIB
+from mlip_jax.training.teachers import NO_TEACHERS
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +139,7 @@ def test_a_step_that_does_not_fit_names_a_batch_that_does(config, monkeypatch):
     monkeypatch.setattr(
         contender,
         "lower_step",
-        lambda _, __, config, ___: types.SimpleNamespace(
+        lambda _, __, config, *___: types.SimpleNamespace(
             compile=lambda compiler_options=None: program(config.batch_size)
         ),
     )
@@ -226,6 +227,7 @@ def test_a_peer_that_has_no_such_model_is_refused(config, monkeypatch, key, valu
 
 def test_random_batches_have_the_second_views(config):
     config.perspectives.augmented_image.weight = 1.0
-    batch = next(contender._random(config, contender.parallel.make_mesh(config.mesh, 8), 99))
+    mesh = contender.parallel.make_mesh(config.mesh, 8)
+    batch = next(contender._random(config, mesh, 99, NO_TEACHERS))
     assert batch["image"].shape == batch["image_2"].shape == (8, 16, 16, 3)
     assert batch["image"].dtype == np.uint8

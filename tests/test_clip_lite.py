@@ -140,7 +140,7 @@ def test_lookahead_pulls_back_every_third_step():
     assert_same(states[5].slow, states[3].slow)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), states[5].slow, states[6].slow)
     assert max(jax.tree.leaves(moved)) > 0
-    assert states[6].evaluated["params"] is states[6].slow
+    assert_same(states[6].evaluated["params"], states[6].slow)
 
 
 def test_lookahead_moves_the_slow_weights_by_alpha():

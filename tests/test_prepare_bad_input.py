@@ -455,7 +455,7 @@ def test_nothing_of_the_users_is_overwritten(tmp_path, capsys):
         (("--out=x", "--source=folder:y", "--columns=image=a"), "--columns is for tables"),
         (
             ("--out=x", "--config=configs/clip.py"),
-            "--config goes with the subcommands train, evaluate",
+            "prepare takes --config with --teacher alone",
         ),
         (("--out=x", "--sourc=folder:y"), "did you mean 'source'"),
         (("--out=x", "--check"), "x holds no prepared dataset"),
