@@ -40,6 +40,8 @@ from PIL import Image  # noqa: E402
 
 from mlip_jax import main as door  # noqa: E402
 from mlip_jax.core import object_store, places, schema, waiting  # noqa: E402
+from mlip_jax.core.buckets import Mirror  # noqa: E402
+from mlip_jax.data.sets import cache_room  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
 
 # On a busy machine anything may take long; what is printed should not depend on it.
@@ -158,6 +160,18 @@ def bucket(object_server, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     yield f"{scheme}://{buckets.BUCKET}/{tmp_path.name}"
     places.release()
+
+
+@pytest.fixture
+def upload(bucket):
+    """Copies a folder to a URL, which it gives."""
+
+    def act(folder):
+        Mirror(f"{bucket}/set", folder).publish(folder)
+        return f"{bucket}/set"
+
+    yield act
+    cache_room.let_go()
 
 
 @pytest.fixture

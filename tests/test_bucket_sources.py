@@ -17,18 +17,6 @@ from mlip_jax.data.sets import cache_room
 from mlip_jax.data.sets.opening import open_source
 
 
-@pytest.fixture
-def upload(bucket):
-    """Copies a folder to a URL, which it gives."""
-
-    def act(folder):
-        Mirror(f"{bucket}/source", folder).publish(folder)
-        return f"{bucket}/source"
-
-    yield act
-    cache_room.let_go()
-
-
 def same_records(one, other, folder, url):
     """Whether two prepared datasets have the same records, of a folder and of its copy there."""
     for split in {shard["split"] for shard in index(one)["shards"]}:

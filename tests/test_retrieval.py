@@ -11,6 +11,7 @@ from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.schema import default
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations import counting, retrieval
+from mlip_jax.evaluations import sets as evaluated_sets
 from mlip_jax.evaluations.scores import grid_integers, on_grid, products
 from mlip_jax.evaluations.sets import EmbeddedSet
 
@@ -248,7 +249,8 @@ class FakeSets:
 
 
 def test_a_set_is_scored_with_what_tells_how(monkeypatch):
-    monkeypatch.setattr(retrieval, "_TEXTS", 3)
+    monkeypatch.setattr(retrieval, "TEXTS", 3)
+    monkeypatch.setattr(evaluated_sets, "TEXTS", 3)
     sets = FakeSets((("a 0", "b 0"), ("a 1",), ("a 2", "both 2"), ("both 2",)))
     outcome = retrieval.score(sets, "jsonl:birds.jsonl")
     assert sets.texts == [3, 2]

@@ -50,18 +50,6 @@ def prepared(shards, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def upload(bucket):
-    """Copies a folder to a URL, which it gives."""
-
-    def act(folder):
-        Mirror(f"{bucket}/set", folder).publish(folder)
-        return f"{bucket}/set"
-
-    yield act
-    cache_room.let_go()
-
-
 def settings(spec, window=2, batch_size=8):
     config = schema.default()
     config.batch_size = batch_size

@@ -146,12 +146,9 @@ def _compile(
     abstract: Any,
     teachers: Teachers,
 ) -> tuple[jax.stages.Compiled, Memory]:
-    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh, teachers)
-    more = teachers.shapes(config.batch_size, mesh)
     program: tuple[jax.stages.Compiled, Memory] | None
     try:
-        compiled = compile_lowered(lower_step(step, abstract, config, mesh, more), mesh)
-        program = compiled, Memory.of(compiled)
+        program = _program(network, optimizer, config, mesh, abstract, teachers)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -184,15 +181,26 @@ def _fitting(
     smaller = copy.deepcopy(config)
     while smaller.batch_size // 2 >= max(unit, 2):
         smaller.batch_size = smaller.batch_size // 2 // unit * unit
-        step = make_train_step(
-            network, optimizer, smaller, Preprocessing.of(smaller), mesh, teachers
-        )
-        more = teachers.shapes(smaller.batch_size, mesh)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            compiled = compile_lowered(lower_step(step, abstract, smaller, mesh, more), mesh)
-            if Memory.of(compiled).total <= limit:
+            _, memory = _program(network, optimizer, smaller, mesh, abstract, teachers)
+            if memory.total <= limit:
                 return smaller.batch_size
     return 0
+
+
+def _program(
+    network: Any,
+    optimizer: Any,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    abstract: Any,
+    teachers: Teachers,
+) -> tuple[jax.stages.Compiled, Memory]:
+    """The compiled step, and the memory that it takes."""
+    step = make_train_step(network, optimizer, config, Preprocessing.of(config), mesh, teachers)
+    more = teachers.shapes(config.batch_size, mesh)
+    compiled = compile_lowered(lower_step(step, abstract, config, mesh, more), mesh)
+    return compiled, Memory.of(compiled)
 
 
 def device_memory() -> float:

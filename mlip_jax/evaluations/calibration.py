@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets
-from mlip_jax.evaluations.zero_shot import class_embeddings, has_classes
+from mlip_jax.evaluations.zero_shot import check, class_embeddings, has_classes
 
 _BINS = 15  # as Guo et al.
 
@@ -24,13 +25,6 @@ class Scaled(Encoder, Protocol):
     @property
     def logit_scale(self) -> float:
         """The factor."""
-
-
-def check(sets: Sets, spec: str) -> None:
-    """Raises UserError for a dataset that cannot be opened or has no classes."""
-    source = sets.source(spec)
-    if source is not None and not source.class_names:
-        raise UserError(f"config.evaluation.calibration: the dataset {spec!r} has no class labels")
 
 
 def score(sets: Sets, spec: str) -> Outcome | None:
@@ -93,4 +87,4 @@ def expected_error(
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-FAMILY = Family(score, check)
+FAMILY = Family(score, partial(check, family="calibration"))

@@ -14,7 +14,7 @@ Ties count against the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +31,11 @@ from mlip_jax.data.sets.splits import Choice
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import on_grid
-from mlip_jax.evaluations.sets import Sets, embed_source
+from mlip_jax.evaluations.sets import Sets, embed_source, embed_texts
 
 # Where the images lie, from the folder that is named, or else the file's own.
 _FOLDERS = (".", "images", "val2017")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_TEXTS_A_CALL = 4096
 _FIGURES = {
     1: {"accuracy": (0.5, "caption against a wrong one")},
     2: {
@@ -170,7 +169,9 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         raise UserError(f"{spec}: no example has images that can all be read")
     images = on_grid(embedded.embeddings, "image embeddings")
     rows = np.array([[row_of[name] for name in example.images] for example in kept])
-    texts = _embed_texts(sets, [text for example in kept for text in example.captions])
+    captions = [text for example in kept for text in example.captions]
+    embedded_captions = embed_texts(sets.model, captions, task.name, sets.progress)
+    texts = on_grid(embedded_captions, "text embeddings")
     # [examples, images, captions]
     scores = np.einsum("eiw,ecw->eic", images[rows], texts.reshape(len(kept), 2, -1))
     shares = {name: float(right.mean()) for name, right in judge(scores).items()}
@@ -205,14 +206,6 @@ def judge(scores: Float[np.ndarray, "examples images captions"]) -> dict[str, np
     text = (own > scores[:, 0, 1]) & (other > scores[:, 1, 0])
     image = (own > scores[:, 1, 0]) & (other > scores[:, 0, 1])
     return {"text_score": text, "image_score": image, "group_score": text & image}
-
-
-def _embed_texts(sets: Sets, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
-    parts = [
-        np.asarray(sets.model.encode_text(texts[start : start + _TEXTS_A_CALL]), np.float32)
-        for start in range(0, len(texts), _TEXTS_A_CALL)
-    ]
-    return on_grid(np.concatenate(parts), "text embeddings")
 
 
 FAMILY = Family(score, check, wants=("examples", "sugar_crepe.json"))

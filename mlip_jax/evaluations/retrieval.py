@@ -15,18 +15,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.progress import track
 from mlip_jax.data.text.equality import equal_ids
 from mlip_jax.evaluations.counting import Side, count_reaching
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Encoder, Outcome
 from mlip_jax.evaluations.scores import grid_integers, products
-from mlip_jax.evaluations.sets import EmbeddedSet, Sets
+from mlip_jax.evaluations.sets import TEXTS, EmbeddedSet, Sets, embed_texts
 
 KS = (1, 5, 10)
 DIRECTIONS = ("text_to_image", "image_to_text")
-
-_TEXTS = 8192  # captions that are tokenised or embedded at a time
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,8 @@ def pair_captions(
     if not texts:
         return [], places
     every = list(texts)
-    starts = range(0, len(every), _TEXTS)
-    tokens = np.concatenate([np.asarray(tokenize(every[s : s + _TEXTS])) for s in starts])
+    starts = range(0, len(every), TEXTS)
+    tokens = np.concatenate([np.asarray(tokenize(every[s : s + TEXTS])) for s in starts])
     groups = equal_ids(tokens)
     firsts = np.unique(groups, return_index=True)[1]
     places[:, 1] = groups[places[:, 1]]
@@ -254,14 +251,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
             return None
         raise UserError(f"config.evaluation.retrieval: the dataset {spec!r} has no captions")
     images, texts, pairs = found.images, found.texts, found.pairs
-    starts = track(
-        range(0, len(texts), _TEXTS),
-        f"Embedding captions of {embedded.name}",
-        shown=sets.progress,
-    )
-    text_embeddings = np.concatenate(
-        [np.asarray(sets.model.encode_text(texts[start : start + _TEXTS])) for start in starts]
-    )
+    text_embeddings = embed_texts(sets.model, texts, embedded.name, sets.progress)
     assert embedded.embeddings is not None  # `evaluation` was asked for them
     values = recall(embedded.embeddings[images], text_embeddings, pairs, progress=sets.progress)
     if not sets.config.evaluation.actual_recall:

@@ -30,6 +30,7 @@ from mlip_jax.data.sets.records import MissingSplit, MultiLabel, Source
 from mlip_jax.evaluations.interface import Encoder
 
 # Sets whose captions after the first are aliases of the concept, not descriptions of the image.
+TEXTS = 8192  # captions that are tokenised or embedded at a time
 _FIRST_CAPTION_ONLY = frozenset({"emoji"})
 # Their files are called alike everywhere; the first two carry the split in their own name.
 _NAMED_BY_THEMSELVES = ("coco", "karpathy", "voc")
@@ -265,6 +266,23 @@ class Sets:
                 embedded = replace(embedded, features=before.features)
         self._embedded[spec, role] = embedded
         return embedded
+
+
+def embed_texts(
+    model: Encoder, texts: Sequence[str], name: str, progress: bool = True
+) -> Float[np.ndarray, "texts width"]:
+    """Embeds the texts of a dataset, some thousand at a time.
+
+    Args:
+      model: what embeds them.
+      texts: the texts.
+      name: what the bar calls the dataset.
+      progress: whether to draw a bar.
+    """
+    starts = track(range(0, len(texts), TEXTS), f"Embedding captions of {name}", shown=progress)
+    return np.concatenate(
+        [np.asarray(model.encode_text(texts[start : start + TEXTS])) for start in starts]
+    )
 
 
 def embed_source(

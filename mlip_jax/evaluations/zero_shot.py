@@ -118,11 +118,11 @@ def chance(classes: int) -> dict[str, float]:
     return values
 
 
-def check(sets: Sets, spec: str) -> None:
+def check(sets: Sets, spec: str, family: str = "zero_shot") -> None:
     """Raises UserError for a dataset that cannot be opened or has no classes."""
     source = sets.source(spec)
     if source is not None and not source.class_names:
-        raise UserError(f"config.evaluation.zero_shot: the dataset {spec!r} has no class labels")
+        raise UserError(f"config.evaluation.{family}: the dataset {spec!r} has no class labels")
 
 
 def score(sets: Sets, spec: str) -> Outcome | None:

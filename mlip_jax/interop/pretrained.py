@@ -37,19 +37,28 @@ def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, A
     Raises:
       UserError: for a file that cannot be read, or holds another model than the config's.
     """
-    variables: dict[str, dict[str, Any]]
-    if config.model.pretrained:
-        variables = _read_whole(config, wanted)
-        model_folders.check_finite(variables, config.model.pretrained)
-        return variables
-    image, text = config.model.image.pretrained, config.model.text.pretrained
-    if not (image or text):
+    place = _place(config)
+    if not place:
         return {}
-    variables = {"params": {}}
+    whole = bool(config.model.pretrained)
+    variables = _read_whole(config, wanted) if whole else _read_towers(config, wanted)
+    model_folders.check_finite(variables, place)
+    return variables
+
+
+def _place(config: ConfigDict) -> str:
+    """What the model, or its towers, start from; "" where nothing is named."""
+    model = config.model
+    towers = (model.image.pretrained, model.text.pretrained)
+    return model.pretrained or " and ".join(filter(None, towers))
+
+
+def _read_towers(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    image, text = config.model.image.pretrained, config.model.text.pretrained
+    variables: dict[str, dict[str, Any]] = {"params": {}}
     if text:
         _check_sizes(config, text)
         variables["params"]["text_encoder"] = bert.read(text, wanted["params"]["text_encoder"])
-        model_folders.check_finite(variables, text)
     if image and _is_described(config):
         _read_image_tower(config, wanted, variables)
     elif image:
@@ -58,8 +67,6 @@ def read(config: ConfigDict, wanted: Mapping[str, Any]) -> dict[str, dict[str, A
         )
         variables["params"]["image_encoder"] = params
         variables["batch_stats"] = {"image_encoder": stats}
-    if image:
-        model_folders.check_finite(variables, image)
     return variables
 
 
@@ -341,7 +348,6 @@ def summary(
       variables: from `read`.
       wanted: the model's variables, or anything with their structure and shapes.
     """
-    model = config.model
     if not variables:
         return []
     wanted_leaves = traverse_util.flatten_dict(dict(wanted), sep="/")
@@ -353,11 +359,8 @@ def summary(
     new = wanted_leaves.keys() - has
     sizes = {key: math.prod(leaf.shape) for key, leaf in wanted_leaves.items()}
     share = sum(sizes[key] for key in has) / sum(sizes.values())
-    source = model.pretrained or " and ".join(
-        part.pretrained for part in (model.image, model.text) if part.pretrained
-    )
     lines = [
-        f"starts from {source}: {len(has)} of {len(wanted_leaves)} tensors, "
+        f"starts from {_place(config)}: {len(has)} of {len(wanted_leaves)} tensors, "
         f"{100 * share:.1f} % of the parameters"
     ]
     if new:

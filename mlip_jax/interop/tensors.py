@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -40,25 +41,46 @@ def read(path: str | Path, skip: Callable[[str], bool]) -> dict[str, np.ndarray]
     """
     tensors = {}
     for file in _files(places.local(path)):
-        try:
-            with safe_open(file, framework="np") as opened:
-                for name in opened.keys():  # noqa: SIM118 -- no Mapping
-                    if skip(name):
-                        continue
-                    kind = opened.get_slice(name).get_dtype()
-                    if kind not in _FLOATS:
-                        raise UserError(
-                            f"{file}: tensor {name} is of type {kind}; use a file of "
-                            f"{', '.join(_FLOATS[:-1])} or {_FLOATS[-1]}"
-                        )
-                    tensors[name] = opened.get_tensor(name).astype(np.float32)
-        except (OSError, SafetensorError) as error:
-            if _is_pickle(file):
-                raise UserError(
-                    f"{file}: is a pickle by content, not safetensors; {_NO_PICKLES}"
-                ) from None
-            raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 -- no Mapping
+                if skip(name):
+                    continue
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in _FLOATS:
+                    raise UserError(
+                        f"{file}: tensor {name} is of type {kind}; use a file of "
+                        f"{', '.join(_FLOATS[:-1])} or {_FLOATS[-1]}"
+                    )
+                tensors[name] = opened.get_tensor(name).astype(np.float32)
     return tensors
+
+
+def shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file or folder, without their values.
+
+    Raises:
+      UserError: for a missing or damaged file.
+    """
+    found = {}
+    for file in _files(places.local(path)):
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 -- no Mapping
+                found[name] = tuple(opened.get_slice(name).get_shape())
+    return found
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; what goes wrong while it is read is told as the file's."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        if _is_pickle(file):
+            raise UserError(
+                f"{file}: is a pickle by content, not safetensors; {_NO_PICKLES}"
+            ) from None
+        raise UserError(f"{file}: cannot be read as safetensors: {error}") from None
 
 
 def _files(path: Path) -> list[Path]:

@@ -40,16 +40,16 @@ def describe(folder: Path) -> tuple[ConfigDict, Preprocessing]:
     file = folder / CONFIG
     values = read_json(file)
     name = str(values.get("architecture", ""))
-    has = tensors.read(folder / WEIGHTS, lambda _: False)
+    has = tensors.shapes(folder / WEIGHTS)
     for tensor, words in _NOT_COMPUTED.items():
         if tensor in has:
             raise UserError(f"{folder}: {name} has {words}, which are not computed here")
     try:
-        width, _, patch, _ = has["patch_embed.proj.weight"].shape
-        tokens = has["pos_embed"].shape[1] - 1
-        hidden = len(has["blocks.0.mlp.fc1.weight"])
+        width, _, patch, _ = has["patch_embed.proj.weight"]
+        tokens = has["pos_embed"][1] - 1
+        hidden = has["blocks.0.mlp.fc1.weight"][0]
         has["cls_token"]
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, IndexError):
         raise UserError(
             f"{folder}: {name} is no ViT with a class token in timm's layout ({WEIGHTS} lacks some "
             "of patch_embed.proj.weight, pos_embed, cls_token, blocks.0.mlp.fc1.weight)"

@@ -11,10 +11,11 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mlip_jax.core.errors import UserError, choose
+from mlip_jax.core.errors import choose
 from mlip_jax.core.schema import ACTIVATIONS
 from mlip_jax.models.attention import attend_with
 from mlip_jax.models.dropout import Dropout, row_keys
+from mlip_jax.models.encoders import check_sizes
 from mlip_jax.models.layers import MLP, TOKEN_INIT, Dense, add, half_logits, layer_norm, recomputed
 from mlip_jax.models.predictions import Prediction
 from mlip_jax.models.text import TextViews, spans
@@ -329,17 +330,8 @@ def _fields(config: ConfigDict) -> dict[str, object]:
 
 
 def _check(config: ConfigDict) -> None:
-    caption = config.model.caption
-    choose("model.caption.activation", caption.activation, ACTIVATIONS)
-    if caption.width % caption.heads:
-        raise UserError(
-            f"config.model.caption.width={caption.width} is not a multiple of heads={caption.heads}"
-        )
-    if round(caption.width * caption.mlp_ratio) < 1:
-        raise UserError(
-            f"config.model.caption.mlp_ratio={caption.mlp_ratio} leaves nothing of the width "
-            f"{caption.width}: raise it"
-        )
+    choose("model.caption.activation", config.model.caption.activation, ACTIVATIONS)
+    check_sizes(config, "caption")
 
 
 def _describe(config: ConfigDict) -> str:

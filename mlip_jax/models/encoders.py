@@ -143,7 +143,7 @@ def _check_vit(config: ConfigDict) -> None:
     choose("model.image.activation", image.activation, ACTIVATIONS)
     choose("model.image.frequency.transform", image.frequency.transform, ("auto", "fft", "matmul"))
     guidance.parts(image.merging.guidance)
-    _check_sizes(config, "image")
+    check_sizes(config, "image")
     _check_guidance(config)
     if image.image_size < image.patch_size:
         raise UserError(
@@ -217,7 +217,7 @@ def _resnet_evidence(config: ConfigDict) -> dict[Path, Tokens]:
 def _check_clip(config: ConfigDict) -> None:
     text = config.model.text
     choose("model.text.pooling", text.pooling, ("last", "mean", "first", "highest", "final"))
-    _check_sizes(config, "text")
+    check_sizes(config, "text")
     if text.pretrained:
         raise UserError(
             "config.model.text.pretrained is for config.model.text.architecture='bert'; leave it "
@@ -228,22 +228,23 @@ def _check_clip(config: ConfigDict) -> None:
 def _check_bert(config: ConfigDict) -> None:
     text = config.model.text
     choose("model.text.pooling", text.pooling, ("tanh", "first", "mean", "mean_all", "last"))
-    _check_sizes(config, "text")
+    check_sizes(config, "text")
     if text.drop_path:
         raise UserError(
             f"config.model.text.drop_path={text.drop_path} does not go with 'bert': set it to 0"
         )
 
 
-def _check_sizes(config: ConfigDict, tower: str) -> None:
-    sizes = config.model[tower]
+def check_sizes(config: ConfigDict, part: str) -> None:
+    """Raises UserError for a width, heads or mlp_ratio of config.model.`part` that do not go."""
+    sizes = config.model[part]
     if sizes.width % sizes.heads:
         raise UserError(
-            f"config.model.{tower}.width={sizes.width} is not a multiple of heads={sizes.heads}"
+            f"config.model.{part}.width={sizes.width} is not a multiple of heads={sizes.heads}"
         )
     if round(sizes.width * sizes.mlp_ratio) < 1:
         raise UserError(
-            f"config.model.{tower}.mlp_ratio={sizes.mlp_ratio} leaves nothing of the width "
+            f"config.model.{part}.mlp_ratio={sizes.mlp_ratio} leaves nothing of the width "
             f"{sizes.width}: raise it"
         )
 
