@@ -1,6 +1,9 @@
 """Fast decoding and resizing against Pillow's."""
 
 import io
+import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,3 +109,39 @@ def test_a_file_that_unfolds_to_gigabytes_is_unreadable(monkeypatch):
     monkeypatch.setattr(limits, "MOST_PIXELS", 1000)
     with pytest.raises(UnreadableImage):
         fast_decoding.decode_pixels(encoded(photo()))
+
+
+def test_enlarged_crops_that_fall_on_pixels_read_no_foreign_memory():
+    """cykooz.resizer 4.0.1 ends the process, or returns noise, for the first of these."""
+    code = """
+import numpy as np
+from PIL import Image
+from mlip_jax.data.images import fast_decoding
+
+pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+for side, edge in [(8, 20.25), (8, 20.75), (12, 3.125)]:
+    for left, top in [(edge, 0), (0, edge), (edge, edge)]:
+        right = left + side if left else 64
+        bottom = top + side if top else 64
+        for _ in range(20):
+            ours = fast_decoding.resize(pixels, (left, top, right, bottom), 16)
+        box = (left, top, right, bottom)
+        pillows = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC, box=box)
+        assert (ours == np.asarray(pillows)).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_resizer_cannot_do_is_rare():
+    rng = np.random.default_rng(0)
+    size = 16
+    risky = 0
+    for _ in range(20_000):
+        side = rng.uniform(8, 17)
+        start = rng.uniform(0, 17 - side)
+        edges = [math.floor(edge * 2**16) / 2**16 for edge in (start, start + side)]
+        risky += fast_decoding._meets_a_zero(*edges, size)
+    assert risky <= 20
+    assert not fast_decoding._meets_a_zero(0.0, 12.0, size)  # whole images
+    assert fast_decoding._meets_a_zero(20.25, 28.25, size)

@@ -26,6 +26,7 @@ except ImportError:  # there are no wheels for Linux on ARM
 _REDUCTIONS = (8, 4, 2)  # by which libjpeg-turbo decodes without a loss of time
 _GRID = 2**16  # edges of a crop are whole in these units of a pixel: their sums have no error
 _SUPPORT = 2  # pixels of the coarser grid that the bicubic kernel reaches on either side
+_SAME_PLACE = 1e-9  # of a pixel: closer than neighbours on the grid of edges, wider than rounding
 _of_thread = threading.local()
 
 
@@ -102,7 +103,8 @@ def resize(
     reach = _SUPPORT * max(1.0, (bottom - top) / size) + 1
     first, last = max(0, int(top - reach)), min(len(pixels), math.ceil(bottom + reach))
     rows = pixels[first:last]
-    if resizer is None:
+    risky = _meets_a_zero(left, right, size) or _meets_a_zero(top, bottom, size)
+    if resizer is None or risky:
         part = (left, top - first, right, bottom - first)
         small = Image.fromarray(rows).resize((size, size), Image.Resampling.BICUBIC, box=part)
         return np.asarray(small)
@@ -113,6 +115,18 @@ def resize(
     options = resizer.ResizeOptions(_bicubic(), use_alpha=False, crop_box=part)
     _resizer().resize(source, small, options)
     return np.frombuffer(small.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+def _meets_a_zero(start: float, end: float, size: int) -> bool:
+    """Whether the resizer (4.0.1) would read memory that is not its own for this side of a crop.
+
+    Where it enlarges and the first or last pixel of the result lies on a pixel of the source, the
+    kernel is zero at the neighbours. It drops those, and takes it that no other pixel of the result
+    needs them: it then counts the rows or columns that it keeps between its two passes wrongly.
+    """
+    scale = (end - start) / size
+    outermost = (start + scale / 2 - 0.5, end - scale / 2 - 0.5)
+    return scale < 1 and any(abs(at - round(at)) < _SAME_PLACE for at in outermost)
 
 
 def _bicubic() -> Any:
