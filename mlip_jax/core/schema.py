@@ -214,6 +214,8 @@ def default() -> ConfigDict:
             "dropout": 0.0,
             "drop_path": 0.0,
             "remat": False,
+            # Of a frozen encoder: captions are embedded in "each_step", or "once", before the first
+            "embedded": "each_step",
         }
     )
 

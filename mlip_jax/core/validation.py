@@ -149,6 +149,7 @@ def validate(config: ConfigDict) -> None:
     for view in PERSPECTIVES:
         LOSSES.check(f"perspectives.{view}.loss", config.perspectives[view].loss)
     _check_adapters(config)
+    _check_embedded(config)
     _check_critic(config)
     _check_teachers(config)
     _check_accumulation(config)
@@ -287,6 +288,30 @@ def _check_adapters(config: ConfigDict) -> None:
             f"{model.image.architecture} would move beside its adapters; set "
             "config.optimizer.rates.image=0, and the texts' encoder alone is adapted"
         )
+
+
+def _check_embedded(config: ConfigDict) -> None:
+    """Whether captions can be embedded once: by an encoder that stays, and their global view."""
+    embedded = config.model.text.embedded
+    choose("model.text.embedded", embedded, ("each_step", "once"))
+    if embedded == "each_step":
+        return
+    words = [view for view in IMAGE_VIEWS if PERSPECTIVES[view] == "text_tokens"]
+    obstacles = {
+        "the text encoder is trained (config.optimizer.rates.text above 0)": (
+            config.optimizer.rates.text
+        ),
+        "its kernels are adapted (config.model.adapters.rank above 0)": config.model.adapters.rank,
+        **{
+            f"config.perspectives.{name} has a weight and needs more than a caption's one vector": (
+                config.perspectives[name].weight
+            )
+            for name in (*words, "other_caption", "caption")
+        },
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UserError(f"config.model.text.embedded='once' cannot be: {obstacle}")
 
 
 def _check_optimizer(config: ConfigDict) -> None:

@@ -243,6 +243,15 @@ def to_first(tree: Any, home: Mesh) -> Any:
     Returns:
       In process 0 the tree on `home`, in the others one of None. With one process the tree itself.
     """
+    return _brought(tree, home, here=not jax.process_index())
+
+
+def at_home(tree: Any, home: Mesh) -> Any:
+    """As `to_first`, but brought to the devices of every process."""
+    return _brought(tree, home, here=True)
+
+
+def _brought(tree: Any, home: Mesh, here: bool) -> Any:
     if jax.process_count() == 1:
         return tree
 
@@ -254,10 +263,10 @@ def to_first(tree: Any, home: Mesh) -> Any:
             leaf = jax.jit(_same, out_shardings=parallel.replicated(sharding.mesh))(leaf)
             # Two programs at a time might send their messages in another order elsewhere.
             leaf.block_until_ready()
-        if jax.process_index():
+        if not here:
             return None
-        at_home = parallel.sharding_of(parallel.path_name(path), leaf.shape, home)
-        return jax.device_put(np.asarray(leaf.addressable_data(0)), at_home)
+        sharding_here = parallel.sharding_of(parallel.path_name(path), leaf.shape, home)
+        return jax.device_put(np.asarray(leaf.addressable_data(0)), sharding_here)
 
     return jax.tree_util.tree_map_with_path(bring, tree)
 

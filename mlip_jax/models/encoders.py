@@ -21,7 +21,7 @@ from mlip_jax.models.vit import ImageEncoder, Merging
 
 # Keys of config.model.image and .text that describe no encoder.
 _NOT_OF_IMAGE = ("pretrained", "normalization", "patch_dropout", "remat")
-_NOT_OF_TEXT = ("pretrained", "tokenizer", "vocab_size", "cleaning", "remat")
+_NOT_OF_TEXT = ("pretrained", "tokenizer", "vocab_size", "cleaning", "remat", "embedded")
 
 
 def _nothing(config: ConfigDict) -> None:

@@ -118,7 +118,7 @@ class TwoTower(nn.Module):
     def __call__(
         self,
         images: Float[Array, "batch image_size image_size 3"],
-        token_ids: Int[Array, "batch context"],
+        token_ids: Int[Array, "batch context"] | Float[Array, "batch width"],
         images_2: Float[Array, "batch image_size image_size 3"] | None = None,
         token_ids_2: Int[Array, "batch context"] | None = None,
         deterministic: bool = True,
@@ -127,7 +127,8 @@ class TwoTower(nn.Module):
 
         Args:
           images: normalised.
-          token_ids: of their captions.
+          token_ids: of their captions; or float32 [batch, width], the global view that the text
+            encoder gives of them, where nothing else of it is asked for.
           images_2: another view of each image, for the perspective "augmented_image".
           token_ids_2: another caption of each, for "other_caption".
           deterministic: as in evaluation: no dropout, running statistics.
@@ -191,6 +192,8 @@ class TwoTower(nn.Module):
         """The views of the inputs and of the second inputs, by one pass; None without them."""
         encoder = self.image_encoder if tower == "image" else self.text_encoder
         deterministic = deterministic or tower in self.frozen
+        if tower == "text" and jnp.issubdtype(inputs.dtype, jnp.floating):
+            return _known(inputs.astype(self.dtype)), None
         if second is None:
             return encoder(inputs, deterministic), None
         # In turn, so that an example's two rows stay on its device; in one pass, so that batch norm
@@ -243,9 +246,20 @@ class TwoTower(nn.Module):
         for name in self.teacher_heads:
             self.project_to_teacher(name, embeddings["text_global"])  # all are as wide
 
+    def text_features(self, token_ids: Int[Array, "batch context"]) -> Float[Array, "batch width"]:
+        """The text encoder's global view, before the heads; float32."""
+        views, _ = self._encode("text", token_ids, None, True)
+        return views.text_global.astype(jnp.float32)
+
     def inspect_images(self, images: Array) -> ImageViews:
         """The image encoder's views before the heads, with the sources of merged tokens."""
         return self.image_encoder(images, True, inspect=True)
+
+
+def _known(text_global: Array) -> TextViews:
+    """The views of texts of which no more than the global one is known: they have no words."""
+    batch, width = text_global.shape
+    return TextViews(text_global, jnp.zeros((batch, 0, width)), jnp.zeros((batch, 0), bool))
 
 
 def _is_of_images(view: str) -> bool:

@@ -24,7 +24,7 @@ from mlip_jax.data.sets.stored import brought
 from mlip_jax.devices import cluster, parallel, processes
 from mlip_jax.evaluations import Results
 from mlip_jax.storage import checkpoint
-from mlip_jax.training import summary
+from mlip_jax.training import known_texts, summary
 from mlip_jax.training.callbacks import Callback, Callbacks
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
 from mlip_jax.training.log import Log
@@ -148,6 +148,7 @@ def run_steps(
         rows=parallel.local_rows(run.mesh, config.batch_size),
         teachers=run.teachers.inputs,
     )
+    known = known_texts.of_run(run, state)
     weights = run.teachers.placed(run.mesh)
     with (
         Watchdog().watching() as watchdog,
@@ -183,7 +184,7 @@ def run_steps(
                 _save_without_input(run, state, done, start, error)
                 break
             messages = run.channel.tell(batch.pop("skipped"), run.stop.asked)
-            arguments = parallel.global_batch(batch, run.mesh) | messages | weights
+            arguments = parallel.global_batch(batch | known(batch), run.mesh) | messages | weights
             state, metrics = step(state, arguments)
             # The host stays one step ahead of the devices, so that they never wait for it, and no
             # further, so that batches do not pile up.

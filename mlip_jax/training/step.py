@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.registry import DISTILLATIONS
 from mlip_jax.core.schema import lessons
+from mlip_jax.data.batches.teaching import TEXT_FEATURES
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models import adapters
@@ -46,9 +47,10 @@ def make_train_step(
     The step takes the state and {"image": uint8 [batch, size, size, 3], "token_ids": int32
     [batch, context], "record": int32 [batch], the number of the record that a row shows}, with
     "image_2" and "token_ids_2" where a perspective compares two views of a
-    modality, and what `teachers.shapes` says, all for the global batch, and returns the next state
-    and scalars. A step whose loss or gradient is not finite changes nothing but the step's number,
-    so that the last good state survives until the host hears of it.
+    modality, with "text_features" float32 [batch, width], the text encoder's global view, under
+    config.model.text.embedded="once", and what `teachers.shapes` says, all for the global batch,
+    and returns the next state and scalars. A step whose loss or gradient is not finite changes
+    nothing but the step's number, so that the last good state survives until the host hears of it.
 
     Args:
       model: the network.
@@ -158,6 +160,8 @@ class Objective:
         still = {name: jax.lax.stop_gradient(params[name]) for name in frozen_encoders(self.config)}
         params = adapters.merged(params | still)
         second = rows.get("image_2")
+        # What a frozen encoder says of the captions, where it has been asked before.
+        texts = rows.get(TEXT_FEATURES, rows["token_ids"])
         (embeddings, _, _), changed = self.model.apply(
             {
                 "params": params,
@@ -165,7 +169,7 @@ class Objective:
                 ROWS: {NUMBER: rows["number"]},
             },
             self.preprocessing.normalize(rows["image"]),
-            rows["token_ids"],
+            texts,
             None if second is None else self.preprocessing.normalize(second),
             rows.get("token_ids_2"),
             deterministic=False,
@@ -326,6 +330,9 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     token_ids = jax.ShapeDtypeStruct((batch, model.text.context_length), np.int32, sharding=rows)
     record = jax.ShapeDtypeStruct((batch,), np.int32, sharding=rows)
     shapes = {"image": image, "token_ids": token_ids, "record": record}
+    if model.text.embedded == "once":
+        features = (batch, model.text.width)
+        shapes[TEXT_FEATURES] = jax.ShapeDtypeStruct(features, np.float32, sharding=rows)
     if config.perspectives.augmented_image.weight > 0:
         shapes["image_2"] = image
     if config.perspectives.other_caption.weight > 0:
@@ -340,7 +347,11 @@ def random_rows(
     rng = np.random.default_rng(seed)
     rows = len(parallel.local_rows(mesh, config.batch_size))
     limits = {np.dtype(np.uint8): 256, np.dtype(np.int32): vocab_size}
-    return {
-        name: rng.integers(0, limits[np.dtype(leaf.dtype)], (rows, *leaf.shape[1:]), leaf.dtype)
-        for name, leaf in abstract_batch(config, mesh).items()
-    }
+
+    def values(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        shape = (rows, *leaf.shape[1:])
+        if leaf.dtype == np.float32:
+            return rng.normal(size=shape).astype(np.float32)
+        return rng.integers(0, limits[np.dtype(leaf.dtype)], shape, leaf.dtype)
+
+    return {name: values(leaf) for name, leaf in abstract_batch(config, mesh).items()}

@@ -12,6 +12,7 @@ from mlip_jax.data.sets.records import Record
 from mlip_jax.data.text.tokenizer import Tokenizer
 
 IMAGE, TOKEN_IDS = "image", "token_ids"  # of a batch: the model's own
+TEXT_FEATURES = "text_features"  # what a frozen text encoder says of "token_ids"
 
 
 @dataclass(frozen=True)
