@@ -88,6 +88,9 @@ def parse(arguments: Sequence[str]) -> Command | str:
         for name in ("config", "views"):
             if name in options:
                 raise UserError(f"{subcommand} takes --{name} with --teacher alone")
+        for name in ("keep", "near-duplicates"):
+            if name.replace("-", "_") in options and "score" not in options:
+                raise UserError(f"{subcommand} takes --{name} with --score=FOLDER alone")
         if remaining:
             raise UserError(
                 f"{subcommand} takes no {remaining[0]!r}: it takes flags alone, and no config"

@@ -379,6 +379,39 @@ FLAGS = (
         },
     ),
     Flag(
+        "score",
+        {
+            "prepare": Use(
+                Text(),
+                "FOLDER",
+                "score each pair of image and caption by the model in this folder, and keep the "
+                "scores",
+            )
+        },
+    ),
+    Flag(
+        "keep",
+        {
+            "prepare": Use(
+                Share(zero=False),
+                "SHARE",
+                "with --score: the best share of the training pairs is kept",
+                default=1.0,
+            )
+        },
+    ),
+    Flag(
+        "near-duplicates",
+        {
+            "prepare": Use(
+                Share(zero=False),
+                "COSINE",
+                "with --score: of training images whose embeddings have this cosine, or a higher "
+                "one, the one with the best caption alone is kept (default: all are)",
+            )
+        },
+    ),
+    Flag(
         "format",
         {
             "export": Use(

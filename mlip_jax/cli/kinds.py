@@ -71,17 +71,18 @@ class Whole(Kind):
 
 @dataclass(frozen=True)
 class Share(Kind):
-    """A number from 0 to `most`."""
+    """A number from 0 to `most`; without `zero`, one above 0."""
 
     most: float = 1.0
+    zero: bool = True
 
     @property
     def expected(self) -> str:
-        return f"a share in [0, {self.most:g}]"
+        return f"a share in {'[' if self.zero else '('}0, {self.most:g}]"
 
     def read(self, text: str) -> float:
         value = float(text)
-        if not 0 <= value <= self.most:
+        if not 0 <= value <= self.most or not (value or self.zero):
             raise ValueError(text)
         return value
 

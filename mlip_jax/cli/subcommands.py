@@ -95,6 +95,7 @@ SUBCOMMANDS = {
         "convert a dataset to shards that are fast to read",
         (
             "--source=KIND:PATH --out=DIR [flags]",
+            "--source=KIND:PATH --out=DIR --score=FOLDER [--keep=SHARE] [flags]",
             "--check --out=DIR",
             "--teacher=FOLDER --out=DIR --config=CONFIG [--views=N]",
         ),
@@ -111,6 +112,8 @@ SUBCOMMANDS = {
             "  --out=data/cc3m --resize=256",
             "mlip prepare --source=csv:pairs.tsv --out=data/pairs \\\n"
             "  --columns=image=path,caption=title",
+            "mlip prepare --source=csv:pairs.tsv --out=data/best \\\n"
+            "  --score=runs/large --keep=0.3 --near-duplicates=0.95",
             "mlip prepare --check --out=data/pairs",
             "mlip prepare --teacher=runs/large --out=data/pairs \\\n"
             "  --config=clip_kd:teacher=kept --config.data.caption.tags=0",

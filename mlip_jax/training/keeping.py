@@ -32,10 +32,10 @@ from mlip_jax.data.sets.records import InShards, Record, Source
 from mlip_jax.data.text.captions import swap_sides
 from mlip_jax.inference import Model
 from mlip_jax.search.identity import digest
+from mlip_jax.training.looking import Shown, look
 from mlip_jax.training.teachers import load_teacher, view_settings
 
 _SEEN = "image_of_teacher"  # the key of what the model sees
-_PIXELS = 2**26  # bytes of views that are in memory at a time, about
 
 
 def keep(config: ConfigDict, out: str, teacher: str, views: int) -> int:
@@ -153,29 +153,24 @@ class _Looker:
 
     def look(self, span: range, pool: ThreadPoolExecutor) -> tuple[np.ndarray, ...]:
         """The arrays of a shard, in the order of `kept.ARRAYS`."""
-        count = max(1, _PIXELS // (3 * self.made.views * self.made.image_size**2))
         images, texts, records = [], [], [0]
-        for begin in range(span.start, span.stop, count):
-            looked = list(pool.map(self._views, span[begin - span.start :][:count]))
-            pixels = np.stack([view for _, views in looked for view in views])
-            embedded = self.model.encode_image_pixels(pixels)
-            images.append(embedded.reshape(len(looked), self.made.views, -1).astype(np.float16))
-            sides = [side for record, _ in looked for side in self._sides(record)]
-            embedded = self.model.encode_text(sides)
-            texts.append(embedded.reshape(-1, 1 + self.mirrors, self.made.width))
-            records += [len(record.captions) for record, _ in looked]
+        walk = look(self.model, span, self._shown, pool, self.made.views)
+        for shown, of_images, of_texts in walk:
+            images.append(of_images.reshape(len(shown), self.made.views, -1).astype(np.float16))
+            texts.append(of_texts.reshape(-1, 1 + self.mirrors, self.made.width))
+            records += [len(sides) // (1 + self.mirrors) for _, sides in shown]
         return (
             np.concatenate(images),
             np.concatenate(texts).astype(np.float16),
             np.cumsum(records, dtype=np.int64),
         )
 
-    def _views(self, index: int) -> tuple[Record, list[np.ndarray]]:
+    def _shown(self, index: int) -> Shown:
         try:
             record, views = self.example.kept_views(index, self.made.seed, self.made.views)
         except OSError as error:
             raise UserError(f"{self.source.name_of(index)}: {error}: run prepare again") from error
-        return record, [view[_SEEN] for view in views]
+        return [view[_SEEN] for view in views], self._sides(record)
 
     def _sides(self, record: Record) -> list[str]:
         """Its captions, each followed by that of the mirrored image."""

@@ -432,7 +432,7 @@ def _load(
 
 
 def load_teacher(place: str, option: str) -> Model:
-    """The model of a folder, which can teach.
+    """The model of a folder, which can teach, or score pairs by cosines.
 
     Args:
       place: the folder.
@@ -444,7 +444,7 @@ def load_teacher(place: str, option: str) -> Model:
     try:
         model = load(place)
         if model.pairwise:
-            raise UserError(f"the model in {place} scores pairs: it has no joint space to teach")
+            raise UserError(f"the model in {place} scores pairs: it has no joint space")
         model.preprocess.normalize(np.zeros((1, 1, 1, 3), np.uint8))
         model.tokenize("a text")
     except UserError as error:

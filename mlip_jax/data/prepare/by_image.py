@@ -51,13 +51,20 @@ class ByImage(Reader):
         """Takes the input, and where a line goes when looking takes long."""
         self._reader = reader
         self._console = console
+        self._found: list[dict[int, dict[int, _Texts]]] = []  # of all walks, once one has looked
         self._merged = self._images = 0
         self.class_names = reader.class_names
         self.multi_label = reader.multi_label
         self.attribution = reader.attribution
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_console": None}  # the workers only read
+        return self.__dict__ | {"_console": None, "_found": []}  # the workers only read
+
+    def again(self) -> ByImage:
+        """The same, for one more walk: before this one, and what it finds is known there."""
+        other = ByImage(self._scout(), self._console)
+        other._found = self._found
+        return other
 
     def files(self) -> Sequence[Path]:
         """The input's."""
@@ -84,7 +91,9 @@ class ByImage(Reader):
 
     def refs(self) -> Iterator[tuple[str, Any]]:
         """The input's refs, without those that are merged into an earlier one."""
-        more = self._equal_images(self._alike()) if self._reader.repeats else {}
+        if not self._found:
+            self._found.append(self._equal_images(self._alike()) if self._reader.repeats else {})
+        more = self._found[0]
         merged = {row for others in more.values() for row in others}
         self._merged, self._images = len(merged), len(more)
         for row, (split, ref) in enumerate(self._reader.refs()):

@@ -15,10 +15,10 @@ from mlip_jax.core.markdown import code, plain
 from mlip_jax.core.texts import brief
 from mlip_jax.data.images.limits import MOST_PIXELS
 from mlip_jax.data.prepare.examine import JPEG_QUALITY
-from mlip_jax.data.prepare.make import Made, Tally, encoded
+from mlip_jax.data.prepare.make import Made, Tally, checksum, encoded
 from mlip_jax.data.prepare.readers import Broken
 from mlip_jax.data.sets.class_trees import read_classes
-from mlip_jax.data.sets.shards import BROKEN, CARD, INDEX, SUMS, Index, Shard
+from mlip_jax.data.sets.shards import BROKEN, CARD, INDEX, SCORES, SUMS, Index, Shard
 
 _MOST_NUMBERED = 100_000  # classes, when records name them by number and nobody by name
 _MOST_DIGITS = 18  # of a class by number
@@ -83,6 +83,8 @@ def write(folder: Path, index: Index, made: Sequence[Made]) -> None:
         INDEX: index.to_json(),
     }
     sums = {name: sum_ for shard in index.shards for name, _, sum_ in shard.files()}
+    if (folder / SCORES).is_file():
+        sums[SCORES] = checksum(folder / SCORES)
     sums |= {name: hashlib.sha256(encoded(text)).hexdigest() for name, text in texts.items()}
     texts = {SUMS: "".join(f"{sum_}  {name}\n" for name, sum_ in sums.items()), **texts}
     for name, text in texts.items():

@@ -30,6 +30,7 @@ from mlip_jax.data.prepare.readers import Broken, InputRecord, Reader
 from mlip_jax.data.sets.shards import SHARD_SUFFIX, TEXTS_SUFFIX, Shard, pack
 
 DRAFTS = ".prepare"  # what has been made is noted here until the index is written
+SCORE_DRAFTS = "scores"  # there: what a model says of the pieces of an input
 LOCK = ".lock"
 # Bytes of the lock: of the process that prepares, and of its workers together. After a kill they
 # may live for a moment longer than it.

@@ -20,6 +20,7 @@ from mlip_jax.data.prepare.make import (
     DRAFTS,
     LOCK,
     MAIN_BYTE,
+    SCORE_DRAFTS,
     WORKERS_BYTE,
     Made,
     check_facts,
@@ -35,7 +36,7 @@ _JOB = "job.json"
 def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
     """Holds the folder for this job; there may be nothing else in it.
 
-    Where the job fails before any shard is made, nothing is left of it.
+    Where the job fails before any shard is made or scored, nothing is left of it.
 
     Raises:
       UserError: when there is, or another process prepares a dataset there.
@@ -73,7 +74,8 @@ def reserved(folder: Path, job: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if not any(name.endswith(SHARD_SUFFIX) for name in places.names(folder)):
+            has_shards = any(name.endswith(SHARD_SUFFIX) for name in places.names(folder))
+            if not has_shards and not places.names(folder / DRAFTS / SCORE_DRAFTS):
                 _take_away(folder, new)
             raise
 
@@ -93,9 +95,9 @@ def _same(folder: Path, job: Mapping[str, Any], job_file: Path) -> None:
         former = dict(shards.read_index(folder).job)
     words = {"files": "the source's files have changed"}
     changed = [
-        words.get(key, f"{key}: {former.get(key)} -> {value}")
-        for key, value in job.items()
-        if former.get(key) != value
+        words.get(key, f"{key}: {former.get(key)} -> {job.get(key)}")
+        for key in {**former, **job}
+        if former.get(key) != job.get(key)
     ]
     if changed:
         raise UserError(

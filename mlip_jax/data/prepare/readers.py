@@ -51,6 +51,7 @@ class Reader(ABC):
     multi_label = False  # whether every record has any number of labels
     attribution = ""
     repeats = False  # whether an image may be that of several records, each with a caption
+    left_out = 0  # records that were read and are no records of this input, which chooses
 
     @abstractmethod
     def files(self) -> Sequence[Path]:

@@ -55,6 +55,9 @@ def prepare(
     check: bool = False,
     teacher: str = "",
     views: int = 8,
+    score: str = "",
+    keep: float = 1.0,
+    near_duplicates: float | None = None,
 ) -> int:
     """Writes a prepared dataset, or goes on with one; prints what is in it.
 
@@ -79,6 +82,9 @@ def prepare(
       check: only compare a finished dataset with its checksums.
       teacher: a folder with a model: only keep what it says of a finished dataset.
       views: of each image that it is shown.
+      score: a folder with a model, which scores each pair first; the scores are kept.
+      keep: the share of the training pairs that is kept, the best by their scores.
+      near_duplicates: the cosine from which on the better one of two training images alone is kept.
 
     Returns:
       0; with `check`, 1 when a file is damaged.
@@ -106,10 +112,16 @@ def prepare(
         raise UserError(f"--split={split}: expected train, validation or test")
     class_names = card.read_named(classes) if classes else ()
     progress = Console(stderr=True, highlight=False, markup=False)
-    reader = ByImage(open_reader(source, chosen, named_split), progress)
+    reader: Reader = ByImage(open_reader(source, chosen, named_split), progress)
     job, inputs = _job(reader, source, chosen, split, resize, shard_records)
+    if score:
+        scoring = importlib.import_module("mlip_jax.training.scoring")  # above, too
+        scorer = scoring.open_scorer(score, keep, near_duplicates)
+        job |= scorer.job
     with output.reserved(folder, job), _writing(folder):
         done = output.done_before(folder, console)
+        if score:
+            reader = scorer.choose(reader, folder, shard_records)
         made = make_all(
             reader,
             Maker(reader, folder, resize),
@@ -136,7 +148,7 @@ def prepare(
             notes=tuple(reader.notes()),
             inputs=inputs,
         )
-        _judge(made, max_skipped_share, source, folder)
+        _judge(made, max_skipped_share, source, folder, reader.left_out)
         card.write(folder, index, made)
         places.remove(folder / DRAFTS)
     _tell(console, folder, index, made)
@@ -218,15 +230,15 @@ def _check(folder: Path, console: Console) -> int:
     return 1 if damaged else 0
 
 
-def _judge(made: Sequence[Made], share: float, source: str, folder: Path) -> None:
-    """Raises UserError when too much is broken; a list of that is written then."""
+def _judge(made: Sequence[Made], share: float, source: str, folder: Path, left_out: int) -> None:
+    """Raises UserError when too much of all records is broken; a list of that is written then."""
     broken = [each for shard in made for each in shard.broken]
     records = sum(each.shard.records for each in made)
     if not broken and not records:
         raise UserError(f"--source={source} has no records")
     if not records:
         raise UserError(f"--source={source} has no usable record: {_broken_line(broken, records)}")
-    if len(broken) > share * (records + len(broken)):
+    if len(broken) > share * (records + len(broken) + left_out):
         write_atomically(folder / BROKEN, card.broken_lines(made))
         raise UserError(
             f"{_broken_line(broken, records)}; more than --max-skipped-share={share:g} allows (all "

@@ -1,7 +1,8 @@
 """Prepared datasets on disk: ArrayRecord shards of encoded images with what is said about them.
 
 A folder holds SPLIT-NNNNN.array_record, beside each SPLIT-NNNNN.texts.jsonl with its texts alone,
-index.json, SHA256SUMS (as `sha256sum --check` reads it), broken.jsonl and a card, README.md. The
+index.json, SHA256SUMS (as `sha256sum --check` reads it), broken.jsonl and a card, README.md;
+scores.npz too where a model has chosen among the pairs (`data.prepare.scored`). The
 format is ours: a record is the length of a JSON object (32 bits, little endian), the object in
 UTF-8, and then the image file as it was encoded. Nothing in it can be executed.
 """
@@ -21,6 +22,7 @@ from mlip_jax.core.files import decode_json, kind_of, read_json
 from mlip_jax.core.texts import brief, is_whole, whole, wrong_text
 
 INDEX, SUMS, CARD, BROKEN = "index.json", "SHA256SUMS", "README.md", "broken.jsonl"
+SCORES = "scores.npz"  # what a model says of each pair of the source, where it was asked
 SHARD_SUFFIX, TEXTS_SUFFIX = ".array_record", ".texts.jsonl"
 FORMAT, VERSION = "mlip_jax prepared set", 1
 _MOST_COUNT = 2**50
@@ -39,6 +41,7 @@ class Example:
     tags: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()  # keys of the classes that it shows
     difficult: tuple[str, ...] = ()  # keys of those that are too difficult to count
+    scores: tuple[float, ...] = ()  # what a model says of each caption; (): nothing
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _is_text(value: Any) -> bool:
 def pack(example: Example, image: bytes) -> tuple[bytes, bytes]:
     """A record of an example with this image, and its line of the texts."""
     values = {"name": example.name}
-    values |= {key: texts for key in _KEYS if (texts := getattr(example, key))}
+    values |= {key: texts for key in (*_KEYS, "scores") if (texts := getattr(example, key))}
     line = _JSON.encode(values).encode("utf-8", "replace")
     return b"".join((_LENGTH.pack(len(line)), line, image)), line + b"\n"
 
@@ -223,4 +226,8 @@ def parse_texts(line: bytes, image: bytes = b"") -> Example:
     for key in ("captions", "tags"):
         if wrong := next(filter(None, map(wrong_text, texts[key])), ""):
             raise ValueError(f'a text of "{key}" {wrong}')
+    scores = values.get("scores", [])
+    if not isinstance(scores, list) or not all(type(each) in (int, float) for each in scores):
+        raise ValueError('"scores" must be numbers')
+    texts["scores"] = scores
     return Example(name, image, **{key: tuple(each) for key, each in texts.items()})
