@@ -71,6 +71,7 @@ def test_a_suite_names_families_and_the_config_their_sets(workdir, families):
         "calibration",
         "corruptions",
         "compositional",
+        "multilingual",
         "captioning",
     ]
     assert [spec for name, spec in families if name == "svm"] == ["voc:a", "voc:b"]
@@ -185,6 +186,7 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(workdir, families, capsys)
         "calibration",
         "corruptions",
         "compositional",
+        "multilingual",
         "captioning",
     ]
     assert "going on after retrieval=validation, zero_shot=validation" in capsys.readouterr().out

@@ -169,6 +169,7 @@ EVALUATIONS: Table[Family] = Table(
         "calibration": "mlip_jax.evaluations.calibration:FAMILY",
         "corruptions": "mlip_jax.evaluations.corruptions:FAMILY",
         "compositional": "mlip_jax.evaluations.compositional:FAMILY",
+        "multilingual": "mlip_jax.evaluations.multilingual:FAMILY",
         "captioning": "mlip_jax.evaluations.captioning:FAMILY",
     },
 )

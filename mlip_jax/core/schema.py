@@ -332,6 +332,7 @@ def default() -> ConfigDict:
             "calibration": (),  # sets of images with one class each
             "corruptions": (),  # sets with classes, or with captions
             "compositional": (),  # files of SugarCrepe's or Winoground's examples
+            "multilingual": (),  # files of images with captions by language
             "captioning": (),  # sets with captions, of models with a decoder
             # Of templates.json; "auto": those of a well-known set; or a template with {}. The
             # subcommand evaluate takes several, with | between.

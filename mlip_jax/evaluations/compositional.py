@@ -14,28 +14,22 @@ Ties count against the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
-from mlip_jax.core.files import parse_json, read_file, read_json
 from mlip_jax.core.texts import whole, wrong_text
 from mlip_jax.data.sets.coco_json import check_path, is_text
-from mlip_jax.data.sets.files import CaptionSource, ImageFiles, find_images
+from mlip_jax.data.sets.files import CaptionSource, ImageFiles
 from mlip_jax.data.sets.splits import Choice
+from mlip_jax.evaluations.by_path import named_images, read_values, split_spec
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import on_grid
 from mlip_jax.evaluations.sets import Sets, embed_source, embed_texts
 
-# Where the images lie, from the folder that is named, or else the file's own.
-_FOLDERS = (".", "images", "val2017")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FIGURES = {
     1: {"accuracy": (0.5, "caption against a wrong one")},
     2: {
@@ -74,39 +68,15 @@ def read_task(spec: str) -> Task:
     Raises:
       UserError: for a file that cannot be read, or an example that is none, with its place.
     """
-    path, _, folder = spec.partition("@")
-    file = places.local(path).expanduser()
-    examples = tuple(_example(place, value) for place, value in _values(file))
+    file, folder = split_spec(spec)
+    examples = tuple(_example(place, value) for place, value in read_values(file))
     if not examples:
         raise UserError(f"{file} has no examples")
     kinds = {len(example.images) for example in examples}
     if len(kinds) > 1:
         raise UserError(f"{file} has examples of one image and of two: give each a file of its own")
     names = tuple(dict.fromkeys(name for example in examples for name in example.images))
-    above = places.local(folder).expanduser() if folder else file.parent
-    suffixes = ("",) if any(Path(name).suffix for name in names) else _SUFFIXES
-    candidates = [
-        (above / below, [f"{name}{suffix}" for name in names])
-        for below in _FOLDERS
-        for suffix in suffixes
-    ]
-    return Task(file.stem, examples, find_images(candidates), names)
-
-
-def _values(file: Path) -> Iterator[tuple[str, Any]]:
-    if file.suffix != ".jsonl":
-        values = read_json(file, (dict, list))
-        items = values.items() if isinstance(values, dict) else enumerate(values)
-        for key, value in items:
-            yield f"{file}: [{key}]", value
-        return
-    try:
-        content = read_file(file)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            yield f"{file}:{number}", parse_json(line, f"{file}:{number}")
+    return Task(file.stem, examples, named_images(folder, names), names)
 
 
 def _example(place: str, value: Any) -> Example:
