@@ -165,7 +165,7 @@ def test_records_that_cannot_be_scored(source, tmp_path, teacher):  # noqa: F811
     out = prepare(tmp_path, write(tmp_path, rows), f"--score={teacher}", "--max-skipped-share=0.2")
     (gone,) = broken(out)
     assert gone["record"].endswith("bad.png") and len(records(out)) == 10
-    assert "have no score and are no less welcome: 1" in (out / "README.md").read_text()
+    assert "which are not scored: 1" in (out / "README.md").read_text()
 
 
 def test_what_is_refused(source, tmp_path, teacher, capfd):  # noqa: F811

@@ -162,10 +162,7 @@ def score(sets: Sets, spec: str) -> Outcome | None:
         found,
         expected,
         examples,
-        {
-            key: "mean over languages" if key.startswith(f"{MEAN}_") else "hit recall"
-            for key in found
-        },
+        {key: _protocol(key) for key in found},
         f"{len(embedded):,} images, all ranked against all distinct captions of one language, for "
         f"{len(task.captions):,} languages: {', '.join(task.captions)}. Captions of equal token "
         f"ids, images of equal bytes and ties count as in retrieval.{embedded.omissions()}",

@@ -211,8 +211,8 @@ class Scorer:
                 yield f"scores of the {len(scores):,} pairs in {split}: {listed}"
             if unscored:
                 yield (
-                    f"records in {split} without a caption, or whose image cannot be read, have no "
-                    f"score and are no less welcome: {unscored:,}"
+                    f"records in {split} without a caption, or whose image cannot be read, which "
+                    f"are not scored: {unscored:,}"
                 )
             if split != TRAIN or not len(scores):
                 continue
