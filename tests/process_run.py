@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from mlip_jax import main as door
-from mlip_jax.training import evaluation, loop
+from mlip_jax.training import evaluation, stages
 
 
 def recorded(train_batches, record, pause):
@@ -27,8 +27,8 @@ def recorded(train_batches, record, pause):
 
 
 if __name__ == "__main__":
-    loop.train_batches = recorded(
-        loop.train_batches, Path(os.environ["RECORD"]), float(os.environ["PAUSE"])
+    stages.train_batches = recorded(
+        stages.train_batches, Path(os.environ["RECORD"]), float(os.environ["PAUSE"])
     )
     evaluation.write_report = lambda *_: "none"
     sys.exit(door.main(sys.argv))

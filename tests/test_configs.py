@@ -47,7 +47,7 @@ def shapes(config):
 
 
 def test_the_systems_are_there():
-    known = {"clip", "clip_lite", "coca", "filip", "mlip", "siglip", "siglip2"}
+    known = {"clip", "clip_lite", "clipa", "coca", "filip", "mlip", "siglip", "siglip2"}
     assert {f"{name}.py" for name in known} <= set(FILES)
 
 

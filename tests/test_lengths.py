@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mlip_jax import config as named
 from mlip_jax.cli import command_line
-from mlip_jax.core import schema
+from mlip_jax.core import schema, stages
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.validation import validate
 from mlip_jax.recipes import lengths, sizes
@@ -97,7 +97,7 @@ def printed(pairs, **values):
     for key, value in values.items():
         config[key] = value
     console = Console(file=io.StringIO(), width=200)
-    summary.print_length(console, config, Pairs(pairs))
+    summary.print_length(console, config, Pairs(pairs), stages.of(config))
     return console.file.getvalue()
 
 

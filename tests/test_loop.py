@@ -22,7 +22,7 @@ from mlip_jax import main as door
 from mlip_jax.core import versions
 from mlip_jax.devices import parallel
 from mlip_jax.storage.checkpoint import restore_fields
-from mlip_jax.training import evaluation, loop, pace, repeatability, start
+from mlip_jax.training import evaluation, loop, pace, repeatability, stages, start
 from mlip_jax.training.run import score
 from mlip_jax.training.signals import Stop, Stopped
 
@@ -311,7 +311,7 @@ def test_an_error_after_a_signal_is_a_stop():
 
 def late(monkeypatch, after, act):
     """Has the input stall at a batch; `act` is called first."""
-    original, release = loop.train_batches, threading.Event()
+    original, release = stages.train_batches, threading.Event()
 
     def batches(*arguments, **options):
         for number, batch in enumerate(original(*arguments, **options)):
@@ -320,7 +320,7 @@ def late(monkeypatch, after, act):
                 release.wait()
             yield batch
 
-    monkeypatch.setattr(loop, "train_batches", batches)
+    monkeypatch.setattr(stages, "train_batches", batches)
     monkeypatch.setattr("mlip_jax.data.batches.feed._FAREWELL", 0.1)
     monkeypatch.setattr("mlip_jax.core.stopping._leaves", False)
     return release

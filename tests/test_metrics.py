@@ -24,7 +24,11 @@ SCALARS = {
 
 
 def writer(folder, **options):
-    options = {"batch_size": 8, "total_steps": 40, "console": Console(file=io.StringIO())} | options
+    options = {
+        "seen": lambda step: 8 * step,
+        "total_steps": 40,
+        "console": Console(file=io.StringIO()),
+    } | options
     return MetricWriter(folder, **options)
 
 
@@ -200,13 +204,25 @@ def _feed(paces, moments):
     return lambda _: add(float(next(moments)))
 
 
+def test_the_time_left_counts_what_the_steps_of_each_stage_cost(tmp_path):
+    console = Console(file=io.StringIO())
+
+    def work(step):
+        return step + 3.0 * max(step - 20, 0)
+
+    with writer(tmp_path, console=console, work=work) as metrics:
+        metrics._started -= 100.0
+        metrics.on_metrics(20, {"loss": 1.0})  # 20 of 100
+    assert "left 00:06:4" in console.file.getvalue()
+
+
 def test_one_perspective_is_told_once():
     assert describe({"loss": 1.0, "loss/spatial_global": 1.0}) == "loss 1.000"
 
 
 def test_clock_measures_speed_and_the_share_of_waiting():
     now = 0.0
-    clock = Clock(batch_size=4, done=10, now=lambda: now)
+    clock = Clock(lambda step: 4 * step, done=10, now=lambda: now)
     with clock.waiting():
         now += 1.0
     now += 3.0
@@ -224,7 +240,7 @@ def test_clock_measures_speed_and_the_share_of_waiting():
 
 def test_a_step_under_way_counts_when_it_is_done():
     now = 0.0
-    clock = Clock(batch_size=4, now=lambda: now)
+    clock = Clock(lambda step: 4 * step, now=lambda: now)
     now += 2.0
     before = clock.lap(done=2)
     now += 5.0  # an evaluation

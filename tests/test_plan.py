@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,19 @@ def with_mesh(config, mesh):
     config = ConfigDict(config.to_dict())
     config.mesh = verb.read_mesh(mesh)
     return config
+
+
+def test_the_plan_says_what_each_stage_costs(config, capfd):
+    config = ConfigDict(config.to_dict())
+    config.model.image.merging.rate = 0.0
+    config.stages = ("0.5 image_size=8", "0.5 batch_size=4")
+    assert verb.plan(config, "", topology="cpu:1") == 0
+    output = capfd.readouterr().out
+    assert "stage 1 of 2: samples 0 to 32 in 4 steps of 8, image_size 8" in output
+    assert "stage 2 of 2: samples 32 to 64 in 8 steps of 4, batch_size 4" in output
+    assert output.count("fits: ") == 2 and "Share of the FLOPs" in output
+    share = re.search(r"the whole run: .* ([\d.]+) % of what the last stage's steps", output)
+    assert 20 < float(share[1]) < 95
 
 
 # A program as the TPU compiler prints it, without layouts.

@@ -25,7 +25,11 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     console = Console(file=io.StringIO(), width=300)
     return SimpleNamespace(
-        folder=tmp_path / "photos", config=schema.default(), console=console, steps=20
+        folder=tmp_path / "photos",
+        config=schema.default(),
+        console=console,
+        steps=20,
+        seen=lambda step: 256 * step,
     )
 
 

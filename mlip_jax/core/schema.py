@@ -89,6 +89,9 @@ def default() -> ConfigDict:
     # Passes over the training set, from which `samples` follows; 0: `samples` says it; -1: as many
     # as suit the size of the set, `samples` at most.
     config.epochs = 0.0
+    # Texts, one a stage: its share of the run, then NAME=VALUE for what it changes (core.stages),
+    # such as "0.9 image_size=32 batch_size=512"; the last stage has the config's own sizes.
+    config.stages = ()
     # A workdir whose weights and optimizer this run starts from, its step at 0; "": afresh.
     config.start_from = ""
     config.compute_dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs

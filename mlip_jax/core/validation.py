@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mlip_jax.core import stages
 from mlip_jax.core.errors import UserError, choose
 from mlip_jax.core.registry import (
     DISTILLATIONS,
@@ -155,6 +156,15 @@ def validate(config: ConfigDict) -> None:
     _check_accumulation(config)
     _check_optimizer(config)
     _check_perspectives(config)
+    _check_stages(config)
+
+
+def _check_stages(config: ConfigDict) -> None:
+    for number, stage in enumerate(stages.plain(config), 1):
+        with stages.naming(number, len(config.stages)):
+            validate(stage)
+    if config.stages and not config.epochs:
+        stages.of(config)
 
 
 def check_length(config: ConfigDict, said_by: str) -> None:

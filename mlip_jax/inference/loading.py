@@ -75,8 +75,9 @@ def load(
     tokenizer = tokenizer or saved_model.tokenizer
     if config is not None or overrides:
         validate(asked)
-        if building.image_encoder(asked).patch_tokens:
-            variables["params"] = positions.fit(variables["params"], building.grid(asked))
+    # Of a run that is in an early stage, too.
+    if building.image_encoder(asked).patch_tokens:
+        variables["params"] = positions.fit(variables["params"], building.grid(asked))
     if config is not None or overrides or kind != "workdir":
         _check_parameters(asked, variables["params"], tokenizer, folder)
     prepared = _sized(preprocessing or saved_model.preprocessing, asked.model.image.image_size)

@@ -8,18 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+
+def resized(
+    position: Float[Array, "rows columns width"], side: int
+) -> Float[Array, "side side width"]:
+    """Positions of a square grid, resampled to another: bicubic with antialiasing.
+
+    As open_clip does it. That interpolation is Keys's with a = -0.5.
+    """
+    return jax.image.resize(position, (side, side, position.shape[-1]), "cubic", antialias=True)
 
 
 def resampled(
     position: Float[np.ndarray, "rows columns width"], side: int
 ) -> Float[np.ndarray, "side side width"]:
-    """Positions of a square grid, resampled to another: bicubic with antialiasing.
-
-    As open_clip does it. That interpolation is Keys's with a = -0.5.
-    """
-    shape = (side, side, position.shape[-1])
-    return np.asarray(jax.image.resize(jnp.asarray(position), shape, "cubic", antialias=True))
+    """`resized` of a numpy array."""
+    return np.asarray(resized(jnp.asarray(position), side))
 
 
 def fit(params: Mapping[str, Any], side: int) -> dict[str, Any]:
@@ -27,5 +33,9 @@ def fit(params: Mapping[str, Any], side: int) -> dict[str, Any]:
     encoder = params["image_encoder"]
     if "position" not in encoder or encoder["position"].shape[0] == side:
         return dict(params)
-    position = resampled(np.asarray(encoder["position"], np.float32), side)
+    position = encoder["position"]
+    if isinstance(position, jax.Array):
+        position = resized(position, side)
+    else:
+        position = resampled(np.asarray(position, np.float32), side)
     return {**params, "image_encoder": {**encoder, "position": position}}

@@ -88,7 +88,9 @@ class BertEncoder(nn.Module):
         embedding = self.param("embedding", TOKEN_INIT, (self.vocab_size, self.width))
         position = self.param("position", TOKEN_INIT, (self.context_length, self.width))
         token_type = self.param("token_type", TOKEN_INIT, (TOKEN_TYPES, self.width))
-        x = jnp.take(embedding, token_ids, axis=0) + (position + token_type[0])
+        x = jnp.take(embedding, token_ids, axis=0) + (
+            position[: token_ids.shape[1]] + token_type[0]
+        )
         x = _layer_norm("norm_embedding", self.dtype)(x.astype(self.dtype))
         x = Dropout(self.dropout)(x, deterministic)
         for layer in range(self.depth):

@@ -96,7 +96,7 @@ class TextEncoder(nn.Module):
             "position", nn.initializers.normal(0.01), (self.context_length, self.width)
         )
         x = jnp.take(embedding, token_ids, axis=0).astype(self.dtype)
-        x = add(x, position)
+        x = add(x, position[: token_ids.shape[1]])
         x = Dropout(self.dropout)(x, deterministic)
         for layer in range(self.depth):
             x = recomputed(Block, self.remat, deterministic=2)(

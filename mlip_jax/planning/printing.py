@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 from rich.console import Console
 
+from mlip_jax.core.stages import Stage
 from mlip_jax.core.tables import make_table
 from mlip_jax.devices import parallel
 from mlip_jax.planning import kernels
@@ -48,6 +50,38 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
         _print_cycles(console, estimate, chip)
     if chip:
         _print_step(console, estimate, chip)
+
+
+def print_stages(console: Console, stages: Sequence[Stage], estimates: Sequence[Estimate]) -> None:
+    """What each stage of a run costs, and the whole run beside one of its last stage alone."""
+    costs = [
+        stage.steps * estimate.model_flops
+        for stage, estimate in zip(stages, estimates, strict=True)
+    ]
+    table = make_table(("Stage", "Steps", "GiB a device", "FLOPs a pair", "Share of the FLOPs"))
+    for stage, estimate, cost in zip(stages, estimates, costs, strict=True):
+        memory = f"{estimate.memory.total / GIB:.2f}" if estimate.memory else "does not fit"
+        table.add_row(
+            str(stage.number),
+            f"{stage.steps:,}",
+            memory,
+            f"{estimate.model_flops / estimate.batch_size:.4g}",
+            f"{100 * cost / sum(costs):.1f} %",
+        )
+    console.print(table)
+    pairs = sum(stage.steps * stage.config.batch_size for stage in stages)
+    alone = pairs * estimates[-1].model_flops / estimates[-1].batch_size
+    console.print(
+        f"the whole run: {sum(costs):.4g} FLOPs of the model's matrix products, "
+        f"{100 * sum(costs) / alone:.1f} % of what the last stage's steps would take for as many "
+        "pairs"
+    )
+    if all(estimate.machine.chip and estimate.fits for estimate in estimates):
+        seconds = sum(
+            stage.steps * (estimate.compute_seconds + estimate.collective_seconds)
+            for stage, estimate in zip(stages, estimates, strict=True)
+        )
+        console.print(f"  its steps, if nothing is hidden: {seconds / 3600:,.2f} hours")
 
 
 def print_largest(console: Console, estimate: Estimate | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from mlip_jax.core import stages
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.devices.parallel import AXES
 from mlip_jax.planning import estimates, machines, printing
@@ -32,7 +33,7 @@ def plan(
       largest_batch: also find the largest global batch that fits.
 
     Returns:
-      0 when the step fits the chips' memory, 1 when it does not.
+      0 when the step, of every stage, fits the chips' memory, 1 when it does not.
 
     Raises:
       UserError: for a topology that is unknown or cannot be compiled for, a mesh that does not fit
@@ -50,12 +51,22 @@ def plan(
         )
     console = Console(highlight=False, markup=False, soft_wrap=True)
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    estimate = estimates.estimate(config, machine)
-    printing.print_estimate(console, estimate)
-    if largest_batch:
-        on_try = functools.partial(printing.print_try, progress)
-        printing.print_largest(console, estimates.largest_batch(config, machine, estimate, on_try))
-    return 0 if estimate.fits else 1
+    run_stages = stages.of(config)
+    made = []
+    for stage in run_stages:
+        if stage.count > 1:
+            console.print(str(stage))
+        with stages.naming(stage.number, stage.count):
+            estimate = estimates.estimate(stage.config, machine)
+        printing.print_estimate(console, estimate)
+        if largest_batch:
+            on_try = functools.partial(printing.print_try, progress)
+            largest = estimates.largest_batch(stage.config, machine, estimate, on_try)
+            printing.print_largest(console, largest)
+        made.append(estimate)
+    if len(made) > 1:
+        printing.print_stages(console, run_stages, made)
+    return 0 if all(estimate.fits for estimate in made) else 1
 
 
 def read_mesh(text: str) -> ConfigDict:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Complex, UInt8
 from ml_collections import ConfigDict
 
-from mlip_jax.core import places, versions
+from mlip_jax.core import places, stages, versions
 from mlip_jax.core.files import check_writable, read_json, write_atomically
 from mlip_jax.core.history import History, read_history, series, training_seconds
 from mlip_jax.core.registry import LOSSES, PREDICTIONS, TEXT_ENCODERS
@@ -262,6 +262,7 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
             f"{samples_seen:,.0f} of {config.samples:,}" if samples_seen else "not recorded",
         ),
         ("Batch", f"{config.batch_size:,}"),
+        *_stages(config),
         ("Image encoder", building.image_encoder(config).describe(config)),
         ("Frequency Stage", frequency),
         ("Token merging", merging),
@@ -274,6 +275,11 @@ def _facts(config: ConfigDict, history: History) -> list[tuple[str, str]]:
         ("Weight decay", f"{config.optimizer.weight_decay:g}"),
         ("Seed", str(config.seed)),
     ]
+
+
+def _stages(config: ConfigDict) -> list[tuple[str, str]]:
+    """What each stage is; nothing of a run without stages."""
+    return [("Stages", "; ".join(map(str, stages.of(config))))] if config.stages else []
 
 
 def _teachers(config: ConfigDict) -> list[tuple[str, str]]:

@@ -179,7 +179,8 @@ class Checkpoints:
         """The newest good checkpoint; a damaged one is set aside with a warning.
 
         Args:
-          abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
+          abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings, or a function that
+            gives that of a step.
 
         Returns:
           The state, placed as asked, and the extras; None where nothing was saved.
@@ -193,15 +194,16 @@ class Checkpoints:
             if self._put_aside_if_damaged(step):
                 continue
             tree = self._manager.item_metadata(step)["state"].tree
-            trees.check_tensors(self._folder / str(step), tree, abstract_state)
+            wanted = abstract_state(step) if callable(abstract_state) else abstract_state
+            trees.check_tensors(self._folder / str(step), tree, wanted)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(trees.as_saved(tree, abstract_state)),
+                    state=ocp.args.StandardRestore(trees.as_saved(tree, wanted)),
                     extras=ocp.args.JsonRestore(),
                 ),
             )
-            return trees.as_wanted(restored.state, abstract_state), restored.extras
+            return trees.as_wanted(restored.state, wanted), restored.extras
         if any(self._folder.glob(f"{_ASIDE}*")):
             raise RunError(f"every checkpoint in {self._folder} is damaged: give a new --workdir")
         return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mlip_jax.core.errors import RunError, first_line
 
 if TYPE_CHECKING:
+    from mlip_jax.core.stages import Stage
     from mlip_jax.training.run import Run
 
 
@@ -22,6 +23,9 @@ class Callback:
 
     def on_start(self, run: Run, step: int) -> None:
         """Before the first step of this start; a run that is resumed has done `step` steps."""
+
+    def on_stage(self, stage: Stage) -> None:
+        """Before the first step of a stage, or of this start in it; of config.stages alone."""
 
     def on_step(self, step: int) -> None:
         """After every step, whose metrics may still be on their way."""

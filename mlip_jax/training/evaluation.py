@@ -13,6 +13,8 @@ from mlip_jax.core.waiting import announced
 from mlip_jax.devices import processes
 from mlip_jax.evaluations import Results, evaluate, suites, table
 from mlip_jax.evaluations.verb import file_results
+from mlip_jax.interop import positions
+from mlip_jax.models import building
 from mlip_jax.reports import write_report
 from mlip_jax.training.run import Run
 from mlip_jax.training.signals import Stopped, in_thread
@@ -27,7 +29,7 @@ def finish(run: Run, state: TrainState, results: Results | None) -> tuple[int, d
     Returns:
       The exit code, 0, or 75 when a signal came before the end; and the figures, in process 0.
     """
-    variables, done = processes.to_first(state.evaluated, run.home), int(state.step)
+    variables, done = _variables(run, state), int(state.step)
     figures: dict[str, float] = {}
 
     def unless_stopped() -> int:
@@ -76,7 +78,7 @@ def _evaluate(
 
 def evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
     """What process 0 finds with its own devices, in every process; None if a signal comes."""
-    variables = processes.to_first(state.evaluated, run.home)
+    variables = _variables(run, state)
 
     def unless_stopped() -> Results | None:
         # An evaluation may take longer than a scheduler waits between its signal and the kill.
@@ -91,6 +93,14 @@ def evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
             return None
 
     return processes.by_first(unless_stopped)
+
+
+def _variables(run: Run, state: TrainState) -> Any:
+    """What process 0 evaluates, of the size that the run ends with; as it is in the others."""
+    variables = processes.to_first(state.evaluated, run.home)
+    if variables and building.image_encoder(run.config).patch_tokens:
+        variables["params"] = positions.fit(variables["params"], building.grid(run.config))
+    return variables
 
 
 def _may_leave_threads() -> bool:

@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from mlip_jax.core import places, schema
+from mlip_jax.core import places, schema, stages
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.trained import START, read_config
@@ -58,6 +58,11 @@ def accept(folder: Path, old: ConfigDict, new: ConfigDict, console: Console) -> 
             f"{folder} holds a run of another config ({words}): give another --workdir, or the "
             f"old values to go on. --from={folder} --workdir=NEW starts a branch with new ones"
         )
+    if new.stages:
+        raise UserError(
+            f"{folder} holds a run in stages, whose borders would move ({words}): give another "
+            "--workdir, or the old values to go on"
+        )
     steps = checkpoint.saved_steps(folder)
     if not steps:
         return
@@ -99,7 +104,14 @@ def check_branch(config: ConfigDict, abstract: TrainState) -> None:
         tensor), or a key that changes what the weights mean.
     """
     source = places.local(config.start_from).expanduser()
+    if config.stages:
+        raise UserError(
+            f"--from={source}: a branch keeps the optimizer's state, and config.stages begin "
+            "another run: set config.stages=, or start from the weights alone, by a config file's "
+            "pretrained=RUN"
+        )
     lines = _changed(config)
+    _check_stage(source, _source(config))
     for key in _OF_STATE:
         if key in lines and _keeps_other_arrays(key, config):
             raise UserError(
@@ -113,6 +125,17 @@ def check_branch(config: ConfigDict, abstract: TrainState) -> None:
                 f"--from={source}: config.{line} cannot change in a branch, whose weights were "
                 "trained with the old value"
             )
+
+
+def _check_stage(source: Path, config: ConfigDict) -> None:
+    """Refuses a run that has not come to its last stage."""
+    steps = checkpoint.saved_steps(source)
+    own = stages.of(config)
+    if steps and steps[0] <= own[-1].place.first:
+        raise UserError(
+            f"--from={source}: its newest checkpoint is of {stages.at(own, steps[0])}; a branch "
+            "starts from the last stage"
+        )
 
 
 def _changed(config: ConfigDict) -> dict[str, str]:

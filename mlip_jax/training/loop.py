@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core.stages import at
 from mlip_jax.core.stopping import STOPPED
 from mlip_jax.data.batches.feed import Feed, input_seconds
-from mlip_jax.data.batches.training import SkipCounter, train_batches
+from mlip_jax.data.batches.training import SkipCounter
 from mlip_jax.data.sets.kinds import OBJECT_NAME
 from mlip_jax.data.sets.mixtures import samples_by_set
 from mlip_jax.data.sets.records import Source
@@ -24,7 +25,7 @@ from mlip_jax.data.sets.stored import brought
 from mlip_jax.devices import cluster, parallel, processes
 from mlip_jax.evaluations import Results
 from mlip_jax.storage import checkpoint
-from mlip_jax.training import known_texts, summary
+from mlip_jax.training import known_texts, stages, summary
 from mlip_jax.training.callbacks import Callback, Callbacks
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
 from mlip_jax.training.log import Log
@@ -32,9 +33,10 @@ from mlip_jax.training.metrics import Clock, MetricWriter
 from mlip_jax.training.optimizer import last_step_before_cooldown
 from mlip_jax.training.run import Run
 from mlip_jax.training.signals import Stop
+from mlip_jax.training.stages import Steps
 from mlip_jax.training.start import start
 from mlip_jax.training.state import TrainState
-from mlip_jax.training.step import Metrics, Step
+from mlip_jax.training.step import Metrics
 from mlip_jax.training.watch import Watchdog
 
 _GRACE = 2.0  # seconds that a batch may take once the run is asked to stop
@@ -90,10 +92,10 @@ def train(
     with processes.together(), contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop().listening())
         with stop.leaving():
-            run, state, step = start(config, workdir, stop, stack, source, callbacks)
+            run, state, steps = start(config, workdir, stop, stack, source, callbacks)
         results = None
-        if step:
-            state, results = run_steps(run, step, state, int(state.step))
+        if steps:
+            state, results = run_steps(run, steps, state, int(state.step))
         code, figures = finish(run, state, results)
         place = str(workdir) if places.is_url(workdir) else run.folder
         return Trained(place, int(state.step), code, figures)
@@ -128,8 +130,16 @@ def _save_without_input(
     raise error
 
 
+def _counts(run: Run, done: int) -> dict[str, float]:
+    """Of a line of the log: the samples of each set, and the stage where there are several."""
+    counts: dict[str, float] = dict(samples_by_set(run.source, run.seen(done)))
+    if len(run.stages) > 1:
+        counts["stage"] = at(run.stages, done).number
+    return counts
+
+
 def run_steps(
-    run: Run, step: Step, state: TrainState, start: int
+    run: Run, steps: Steps, state: TrainState, start: int
 ) -> tuple[TrainState, Results | None]:
     """Steps from `start` to the end of the run, or to a signal.
 
@@ -138,16 +148,10 @@ def run_steps(
     """
     config = run.config
     keep_step = last_step_before_cooldown(config)
-    clock = Clock(config.batch_size, start)
+    ends = {keep_step, *(stage.last for stage in run.stages)}
+    clock = Clock(run.seen, start)
     skipped = SkipCounter(run.source, config.data.max_skipped_share)
-    batches = train_batches(
-        config,
-        run.source,
-        run.tokenizer,
-        start_step=start,
-        rows=parallel.local_rows(run.mesh, config.batch_size),
-        teachers=run.teachers.inputs,
-    )
+    batches = stages.batches(run, start)
     known = known_texts.of_run(run, state)
     weights = run.teachers.placed(run.mesh)
     with (
@@ -155,7 +159,8 @@ def run_steps(
         Feed(batches, input_seconds(), _GRACE if jax.process_count() == 1 else 2 * _GRACE) as feed,
         MetricWriter(
             run.folder,
-            batch_size=config.batch_size,
+            seen=run.seen,
+            work=steps.work,
             total_steps=run.steps,
             start_step=start,
             active=jax.process_index() == 0,
@@ -169,6 +174,8 @@ def run_steps(
         before: Metrics | None = None
         results: Results | None = None
         for done in range(start + 1, run.steps + 1):
+            if stage := run.begins(done, start):
+                callbacks.tell("on_stage", stage)
             try:
                 with clock.waiting():
                     batch = feed.next(lambda: run.stop.asked)
@@ -177,7 +184,7 @@ def run_steps(
             except Exception as error:
                 done, results = done - 1, None
                 if log.pending:
-                    counts = samples_by_set(run.source, done * config.batch_size)
+                    counts = _counts(run, done)
                     jax.block_until_ready(before)
                     log.interval(done, clock.lap(done, brought()) | counts)
                 log.flush()
@@ -185,7 +192,7 @@ def run_steps(
                 break
             messages = run.channel.tell(batch.pop("skipped"), run.stop.asked)
             arguments = parallel.global_batch(batch | known(batch), run.mesh) | messages | weights
-            state, metrics = step(state, arguments)
+            state, metrics = steps(done, state, arguments)
             # The host stays one step ahead of the devices, so that they never wait for it, and no
             # further, so that batches do not pile up.
             jax.block_until_ready(before)
@@ -200,12 +207,12 @@ def run_steps(
                 writer.begin(start + 1, log.first())
 
             evaluates = done == run.steps or run.due(done, config.evaluation.every_samples)
-            saves = evaluates or run.due(done, config.checkpoint.every_samples) or done == keep_step
+            saves = evaluates or run.due(done, config.checkpoint.every_samples) or done in ends
             if stops:
                 run.stop.asked = True  # by a process that may be another one
             pauses = saves or stops
             if pauses or done % config.log_every == 0:
-                counts = samples_by_set(run.source, done * config.batch_size)
+                counts = _counts(run, done)
                 waits = pauses or done == start + 1  # and there is a step to tell of
                 if waits:
                     jax.block_until_ready(metrics)

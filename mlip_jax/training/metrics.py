@@ -19,7 +19,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeRemainingColumn,
 )
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -28,6 +27,7 @@ from tensorboardX.summary import scalar
 from mlip_jax.core import places
 from mlip_jax.core.errors import RunError
 from mlip_jax.core.files import decode_json, write_atomically
+from mlip_jax.core.stages import Stage
 from mlip_jax.training.callbacks import Callback
 
 _PACES = 100  # steps whose median is the measure
@@ -40,16 +40,19 @@ class Clock:
     """Images a second, and the share of the time that the loop stood waiting for data."""
 
     def __init__(
-        self, batch_size: int, done: int = 0, now: Callable[[], float] = time.perf_counter
+        self,
+        seen: Callable[[int], int],
+        done: int = 0,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Starts the first lap.
 
         Args:
-          batch_size: images a step, over all devices.
+          seen: images of the run after so many steps, over all devices.
           done: steps that are done already.
           now: seconds from some fixed moment.
         """
-        self._batch_size = batch_size
+        self._seen = seen
         self._now = now
         self._measured: dict[str, float] = {}
         self.rest(done)
@@ -73,11 +76,10 @@ class Clock:
           brought: bytes of data that have come from buckets so far. Where there are any,
             "bucket_bytes_per_second" is measured, too.
         """
-        steps = done - self._done
-        if steps > 0:
+        if done > self._done:
             seconds = max(self._now() - self._start, 1e-9)
             self._measured = {
-                "images_per_second": steps * self._batch_size / seconds,
+                "images_per_second": (self._seen(done) - self._seen(self._done)) / seconds,
                 "data_wait": min(self._waited / seconds, 1.0),
             }
             if brought:
@@ -145,8 +147,9 @@ class MetricWriter(Callback):
         self,
         workdir: str | os.PathLike[str],
         *,
-        batch_size: int,
+        seen: Callable[[int], int],
         total_steps: int,
+        work: Callable[[int], float] = float,
         start_step: int = 0,
         active: bool = True,
         console: Console | None = None,
@@ -155,8 +158,10 @@ class MetricWriter(Callback):
 
         Args:
           workdir: the run's folder.
-          batch_size: pairs a step, over all devices.
+          seen: pairs of the run after so many steps, over all devices.
           total_steps: steps of the whole run.
+          work: what so many steps cost, in any unit: what is left of it tells how long the rest
+            takes.
           start_step: steps already done.
           active: whether this process writes.
           console: where progress goes; None: standard error.
@@ -167,7 +172,8 @@ class MetricWriter(Callback):
         self._active = active
         if not active:
             return
-        self._batch_size, self._total, self._start = batch_size, total_steps, start_step
+        self._seen, self._work = seen, work
+        self._total, self._start = total_steps, start_step
         self._started = time.monotonic()
         self._paces = Paces()
         self._console = console or Console(stderr=True)
@@ -192,10 +198,12 @@ class MetricWriter(Callback):
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
+            self._task = self._bar.add_task(
+                "starting", total=total_steps, completed=start_step, left=""
+            )
             self._bar.start()
 
     def __enter__(self) -> MetricWriter:
@@ -204,20 +212,28 @@ class MetricWriter(Callback):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def on_stage(self, stage: Stage) -> None:
+        """Says which stage begins, whose steps have a pace of their own."""
+        if not self._active:
+            return
+        self._paces = Paces()
+        self.note(str(stage))
+
     def on_step(self, step: int) -> None:
         """Moves the bar, and times the step."""
         if not self._active:
             return
         self._paces.add(time.monotonic())
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, left=self._left(step))
 
     def begin(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the first step of this start, whose interval is still to come; writes no file."""
         if not self._active:
             return
         pace = self._paces.last
-        speed = {"images_per_second": self._batch_size / pace} if pace else {}
+        images = self._seen(step + 1) - self._seen(step)
+        speed = {"images_per_second": images / pace} if pace else {}
         self._show(step, {**metrics, **speed})
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -244,9 +260,15 @@ class MetricWriter(Callback):
             text += f"  {slow.steps} slow step{plural}, up to {slow.longest:.1f} s"
         if self._bar:
             self._bar.update(self._task, description=brief(metrics))
-        rate = (time.monotonic() - self._started) / max(step - self._start, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(rate * max(self._total - step, 0)))
-        self._print(f"step {step}/{self._total}  {text}  left {left}")
+        self._print(f"step {step}/{self._total}  {text}  left {self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        """The time that the rest will take, at the speed since the start."""
+        step = max(step, self._start + 1)
+        done = self._work(step) - self._work(self._start)
+        rate = (time.monotonic() - self._started) / done
+        seconds = rate * max(self._work(self._total) - self._work(step), 0.0)
+        return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
     def on_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes an evaluation's figures, such as "retrieval/SET/text_to_image_recall@1".
@@ -285,7 +307,7 @@ class MetricWriter(Callback):
         now = time.time()
         line: dict[str, float | None] = {
             "step": step,
-            "samples": step * self._batch_size,
+            "samples": self._seen(step),
             "time": round(now, 3),
         }
         line |= {key: float(v) if math.isfinite(v) else None for key, v in scalars.items()}

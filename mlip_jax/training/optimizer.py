@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from mlip_jax.core import stages
 from mlip_jax.core.registry import OPTIMIZERS, SCHEDULES
 from mlip_jax.devices.parallel import path_name
 from mlip_jax.models.adapters import ADAPTERS
@@ -29,17 +30,19 @@ MakeOptimizer = Callable[
 ]
 
 
-def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then config.optimizer.schedule, then a linear cooldown; by the step.
+def learning_rate(config: ConfigDict, place: stages.Place = stages.WHOLE) -> optax.Schedule:
+    """Linear warm-up, then config.optimizer.schedule, then a linear cooldown; by the run's step.
 
     The first step has a rate above 0: at step s the rate is that of s + 1 finished batches.
+    `place` is that of a stage, whose schedule may have begun before it.
     """
+    before = float(place.samples - place.schedule)
     peak, warmup = config.optimizer.learning_rate, _floating(config.optimizer.warmup_samples)
     share = SCHEDULES[config.optimizer.schedule](config)
     end, cooldown = _floating(config.samples), config.optimizer.cooldown_samples
 
     def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        seen = (step.astype(jnp.float32) + 1.0) * config.batch_size
+        seen = ((step - place.first).astype(jnp.float32) + 1.0) * config.batch_size + before
         rate = peak * jnp.minimum(seen / warmup, 1.0) * share(seen)
         if cooldown > 0:
             rate = rate * jnp.clip((end - seen) / _floating(cooldown), 0.0, 1.0)
@@ -49,9 +52,12 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 
 def last_step_before_cooldown(config: ConfigDict) -> int:
-    """Steps after which a run can still be made longer; 0 for one without a cooldown."""
+    """Steps after which a run can still be made longer; 0 for one that cannot.
+
+    Those are runs without a cooldown, and runs in stages, whose borders would move.
+    """
     cooldown = config.optimizer.cooldown_samples
-    if cooldown <= 0:
+    if cooldown <= 0 or config.stages:
         return 0
     # One less than there are: samples are counted in float32.
     return max((config.samples - cooldown) // config.batch_size - 1, 0)
@@ -102,8 +108,10 @@ def by_muon(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def make(config: ConfigDict) -> optax.GradientTransformation:
+def make(config: ConfigDict, place: stages.Place = stages.WHOLE) -> optax.GradientTransformation:
     """Clipping by global norm, then config.optimizer.name at each tower's rate; perhaps Lookahead.
+
+    `place` is that of a stage in its run.
 
     With Lookahead (arXiv 1907.08610) the transformation takes and moves `optax.LookaheadParams`.
     A frozen tower has no state, and its update is 0.
@@ -111,7 +119,7 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     settings = config.optimizer
     norm, lookahead = settings.clip_norm, settings.lookahead
     steps = [optax.clip_by_global_norm(norm)] if norm > 0 else []
-    steps.append(OPTIMIZERS[settings.name](settings, learning_rate(config), _decayed))
+    steps.append(OPTIMIZERS[settings.name](settings, learning_rate(config, place), _decayed))
     if settings.layer_decay != 1.0 or any(share != 1.0 for share in settings.rates.values()):
         steps.append(optax.stateless(_scaled(settings)))
     chain = optax.chain(*steps)

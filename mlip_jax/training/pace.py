@@ -9,6 +9,7 @@ import jax
 
 from mlip_jax.training.repeatability import random_batch
 from mlip_jax.training.run import Run
+from mlip_jax.training.stages import Part, Steps
 from mlip_jax.training.state import TrainState
 from mlip_jax.training.step import Step
 
@@ -21,17 +22,36 @@ def is_worth_it(run: Run) -> bool:
     return run.steps >= _FEWEST_STEPS
 
 
-def forecast(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
-    """Takes two steps on a random batch, and says in a line what the whole run will take.
+def forecast(run: Run, steps: Steps, fresh: Callable[[Part], TrainState]) -> str:
+    """Takes two steps of each stage on a random batch, and says what the whole run will take.
 
     All processes call it.
 
     Args:
-      run: opened.
-      step: compiled; it takes the state away.
-      fresh: makes the state that the run starts from.
+      run: opened, at its beginning.
+      steps: compiled; they take the state away.
+      fresh: makes a state that a stage may start from.
     """
-    state, batch, seconds = fresh(), random_batch(run), 0.0
+    times = [_seconds(run, part, step, fresh) for part, step in steps.left]
+    total = sum(seconds * stage.steps for seconds, stage in zip(times, run.stages, strict=True))
+    rates = [
+        stage.config.batch_size / seconds for seconds, stage in zip(times, run.stages, strict=True)
+    ]
+    words = f"{rates[0]:,.0f} images/s"
+    if len(rates) > 1:
+        words = "; ".join(
+            f"stage {stage.number} {duration(seconds * stage.steps)}, {rate:,.0f} images/s"
+            for seconds, rate, stage in zip(times, rates, run.stages, strict=True)
+        )
+    return (
+        f"expected: about {duration(total)} here at {words}, where "
+        "reading data keeps up; evaluations come on top"
+    )
+
+
+def _seconds(run: Run, part: Part, step: Step, fresh: Callable[[Part], TrainState]) -> float:
+    """How long a step of a stage takes."""
+    state, batch, seconds = fresh(part), random_batch(run, part.stage.config), 0.0
     for _ in range(2):  # the first also touches memory for the first time
         start = time.perf_counter()
         state, metrics = step(state, batch)
@@ -39,11 +59,7 @@ def forecast(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
         seconds = time.perf_counter() - start
         if seconds > _SLOW:
             break
-    rate = run.config.batch_size / seconds
-    return (
-        f"expected: about {duration(seconds * run.steps)} here at {rate:,.0f} images/s, where "
-        "reading data keeps up; evaluations come on top"
-    )
+    return seconds
 
 
 def duration(seconds: float) -> str:

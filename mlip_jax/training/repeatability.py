@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
+from ml_collections import ConfigDict
 
 from mlip_jax.devices import parallel
 from mlip_jax.training.run import Run
@@ -31,10 +32,11 @@ def probe(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
 
     Args:
       run: opened.
-      step: compiled; it takes the state away.
+      step: compiled, of the first stage; it takes the state away.
       fresh: makes the state that the run starts from.
     """
-    first, second = (_digest(step(fresh(), random_batch(run))[0]) for _ in range(2))
+    config = run.stages[0].config
+    first, second = (_digest(step(fresh(), random_batch(run, config))[0]) for _ in range(2))
     if np.array_equal(first, second):
         return (
             "repeatable: a step taken twice gave the same bits. So will a resumed run with this "
@@ -46,9 +48,9 @@ def probe(run: Run, step: Step, fresh: Callable[[], TrainState]) -> str:
     )
 
 
-def random_batch(run: Run) -> dict[str, Array]:
-    """Random pixels and token ids in the place of a batch, on the run's devices."""
-    batch = random_rows(run.config, run.mesh, run.tokenizer.vocab_size, seed=0)
+def random_batch(run: Run, config: ConfigDict) -> dict[str, Array]:
+    """Random pixels and token ids in the place of a batch of a stage, on the run's devices."""
+    batch = random_rows(config, run.mesh, run.tokenizer.vocab_size, seed=0)
     count = len(batch["record"])
     batch |= run.teachers.random_rows(count, seed=0)
     messages = run.channel.tell(np.full(count, -1, np.int32), False)

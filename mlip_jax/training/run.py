@@ -15,6 +15,7 @@ from rich.console import Console
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError, suggestion
 from mlip_jax.core.registry import EVALUATIONS
+from mlip_jax.core.stages import Stage, at
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer
@@ -34,7 +35,8 @@ SCORE = "score"  # what the best checkpoints are chosen by
 class Run:
     """What stays the same from the first step to the report."""
 
-    config: ConfigDict
+    config: ConfigDict  # of its end, where it has stages
+    stages: tuple[Stage, ...]
     folder: Path
     mesh: Mesh
     source: Source
@@ -53,13 +55,25 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return int(self.config.samples // self.config.batch_size)
+        return self.stages[-1].last
+
+    def seen(self, done: int) -> int:
+        """Pairs seen after `done` steps."""
+        return at(self.stages, done).seen(done)
+
+    def begins(self, step: int, start: int) -> Stage | None:
+        """The stage that begins with a step, or goes on with it in a run that starts there.
+
+        Of a run without stages none does.
+        """
+        stage = at(self.stages, step)
+        first = step in (stage.place.first + 1, start + 1)
+        return stage if first and stage.count > 1 else None
 
     def due(self, done: int, every_samples: int) -> bool:
         """Whether the step that was just done is the first past a multiple of `every_samples`."""
-        batch = self.config.batch_size
         return bool(every_samples) and (
-            done * batch // every_samples > (done - 1) * batch // every_samples
+            self.seen(done) // every_samples > self.seen(done - 1) // every_samples
         )
 
     def save(self, state: TrainState, done: int, figures: Mapping[str, float] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from mlip_jax.core import places, schema, versions
+from mlip_jax.core import stages as core_stages
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.waiting import announced
-from mlip_jax.data.batches.training import workers_for
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.data.sets.held_out import Share, take
 from mlip_jax.data.sets.opening import held_out_share, open_training, open_validation
@@ -29,37 +29,28 @@ from mlip_jax.evaluations import suites
 from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import adapters, building
-from mlip_jax.models.two_tower import TwoTower
 from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
 from mlip_jax.storage.compiled import keep_compiled
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
-from mlip_jax.training import (
-    accumulation,
-    attention_choice,
-    going_on,
-    pace,
-    repeatability,
-    summary,
-)
+from mlip_jax.training import attention_choice, going_on, pace, repeatability, stages, summary
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.callbacks import Callback
 from mlip_jax.training.channel import Channel
 from mlip_jax.training.run import SCORE, Run, check_best
 from mlip_jax.training.signals import Stop
-from mlip_jax.training.state import TrainState, abstract_state, initial_state
+from mlip_jax.training.stages import Part, Steps
+from mlip_jax.training.state import TrainState, initial_state
 from mlip_jax.training.step import Step, compile_lowered, lower_step, make_train_step
 from mlip_jax.training.teachers import open_teachers
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A run, and what its state and its step are made of."""
+    """A run, and what its state and its steps are made of."""
 
     run: Run
-    network: TwoTower
-    optimizer: optax.GradientTransformation
-    abstract: TrainState
+    parts: tuple[Part, ...]
     pretrained: Mapping[str, Any]  # variables to start from; {} where there are none
 
 
@@ -70,8 +61,8 @@ def start(
     stack: contextlib.ExitStack,
     source: Source | None = None,
     callbacks: Sequence[Callback] = (),
-) -> tuple[Run, TrainState, Step | None]:
-    """Opens everything and compiles; no step for a run that is finished.
+) -> tuple[Run, TrainState, Steps | None]:
+    """Opens everything and compiles; no steps for a run that is finished.
 
     Args:
       config: validated.
@@ -85,17 +76,19 @@ def start(
     state = _restore(opened)
     if state is not None and int(state.step) >= opened.run.steps:
         return opened.run, state, None
-    step = _compile(opened)
+    first = opened.parts[0]
+    steps = _compile(opened, 0 if state is None else int(state.step))
     if state is None:
         if repeatability.is_probed(opened.run.mesh):
-            line = repeatability.probe(opened.run, step, lambda: _fresh(opened))
+            step = steps.left[0][1]
+            line = repeatability.probe(opened.run, step, lambda: _fresh(opened, first))
             opened.run.console.print(line)
         if pace.is_worth_it(opened.run):
             with announced("timing the training step", _say(opened.run)):
-                line = pace.forecast(opened.run, step, lambda: _fresh(opened))
+                line = pace.forecast(opened.run, steps, lambda part: _fresh(opened, part))
             opened.run.console.print(line)
         state = _initialise(opened)
-    return opened.run, state, step
+    return opened.run, state, steps
 
 
 def _open(
@@ -108,7 +101,7 @@ def _open(
 ) -> Opened:
     quiet = jax.process_index() > 0
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
-    mesh = parallel.make_mesh(config.mesh, config.batch_size)
+    mesh = stages.make_mesh(config)
     if mesh.size == 1 or jax.default_backend() != "cpu":
         keep_compiled(config.data.cache_dir)
     # Before the workdir is taken: a mistake in a path leaves none behind.
@@ -121,24 +114,23 @@ def _open(
     config = lengths.resolve(config, len(source), schema.from_file(before) if is_kept else None)
     suites.check(config)
     check_best(config)
-    accumulation.check(config.batch_size, config.accumulation, mesh)
-    attention_choice.check(config, mesh)
+    run_stages = core_stages.of(config)
     with announced("preparing the tokenizer", console.print):
         tokenizer = _tokenizer(config, source, places.local(workdir))
-    network = building.build_for(config, tokenizer)
-    teachers = open_teachers(config, network, tokenizer, console.print)
-    network = teachers.pupil(network)
-    workers_for(config, len(parallel.local_rows(mesh, config.batch_size)), teachers.inputs)
+    parts = stages.parts(run_stages, tokenizer, mesh)
+    teachers = open_teachers(config, parts[-1].network, tokenizer, console.print)
+    parts = stages.taught(parts, teachers, mesh)
+    abstract = parts[0].abstract
     preprocessing = Preprocessing.of(config)
     home = parallel.home_mesh(mesh)
     model = Model(config, None, tokenizer, preprocessing, home)
-    optimizer = optimizers.make(config)
-    abstract = abstract_state(network, optimizer, config, mesh)
     # A run that goes on has its weights, and its files may be gone by then.
     if config.start_from and not goes_on:
         going_on.check_branch(config, abstract)
     starts_with_weights = not (goes_on or config.start_from)
-    weights = pretrained.read(config, abstract.evaluated) if starts_with_weights else {}
+    weights = (
+        pretrained.read(parts[0].model_config, abstract.evaluated) if starts_with_weights else {}
+    )
 
     def accept(folder: Path, old: ConfigDict, new: ConfigDict) -> None:
         going_on.accept(folder, old, new, console)
@@ -154,6 +146,7 @@ def _open(
     )
     run = Run(
         config=config,
+        stages=run_stages,
         folder=folder,
         mesh=mesh,
         source=source,
@@ -170,12 +163,12 @@ def _open(
         callbacks=() if quiet else tuple(callbacks),
     )
     summary.print_data(run.console, source, validation, jax.process_count())
-    summary.print_length(run.console, config, source)
+    summary.print_length(run.console, config, source, run_stages)
     if not quiet:
         write_atomically(folder / TOKENIZER, tokenizer.to_json())
         if source.attribution:
             write_atomically(folder / "attribution.txt", source.attribution + "\n")
-    return Opened(run, network, optimizer, abstract, weights)
+    return Opened(run, parts, weights)
 
 
 def _data(data: ConfigDict, cleaning: str, given: Source | None) -> tuple[Source, Source | None]:
@@ -212,7 +205,9 @@ def _restore(opened: Opened) -> TrainState | None:
     """The state of the newest checkpoint, or None; says where the run stands."""
     run = opened.run
     with announced("reading the checkpoint", _say(run)):
-        restored = run.checkpoints.restore(opened.abstract)
+        restored = run.checkpoints.restore(
+            lambda step: opened.parts[core_stages.at(run.stages, step).number - 1].abstract
+        )
     if restored is None:
         return None
     state: TrainState
@@ -231,21 +226,41 @@ def _restore(opened: Opened) -> TrainState | None:
     return state
 
 
-def _compile(opened: Opened) -> Step:
-    """The compiled step; prints the model, its memory and how it is sharded."""
-    run, config = opened.run, opened.run.config
+def _compile(opened: Opened, done: int) -> Steps:
+    """The compiled steps of what is left after `done`; prints the model and its memory."""
+    run = opened.run
+    left = [part for part in opened.parts if part.stage.last > done]
+    compiled = {part.stage.number: _compile_part(run, part, part is left[0]) for part in left}
+    return Steps(opened.parts, compiled, run.teachers)
+
+
+def _compile_part(run: Run, part: Part, first: bool) -> jax.stages.Compiled:
+    """The step of a stage; prints its memory, and of the first how the model is sharded."""
+    config = part.stage.config
     with announced("choosing a form of attention", _say(run)):
         chosen = attention_choice.choose(config, run.mesh, run.folder)
-    network = building.with_attention(opened.network, chosen.forms)
+    network = building.with_attention(part.network, chosen.forms)
     train_step = make_train_step(
-        network, opened.optimizer, config, run.preprocessing, run.mesh, run.teachers
+        network,
+        part.optimizer,
+        config,
+        Preprocessing.of(config),
+        run.mesh,
+        run.teachers,
+        part.stage.place,
     )
+    own = dataclasses.replace(run, config=config)
     with announced("compiling the training step", _say(run)):
-        step = compile_step(train_step, run, opened.abstract)
+        step = compile_step(train_step, own, part.abstract)
+    if part.stage.count > 1:
+        run.console.print(str(part.stage))
+    if not first:
+        summary.print_step(run.console, step, config, chosen.lines)
+        return step
     summary.print_compiled(
         run.console,
-        opened.network,
-        opened.abstract.evaluated,
+        part.network,
+        part.abstract.evaluated,
         step,
         config,
         run.mesh,
@@ -268,13 +283,13 @@ def compile_step(train_step: Step, run: Run, abstract: TrainState) -> jax.stages
 
 def _initialise(opened: Opened) -> TrainState:
     """A fresh state on the run's devices; says what it starts from."""
-    run, weights = opened.run, opened.pretrained
+    run, first, weights = opened.run, opened.parts[0], opened.pretrained
     if run.config.start_from:
-        state, lines = going_on.branch(run.config, opened.abstract)
+        state, lines = going_on.branch(run.config, first.abstract)
     else:
-        state = _fresh(opened)
-        lines = pretrained.summary(run.config, weights, opened.abstract.evaluated)
-    lines += adapters.describe(opened.abstract.params)
+        state = _fresh(opened, first)
+        lines = pretrained.summary(run.config, weights, first.abstract.evaluated)
+    lines += adapters.describe(first.abstract.params)
     for line in lines:
         run.console.print(line)
     if lines and not jax.process_index():
@@ -282,12 +297,13 @@ def _initialise(opened: Opened) -> TrainState:
     return state
 
 
-def _fresh(opened: Opened) -> TrainState:
-    run = opened.run
+def _fresh(opened: Opened, part: Part) -> TrainState:
+    """A state that a stage may start from; of the first, the one that the run starts from."""
+    weights = opened.pretrained if part.stage.number == 1 else {}
     # Pretrained arrays are arguments: captured, they would be constants of the program.
     init = jax.jit(
-        lambda weights: initial_state(opened.network, opened.optimizer, run.config, weights),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, opened.abstract),
+        lambda weights: initial_state(part.network, part.optimizer, part.model_config, weights),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, part.abstract),
     )
-    state: TrainState = init(opened.pretrained)
+    state: TrainState = init(weights)
     return state

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax.core.registry import DISTILLATIONS
 from mlip_jax.core.schema import lessons
+from mlip_jax.core.stages import WHOLE, Place
 from mlip_jax.data.batches.teaching import TEXT_FEATURES
 from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
@@ -41,6 +42,7 @@ def make_train_step(
     preprocessing: Preprocessing,
     mesh: Mesh | None = None,
     teachers: Teachers = NO_TEACHERS,
+    place: Place = WHOLE,
 ) -> Step:
     """The step: forward, every perspective's loss, gradient, update, average.
 
@@ -59,12 +61,13 @@ def make_train_step(
       preprocessing: the run's.
       mesh: the devices that the batch's rows lie on; None: one.
       teachers: the models that the run learns from; `model` is their `pupil`.
+      place: of a stage in its run.
 
     Raises:
       UserError: when the batch cannot be cut in config.accumulation parts.
     """
     accumulation.check(config.batch_size, config.accumulation, mesh)
-    schedule = learning_rate(config)
+    schedule = learning_rate(config, place)
     objective = Objective(
         model=model,
         config=config,
@@ -74,6 +77,7 @@ def make_train_step(
         key=jax.random.key(config.seed + 1),  # + 1: not the key of the initial parameters
         teachers=teachers,
         lessons=lessons(config),
+        place=place,
     )
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
@@ -116,6 +120,7 @@ class Objective:
     key: Array  # of dropout, folded with the step
     teachers: Teachers
     lessons: Mapping[tuple[str, str], float]  # weights by way of learning and view
+    place: Place
 
     def value_and_gradient(
         self, state: TrainState, rows: dict[str, Array], taught: Sequence[Embedded]
@@ -202,7 +207,8 @@ class Objective:
             embeddings,
             scales,
             biases,
-            state.step.astype(jnp.float32) * self.config.batch_size,
+            (state.step - self.place.first).astype(jnp.float32) * self.config.batch_size
+            + float(self.place.samples),
             prior_weight=self.config.model.prior_weight,
             chunk=self.config.token_chunk,
             blocks=self.config.ring,

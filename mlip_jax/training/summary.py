@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from mlip_jax.core.stages import Stage
 from mlip_jax.core.tables import make_table
 from mlip_jax.data.sets.mixtures import Mixture, datasets_of
 from mlip_jax.data.sets.records import InShards, Source
@@ -55,9 +56,12 @@ def print_data(
         )
 
 
-def print_length(console: Console, config: ConfigDict, source: Source) -> None:
+def print_length(
+    console: Console, config: ConfigDict, source: Source, stages: Sequence[Stage]
+) -> None:
     """How often the run sees its training set; warns where that is too often, or in one batch."""
-    steps = config.samples // config.batch_size
+    batches = sorted({stage.config.batch_size for stage in stages})
+    sizes_of_batches = " and ".join(f"{batch:,}" for batch in batches)
     sizes = {source.name: len(source)}
     seen = {source.name: config.samples}
     if isinstance(source, Mixture):
@@ -68,8 +72,11 @@ def print_length(console: Console, config: ConfigDict, source: Source) -> None:
         passes = f"{config.samples / len(source):,.3g}"
         console.print(
             f"length: {len(source):,} pairs, {passes} passes, {config.samples:,} samples in "
-            f"{steps:,} steps of {config.batch_size:,}"
+            f"{stages[-1].last:,} steps of {sizes_of_batches}"
         )
+    if len(stages) > 1:
+        for stage in stages:
+            console.print(f"  {stage}")
     for name, size in sizes.items():
         passes = seen[name] / size
         if passes > _MANY_PASSES:
@@ -78,9 +85,9 @@ def print_length(console: Console, config: ConfigDict, source: Source) -> None:
                 f"and learns them by heart; --config.epochs={suitable_epochs(size)} suits a set of "
                 "this size"
             )
-    if config.batch_size > len(source):
+    if batches[-1] > len(source):
         console.print(
-            f"  warning: a batch of {config.batch_size:,} holds each of the {len(source):,} pairs "
+            f"  warning: a batch of {batches[-1]:,} holds each of the {len(source):,} pairs "
             "more than once, and a pair is no negative of itself: lower config.batch_size"
         )
 
@@ -146,10 +153,7 @@ def print_compiled(
     mesh: Mesh,
     attention: Sequence[str] = (),
 ) -> None:
-    """Parameters and FLOPs by tower, memory a device, and how parameters are sharded.
-
-    `attention` are lines on its form.
-    """
+    """Parameters and FLOPs by tower, how parameters are sharded, and `print_step`."""
     params = variables["params"]
     flops = forward_flops(network, variables, config)
     table = make_table(("Model", "Parameters", "Forward FLOPs per pair"))
@@ -157,10 +161,6 @@ def print_compiled(
         table.add_row(part, f"{count:,}", f"{flops[part]:,.0f}" if part in flops else "")
     console.print(table)
 
-    words = token_words(config)
-    console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
-    for line in attention:
-        console.print(line)
     sharding = make_table(("Parameters whose path matches", "Sharded over", "Number"), words=2)
     rules = parallel.sharding_rules(config.sharding, params)
     for pattern, axes, count in parallel.sharding_table(params, mesh, rules):
@@ -171,6 +171,17 @@ def print_compiled(
     if huge_pages.asked_for():
         variable = huge_pages.VARIABLE
         console.print(f"host memory in huge pages: {variable}={os.environ[variable]}")
+    print_step(console, step, config, attention)
+
+
+def print_step(
+    console: Console, step: jax.stages.Compiled, config: ConfigDict, attention: Sequence[str] = ()
+) -> None:
+    """Tokens of an image, lines on the form of attention, and memory a device."""
+    words = token_words(config)
+    console.print(f"tokens an image: {words}; compute in {compute_dtype(config).name}")
+    for line in attention:
+        console.print(line)
     if step.memory_analysis() is None:
         return
     memory, mib = Memory.of(step), 2**20

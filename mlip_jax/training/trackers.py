@@ -150,7 +150,7 @@ class Wandb(Tracker):
             **options,
         )
         self._tracked.define_metric("*", step_metric="samples")
-        self._batch_size = run.config.batch_size
+        self._seen = run.seen
         if options.get("mode", os.environ.get("WANDB_MODE")) == "offline":
             folder = places.shown(run.folder / "wandb")
             place = f"offline in {folder}; wandb login, then wandb sync {folder}/offline-run-*"
@@ -160,7 +160,7 @@ class Wandb(Tracker):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker.log`."""
-        self._tracked.log({**values, "samples": step * self._batch_size}, step=step)
+        self._tracked.log({**values, "samples": self._seen(step)}, step=step)
 
     def close(self, finished: bool) -> None:
         """See `Tracker.close`."""
