@@ -98,7 +98,8 @@ def evaluate_unless_stopped(run: Run, state: TrainState) -> Results | None:
 def _variables(run: Run, state: TrainState) -> Any:
     """What process 0 evaluates, of the size that the run ends with; as it is in the others."""
     variables = processes.to_first(state.evaluated, run.home)
-    if variables and building.image_encoder(run.config).patch_tokens:
+    here = not jax.process_index()  # the others hold nothing
+    if here and building.image_encoder(run.config).patch_tokens:
         variables["params"] = positions.fit(variables["params"], building.grid(run.config))
     return variables
 
