@@ -120,7 +120,7 @@ class Objective:
     key: Array  # of dropout, folded with the step
     teachers: Teachers
     lessons: Mapping[tuple[str, str], float]  # weights by way of learning and view
-    place: Place
+    place: Place = WHOLE  # of a stage in its run
 
     def value_and_gradient(
         self, state: TrainState, rows: dict[str, Array], taught: Sequence[Embedded]
