@@ -9,7 +9,9 @@ from typing import Any
 from mlip_jax.core import places
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import parse_json, read_file, read_json
-from mlip_jax.data.sets.files import ImageFiles, find_images
+from mlip_jax.data.sets.files import CaptionSource, ImageFiles, find_images
+from mlip_jax.data.sets.splits import Choice
+from mlip_jax.evaluations.sets import EmbeddedSet, Sets, embed_source
 
 # Where the images lie, from the folder that is named, or else the file's own.
 _FOLDERS = (".", "images", "val2017")
@@ -56,4 +58,22 @@ def named_images(folder: Path, names: Sequence[str]) -> ImageFiles:
             for below in _FOLDERS
             for suffix in suffixes
         ]
+    )
+
+
+def embed_images(sets: Sets, name: str, images: ImageFiles, count: int) -> EmbeddedSet:
+    """Some images, without captions, as the model embeds them.
+
+    Raises:
+      UserError: when too many images cannot be read.
+      RunError: for NaN or infinity among the embeddings.
+    """
+    config = sets.config
+    return embed_source(
+        sets.model,
+        CaptionSource(name, Choice("test", ("test",)), images, [("",)] * count),
+        name,
+        config.evaluation.batch_size,
+        max_skipped_share=config.data.max_skipped_share,
+        progress=sets.progress,
     )

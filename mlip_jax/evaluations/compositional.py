@@ -22,13 +22,12 @@ from jaxtyping import Float
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import whole, wrong_text
 from mlip_jax.data.sets.coco_json import check_path, is_text
-from mlip_jax.data.sets.files import CaptionSource, ImageFiles
-from mlip_jax.data.sets.splits import Choice
-from mlip_jax.evaluations.by_path import named_images, read_values, split_spec
+from mlip_jax.data.sets.files import ImageFiles
+from mlip_jax.evaluations.by_path import embed_images, named_images, read_values, split_spec
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
 from mlip_jax.evaluations.scores import on_grid
-from mlip_jax.evaluations.sets import Sets, embed_source, embed_texts
+from mlip_jax.evaluations.sets import Sets, embed_texts
 
 _FIGURES = {
     1: {"accuracy": (0.5, "caption against a wrong one")},
@@ -120,18 +119,8 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     """
     if spec == "validation":
         return None
-    config, task = sets.config, read_task(spec)
-    source = CaptionSource(
-        task.name, Choice("test", ("test",)), task.images, [("",)] * len(task.names)
-    )
-    embedded = embed_source(
-        sets.model,
-        source,
-        task.name,
-        config.evaluation.batch_size,
-        max_skipped_share=config.data.max_skipped_share,
-        progress=sets.progress,
-    )
+    task = read_task(spec)
+    embedded = embed_images(sets, task.name, task.images, len(task.names))
     assert embedded.embeddings is not None  # features were not asked for
     row_of = {task.names[index]: row for row, index in enumerate(embedded.indices.tolist())}
     kept = [example for example in task.examples if all(name in row_of for name in example.images)]

@@ -16,13 +16,12 @@ import numpy as np
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.texts import brief, whole, wrong_text
 from mlip_jax.data.sets.coco_json import check_path, is_text
-from mlip_jax.data.sets.files import CaptionSource, ImageFiles
-from mlip_jax.data.sets.splits import Choice
+from mlip_jax.data.sets.files import ImageFiles
 from mlip_jax.evaluations import retrieval
-from mlip_jax.evaluations.by_path import named_images, read_values, split_spec
+from mlip_jax.evaluations.by_path import embed_images, named_images, read_values, split_spec
 from mlip_jax.evaluations.family import Family
 from mlip_jax.evaluations.interface import Outcome
-from mlip_jax.evaluations.sets import EmbeddedSet, Sets, embed_source, embed_texts
+from mlip_jax.evaluations.sets import EmbeddedSet, Sets, embed_texts
 
 MEAN = "mean"  # over languages; what no language is called
 _IMAGE_KEYS = ("file", "image", "path", "image/key")
@@ -131,17 +130,9 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     """
     if spec == "validation":
         return None
-    config, task = sets.config, read_task(spec)
+    task = read_task(spec)
     size = len(next(iter(task.captions.values())))
-    source = CaptionSource(task.name, Choice("test", ("test",)), task.images, [("",)] * size)
-    embedded = embed_source(
-        sets.model,
-        source,
-        task.name,
-        config.evaluation.batch_size,
-        max_skipped_share=config.data.max_skipped_share,
-        progress=sets.progress,
-    )
+    embedded = embed_images(sets, task.name, task.images, size)
     found: dict[str, float] = {}
     expected: dict[str, float] = {}
     examples: dict[str, int] = {}
