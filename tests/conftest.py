@@ -43,6 +43,7 @@ from mlip_jax.core import object_store, places, schema, waiting  # noqa: E402
 from mlip_jax.core.buckets import Mirror  # noqa: E402
 from mlip_jax.data.sets import cache_room  # noqa: E402
 from mlip_jax.devices import parallel  # noqa: E402
+from mlip_jax.training import evaluation  # noqa: E402
 
 # On a busy machine anything may take long; what is printed should not depend on it.
 waiting.QUIET = 1e6
@@ -202,6 +203,15 @@ def on_one_device():
         return jax.make_mesh((1, 1, 1), parallel.AXES, types, devices=jax.devices()[:1])
 
     return lambda patch: patch.setattr(parallel, "make_mesh", one_device)
+
+
+@pytest.fixture(scope="module")
+def small_runs(on_one_device):
+    """The runs of a module take one device and write no report."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        patch.setattr(evaluation, "write_report", lambda *_: "none")
+        yield
 
 
 @pytest.fixture(scope="session")

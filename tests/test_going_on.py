@@ -15,8 +15,9 @@ from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import restore_fields, saved_steps
-from mlip_jax.training import evaluation
 from mlip_jax.training.optimizer import last_step_before_cooldown, learning_rate
+
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 STATE = ("step", "params", "optimizer", "ema")
 WSD = ("--config.optimizer.schedule=wsd", "--config.optimizer.cooldown_samples=16")
@@ -27,14 +28,6 @@ FAST = (
     "--config.data.validation=",
     "--config.optimizer.name=adamw",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small(on_one_device):
-    with pytest.MonkeyPatch.context() as patch:
-        on_one_device(patch)
-        patch.setattr(evaluation, "write_report", lambda *_: "none")
-        yield
 
 
 def run(*flags):

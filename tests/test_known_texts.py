@@ -13,7 +13,9 @@ from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.validation import validate
 from mlip_jax.storage.checkpoint import restore_fields, saved_steps
-from mlip_jax.training import evaluation, known_texts
+from mlip_jax.training import known_texts
+
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 FROZEN = (
     "--config.optimizer.name=adamw",
@@ -28,14 +30,6 @@ FROZEN = (
     "--config.data.caption.word_dropout=0.5",
     "--config.log_every=1",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small(on_one_device):
-    with pytest.MonkeyPatch.context() as patch:
-        on_one_device(patch)
-        patch.setattr(evaluation, "write_report", lambda *_: "none")
-        yield
 
 
 def run(tiny, workdir, *flags):

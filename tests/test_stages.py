@@ -22,9 +22,11 @@ from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.devices import parallel
 from mlip_jax.recipes import lengths
 from mlip_jax.storage.checkpoint import restore_fields, saved_steps, set_aside
-from mlip_jax.training import evaluation, start
 from mlip_jax.training import stages as parts
+from mlip_jax.training import start
 from mlip_jax.training.optimizer import learning_rate
+
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 FIELDS = ("step", "params", "optimizer", "ema")
 TABLE = "0.5 image_size=8 context_length=4 patch_dropout=0.25 word_dropout=0.5,0.5 batch_size=4"
@@ -40,14 +42,6 @@ PLAIN = {
     "checkpoint.keep_last": 20,
     "stages": TABLE,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small(on_one_device):
-    with pytest.MonkeyPatch.context() as patch:
-        on_one_device(patch)
-        patch.setattr(evaluation, "write_report", lambda *_: "none")
-        yield
 
 
 def flags(**overrides):
