@@ -89,6 +89,8 @@ setup(
         "s3": ["s3fs>=2025.3"],
         "kubernetes": ["jax[k8s]>=0.9.0"],  # processes of an indexed job find each other by it
         "bench": ["open_clip_torch>=2.30", "torch>=2.6"],
+        # Brings PyTorch, torchvision and open_clip. Its `accuracy` fails under numpy 2.4.
+        "clip-benchmark": ["clip_benchmark>=1.6.2", "numpy<2.4"],
         "onnx": ["jax2onnx>=0.17.1", "onnxruntime>=1.23.2"],
         "ann": ["usearch>=2.21.0"],
         "wandb": ["wandb>=0.19.0"],
