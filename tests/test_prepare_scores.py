@@ -11,7 +11,11 @@ from preparing import broken, contents, index, picture, prepare, records, run
 from test_teachers import teacher  # noqa: F401  (a fixture)
 
 import mlip_jax
+from mlip_jax.core import places
+from mlip_jax.core.buckets import Mirror
 from mlip_jax.data.prepare import scored
+from mlip_jax.data.sets import cache_room
+from mlip_jax.data.sets.opening import open_source
 from mlip_jax.training import scoring
 
 CAPTIONS = ("a red cat", "two dogs", "the sea at night")
@@ -138,6 +142,8 @@ def test_a_stopped_one_goes_on_and_ends_with_the_same_bytes(
         patch.setattr(scoring.Scorer, "_score", stop)
         assert run(*arguments) != 0
     assert not (out / "index.json").exists()
+    (images,) = out.rglob("train-00000.npy")
+    images.write_bytes(images.read_bytes()[:-2])  # made again, with its scores
 
     def noted(self, reader, piece, pool):
         scored_pieces.append(piece.name)
@@ -147,6 +153,7 @@ def test_a_stopped_one_goes_on_and_ends_with_the_same_bytes(
     assert run(*arguments) == 0
     assert sorted(scored_pieces) == [
         "train-00000",
+        "train-00000",
         "train-00001",
         "train-00002",
         "validation-00000",
@@ -154,8 +161,48 @@ def test_a_stopped_one_goes_on_and_ends_with_the_same_bytes(
     assert contents(out) == contents(whole)
     # A finished one is not scored again, and a damaged shard is made again.
     (out / "train-00000.array_record").write_bytes(b"")
-    assert run(*arguments) == 0 and len(scored_pieces) == 4
+    assert run(*arguments) == 0 and len(scored_pieces) == 5
     assert contents(out) == contents(whole)
+
+
+def test_the_source_the_model_and_the_scores_may_lie_in_a_bucket(
+    source,
+    tmp_path,
+    teacher,  # noqa: F811
+    bucket,
+    monkeypatch,
+):
+    flags = ("--keep=0.5", "--near-duplicates=0.99", "--shard-records=4")
+    here = prepare(tmp_path / "here", source, f"--score={teacher}", *flags)
+    for name, folder in (("model", teacher), ("source", tmp_path)):
+        Mirror(f"{bucket}/{name}", folder).publish(folder)
+    arguments = (f"--source=jsonl:{bucket}/source/pairs.jsonl", f"--score={bucket}/model", *flags)
+    score, pieces = scoring.Scorer._score, []
+
+    def stop(self, reader, piece, pool):
+        if piece.name in pieces:
+            raise KeyboardInterrupt
+        pieces.append(piece.name)
+        return score(self, reader, piece, pool)
+
+    monkeypatch.setattr(scoring.Scorer, "_score", stop)
+    pieces.append("train-00001")
+    assert run(*arguments, f"--out={bucket}/out") != 0
+    places.release()  # as on another machine
+    pieces.remove("train-00001")
+    assert run(*arguments, f"--out={bucket}/out") == 0
+    assert sorted(pieces) == sorted({*pieces}) and len(pieces) == 4
+    places.release()
+    mirrored = places.local(f"{bucket}/out")
+    places.fetch(mirrored / "scores.npz")
+    there, kept = (np.load(folder / "scores.npz") for folder in (mirrored, here))
+    for name in set(kept) - {"digest"}:  # the source has another name
+        np.testing.assert_array_equal(there[name], kept[name])
+    copied = open_source(f"prepared:{bucket}/out", "train")
+    assert [copied[place].captions for place in range(len(copied))] == [
+        record.captions for record in records(here).values()
+    ]
+    cache_room.let_go()
 
 
 def test_records_that_cannot_be_scored(source, tmp_path, teacher):  # noqa: F811

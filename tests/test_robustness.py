@@ -6,7 +6,8 @@ from test_evaluations import FakeModel, FakeSource
 
 import mlip_jax
 from mlip_jax.core import schema
-from mlip_jax.evaluations import calibration, corruptions
+from mlip_jax.evaluations import calibration, corruptions, retrieval
+from mlip_jax.evaluations.sets import Sets
 from mlip_jax.evaluations.suites import apply_suite, evaluate
 
 RNG = np.random.default_rng(0)
@@ -91,3 +92,31 @@ def test_a_model_is_scored_on_both(trained):
     assert set(figures) == wanted
     mean = np.mean([figures[f"{name}_text_to_image_recall@1"] for name in corruptions.CORRUPTIONS])
     assert figures["mean_text_to_image_recall@1"] == pytest.approx(mean)
+
+
+def test_all_corruptions_of_an_image_are_made_when_it_is_decoded():
+    class Counted(FakeSource):
+        read = ()
+
+        def __getitem__(self, index):
+            self.read += (index,)
+            return super().__getitem__(index)
+
+    greys = (10, 60, 120, 180, 240)
+    source = Counted([(grey, (f"grey {grey}",), 0) for grey in greys])
+    config = schema.default()
+    config.evaluation.batch_size = 4
+    sets = Sets(FakeModel(), config, source, progress=False)
+    figures = corruptions.score(sets, "validation").figures
+    assert sorted(source.read) == sorted([*range(5)] * 2)  # once more without
+    for name in ("brightness", "contrast"):
+        corrupt, strengths = corruptions.CORRUPTIONS[name]
+        alone = [
+            retrieval.score(
+                sets.seen_by(corruptions.Corrupted(FakeModel(), corrupt, strength, {})),
+                "validation",
+            ).figures["text_to_image_recall@1"]
+            for strength in (strengths[0], strengths[2], strengths[4])
+        ]
+        assert figures[f"{name}_text_to_image_recall@1"] == pytest.approx(np.mean(alone))
+    assert figures["contrast_text_to_image_recall@1"] > figures["brightness_text_to_image_recall@1"]

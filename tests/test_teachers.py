@@ -15,6 +15,7 @@ from test_step import BATCH, END, START, VOCABULARY, assert_same, batch, small_c
 
 import mlip_jax
 from mlip_jax import main as door
+from mlip_jax.benchmark import input_speed, verb
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.validation import validate
@@ -369,3 +370,17 @@ def test_a_folder_that_cannot_teach_is_named(teacher, tmp_path):
     artefact.write(tmp_path, artefact.Artefact(config, variables, *rest))
     with pytest.raises(UserError, match=r"config.teacher: .*log_scale_spatial_global holds NaN"):
         opened(tmp_path)
+
+
+def test_the_input_is_timed_with_what_teachers_see(teacher, monkeypatch, tmp_path):
+    class Begun(Exception):
+        pass
+
+    def batches(*arguments, teachers, **options):
+        raise Begun(dict(teachers.sizes), [length for _, length in teachers.tokenizers.values()])
+
+    monkeypatch.setattr(input_speed, "train_batches", batches)
+    monkeypatch.setattr(verb, "open_input", lambda config: (None, None))
+    with pytest.raises(Begun) as begun:
+        verb.benchmark(taught_config(teacher), tmp_path, only="data")
+    assert begun.value.args == ({"image_at_24": 24}, [10])

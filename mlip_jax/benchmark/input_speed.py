@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 from rich.console import Console
 
-from mlip_jax.data.batches.training import batch_bytes, train_batches
-from mlip_jax.data.batches.workers import worker_count
+from mlip_jax.data.batches.teaching import NO_INPUTS, TeacherInputs
+from mlip_jax.data.batches.training import train_batches, workers_for
 from mlip_jax.data.sets.records import Source
 from mlip_jax.data.text.tokenizer import Tokenizer
 
@@ -42,7 +42,12 @@ class InputResult:
 
 
 def measure_input(
-    config: ConfigDict, source: Source, tokenizer: Tokenizer, warmup: int, batches: int
+    config: ConfigDict,
+    source: Source,
+    tokenizer: Tokenizer,
+    warmup: int,
+    batches: int,
+    teachers: TeacherInputs = NO_INPUTS,
 ) -> InputResult:
     """Times the input of a run.
 
@@ -52,8 +57,9 @@ def measure_input(
       tokenizer: the run's.
       warmup: batches before the clock starts.
       batches: batches to time.
+      teachers: what else is made of each example.
     """
-    feed = train_batches(config, source, tokenizer, start_step=0)
+    feed = train_batches(config, source, tokenizer, start_step=0, teachers=teachers)
     with contextlib.closing(feed):
         for _ in range(warmup):
             next(feed)
@@ -62,7 +68,7 @@ def measure_input(
             next(feed)
         seconds = time.perf_counter() - start
     speed = batches * config.batch_size / seconds
-    workers = worker_count(config.data.workers, batch_bytes(config, config.batch_size))
+    workers = workers_for(config, config.batch_size, teachers)
     cores = max(workers, 1)
     return InputResult(
         images_per_second=speed,

@@ -19,7 +19,9 @@ from mlip_jax.benchmark.contender import Contender, open_input
 from mlip_jax.benchmark.peak import matrix_peak
 from mlip_jax.benchmark.results import Timing, print_results, write_json
 from mlip_jax.core import places
+from mlip_jax.data.batches.teaching import NO_INPUTS
 from mlip_jax.models import building
+from mlip_jax.training.step_cost import network_of, teachers_of
 
 _ROUNDS = 4  # turns that each side has
 _STEPS_BESIDE_INPUT = 5
@@ -73,7 +75,8 @@ def benchmark(
     measured = None
     if only == "data":
         # Before the step is compiled, which may take minutes and need more memory than there is.
-        measured = input_speed.measure_input(config, *open_input(config), warmup, steps)
+        teachers = teachers_of(config, network_of(config)).inputs if config.teacher else NO_INPUTS
+        measured = input_speed.measure_input(config, *open_input(config), warmup, steps, teachers)
         input_speed.print_input(console, measured)
         steps = min(steps, _STEPS_BESIDE_INPUT)
     before = _peak(config)

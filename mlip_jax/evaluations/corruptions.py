@@ -143,11 +143,14 @@ def score(sets: Sets, spec: str) -> Outcome | None:
     if not wanted:
         raise UserError(f"config.evaluation.corruptions: the dataset {spec!r} has no main figure")
     figures = {f"clean_{key}": clean.figures[key] for key in wanted}
-    for name, (corrupt, strengths) in CORRUPTIONS.items():
-        outcomes = []
-        for severity in _SEVERITIES:
-            model = Corrupted(sets.model, corrupt, strengths[severity], texts)
-            outcomes.append(family.score(sets.seen_by(model), spec))
+    models = [
+        Corrupted(sets.model, corrupt, strengths[severity], texts)
+        for corrupt, strengths in CORRUPTIONS.values()
+        for severity in _SEVERITIES
+    ]
+    corrupted = iter(sets.seen_by_each(models, spec))
+    for name in CORRUPTIONS:
+        outcomes = [family.score(next(corrupted), spec) for _ in _SEVERITIES]
         for key in wanted:
             values = [outcome.figures[key] for outcome in outcomes if outcome]
             figures[f"{name}_{key}"] = float(np.mean(values))

@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, UInt8
 from ml_collections import ConfigDict
 
 from mlip_jax.core.errors import UserError
@@ -134,6 +134,24 @@ class Sets:
         sets = copy.copy(self)
         sets._model, sets._embedded = model, {}
         return sets
+
+    def seen_by_each(self, models: Sequence[Encoder], spec: str) -> list[Sets]:
+        """As `seen_by` for several models; one dataset is decoded once, for all of them.
+
+        Args:
+          models: of one preprocessing, and of embeddings of one width.
+          spec: of that dataset.
+
+        Raises:
+          UserError: as `evaluation`.
+        """
+        together = self.seen_by(_Together(models)).evaluation(spec)
+        each = [self.seen_by(model) for model in models]
+        if together is not None and together.embeddings is not None:
+            parts = np.split(together.embeddings, len(models), axis=1)
+            for sets, part in zip(each, parts, strict=True):
+                sets._embedded[spec, "evaluation"] = replace(together, embeddings=part)
+        return each
 
     @property
     def model(self) -> Encoder:
@@ -266,6 +284,22 @@ class Sets:
                 embedded = replace(embedded, features=before.features)
         self._embedded[spec, role] = embedded
         return embedded
+
+
+class _Together:
+    """Several models as one: their embeddings of an image stand side by side."""
+
+    def __init__(self, models: Sequence[Encoder]) -> None:
+        self._models = models
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._models[0], name)
+
+    def encode_image_pixels(
+        self, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> Float[np.ndarray, "images widths"]:
+        rows = [model.encode_image_pixels(images) for model in self._models]
+        return np.concatenate(rows, axis=1)
 
 
 def embed_texts(

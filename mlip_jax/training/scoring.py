@@ -8,6 +8,7 @@ with all better ones that are kept so far, in blocks; `data.prepare.scored` has 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,7 @@ class Scorer:
             for piece in todo:
                 path = drafts / f"{piece.name}.npz"
                 arrays = scored.load(path, piece.digest)
-                if arrays is None:
+                if arrays is None or self._lacks_images(path, piece.split, len(arrays["captions"])):
                     arrays, images = self._score(reader, piece, pool)
                     if images is not None:  # in a file of its own, which need not be read whole
                         file = _images_of(path)
@@ -128,6 +129,16 @@ class Scorer:
                 "captions in it"
             )
         return parts
+
+    def _lacks_images(self, path: Path, split: str, records: int) -> bool:
+        """Whether near-duplicates are looked for by embeddings that are not there, or cut off."""
+        if not self.near or split != TRAIN:
+            return False
+        # What a damaged file gives is a matter of numpy: ValueError, EOFError, SyntaxError.
+        with contextlib.suppress(Exception):
+            images = np.load(_images_of(path), mmap_mode="r", allow_pickle=False)
+            return images.dtype != np.float16 or images.ndim != 2 or len(images) != records
+        return True
 
     def _score(
         self, reader: ByImage, piece: Piece, pool: ThreadPoolExecutor
