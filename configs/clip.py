@@ -21,6 +21,7 @@ This is the baseline of the other configs: the same encoders without Frequency S
 from mlip_jax.core.schema import arguments
 from mlip_jax.interop.pretrained import adopt, adopt_frozen_bert, adopt_image, keep_own
 from mlip_jax.recipes.recipes import recipe
+from mlip_jax.recipes.sizes import PHOTOGRAPHS
 
 
 def get_config(arg=None):
@@ -33,5 +34,5 @@ def get_config(arg=None):
     if args["image"]:
         adopt_image(config, args["image"])
     if args["text"]:
-        adopt_frozen_bert(config, args["text"])
+        adopt_frozen_bert(config, args["text"], once=args["size"] in PHOTOGRAPHS)
     return config

@@ -27,11 +27,11 @@ from mlip_jax.core.registry import LOSSES
 from mlip_jax.core.schema import IMAGE_VIEWS, arguments
 from mlip_jax.interop.pretrained import adopt, adopt_frozen_bert, keep_own
 from mlip_jax.recipes.recipes import recipe
-from mlip_jax.recipes.sizes import QUICK
+from mlip_jax.recipes.sizes import PHOTOGRAPHS, QUICK
 
 _NEGATIVES = 4
 # With a weight of 1 the token level costs a point of R@1 on drawings and names.
-_QUICK_TOKENS = 0.1
+_SMALL_TOKENS = 0.1
 
 
 def get_config(arg=None):
@@ -55,8 +55,10 @@ def get_config(arg=None):
         image.frequency.depth = image.depth // 3
     image.merging.rate = 0.3
     config.evaluation.frequency_mix = 1.0
-    quick = args["size"] == QUICK and not args["pretrained"]
-    token_weight = _QUICK_TOKENS if quick else 1.0
+    small = args["size"] in (QUICK, *PHOTOGRAPHS) and not args["pretrained"]
+    # Texts that are embedded once, before the first step, have no tokens.
+    once = bool(args["text"]) and args["size"] in PHOTOGRAPHS
+    token_weight = 0.0 if once else _SMALL_TOKENS if small else 1.0
     for view in IMAGE_VIEWS:
         perspective = config.perspectives[view]
         tokens = view.endswith("_tokens")
@@ -68,7 +70,7 @@ def get_config(arg=None):
             if view.endswith("_global"):
                 _set_loss(config.perspectives[view], objective)
     if args["text"]:
-        adopt_frozen_bert(config, args["text"])
+        adopt_frozen_bert(config, args["text"], once=once)
     return config
 
 

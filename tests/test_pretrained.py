@@ -89,6 +89,15 @@ def test_a_text_tower_is_a_named_choice(folder, name):
         validate(config)
 
 
+@pytest.mark.parametrize("name", ["mlip", "clip", "siglip"])
+def test_the_sizes_for_photographs_embed_captions_once(folder, name):
+    config = named(f"{name}:size=tiny_64,data=jsonl:pairs.jsonl,text={folder}")
+    validate(config)
+    assert config.model.text.embedded == "once"
+    assert config.perspectives.spatial_tokens.weight == 0
+    assert named(f"{name}:text={folder}").model.text.embedded == "each_step"
+
+
 @pytest.mark.parametrize(
     ("modes", "expected"),
     [

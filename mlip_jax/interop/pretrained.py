@@ -163,16 +163,24 @@ def adopt_bert(config: ConfigDict, path: str) -> None:
     text.context_length = min(text.context_length, sizes["positions"])
 
 
-def adopt_frozen_bert(config: ConfigDict, path: str) -> None:
+def adopt_frozen_bert(config: ConfigDict, path: str, *, once: bool = False) -> None:
     """`adopt_bert` with the encoder frozen: what is learned on top of it is the texts' projection.
 
     config.optimizer.rates.text, the share of the learning rate, tunes it.
+
+    Args:
+      config: changed in place.
+      path: the folder.
+      once: whether it embeds every caption once, before the first step; for datasets of which the
+        captions' vectors fit into memory.
 
     Raises:
       UserError: as `adopt_bert`.
     """
     adopt_bert(config, path)
     config.optimizer.rates.text = 0.0
+    if once:
+        config.model.text.embedded = "once"
 
 
 _ADOPTED = ("width", "depth", "heads", "mlp_ratio", "activation")

@@ -44,6 +44,8 @@ def recipe(size: str, data: str) -> ConfigDict:
         _quick(config)
     else:
         _large(config)
+    if size in sizes.PHOTOGRAPHS:
+        _photographs(config)
     if data == "emoji":
         _drawings(config)
         if size == sizes.QUICK:
@@ -137,6 +139,16 @@ def _quick(config: ConfigDict) -> None:
     config.data.augment.flip = True
     config.data.augment.color = 0.25
     config.log_every = 20
+
+
+def _photographs(config: ConfigDict) -> None:
+    """Some thousand photographs, each seen some dozen times: smaller crops, stochastic depth."""
+    config.optimizer.schedule = "wsd"
+    config.optimizer.ema = 0.999
+    config.model.image.drop_path = 0.1
+    config.data.augment.crop = (0.35, 1.0)
+    config.data.augment.color = 0.5
+    config.data.augment.grayscale = 0.1
 
 
 def _large(config: ConfigDict) -> None:

@@ -22,7 +22,10 @@ _LARGE = {
 _RESNETS = {"RN18": 18, "RN50": 50, "RN101": 101, "RN152": 152}
 QUICK = "quick"
 CLIP_HF = "clip_hf"
-SMALL = (QUICK, CLIP_HF)  # for two CPU cores or one GPU
+TINY_64 = "tiny_64"
+SMALL_112 = "small_112"
+PHOTOGRAPHS = (TINY_64, SMALL_112)  # for some thousand photographs
+SMALL = (QUICK, CLIP_HF, *PHOTOGRAPHS)  # for two CPU cores or one GPU
 SIZES = (*SMALL, *_LARGE, *_RESNETS)
 
 
@@ -31,8 +34,10 @@ def apply(config: ConfigDict, size: str) -> None:
 
     "quick" is made for two CPU cores: 32 pixels, 16 patches after a convolutional stem. "clip_hf"
     has only the parts of CLIP that Hugging Face's and open_clip's layouts hold: 64 pixels, 64
-    patches, a norm before the blocks, causal texts. The others take 224 pixels: the ViTs of the
-    literature with CLIP's text encoders (context 77), or ResNets with a BERT (context 30).
+    patches, a norm before the blocks, causal texts. "tiny_64" and "small_112" are for some thousand
+    photographs, on a CPU and on a GPU: 64 pixels, 64 patches, and 112 pixels, 49 patches, after a
+    convolutional stem. The others take 224 pixels: the ViTs of the literature with CLIP's text
+    encoders (context 77), or ResNets with a BERT (context 30).
 
     Raises:
       UserError: for an unknown name.
@@ -51,6 +56,18 @@ def apply(config: ConfigDict, size: str) -> None:
         _set(config.model.text, width=192, depth=4, heads=3, pooling="last")
         _set(config.model, embed_dim=192, token_dim=64)
         return
+    if size == TINY_64:
+        _set(config.model.image, image_size=64, patch_size=8, width=128, depth=4, heads=2)
+        _set(config.model.text, width=128, depth=2, heads=2)
+        _set(config.model, embed_dim=128, token_dim=64)
+        _for_photographs(config)
+        return
+    if size == SMALL_112:
+        _set(config.model.image, image_size=112, patch_size=16, width=192, depth=6, heads=3)
+        _set(config.model.text, width=192, depth=2, heads=3)
+        _set(config.model, embed_dim=192, token_dim=64)
+        _for_photographs(config)
+        return
     if size in _RESNETS:
         resnet_and_bert(config, image_size=224, layers=_RESNETS[size], stem="imagenet")
         _set(config.model.text, context_length=30, width=768, depth=12, heads=12, dropout=0.1)
@@ -67,6 +84,11 @@ def apply(config: ConfigDict, size: str) -> None:
     _set(config.model.text, context_length=77, causal=True, pooling="last")
     _set(config.model.text, width=text_width, depth=text_depth, heads=text_heads)
     _set(config.model, embed_dim=joint, token_dim=min(joint, 256))
+
+
+def _for_photographs(config: ConfigDict) -> None:
+    _set(config.model.image, stem="conv")
+    _set(config.model.text, tokenizer="clip_8k", context_length=24, causal=False, pooling="mean")
 
 
 def resnet_and_bert(
