@@ -133,8 +133,10 @@ def test_baselines_are_as_their_table_says():
         assert kernel.shape == (512, 3 * 512)
     with pytest.raises(UserError, match="did you mean 'cc3m_rn50'"):
         parse(f"{BASELINES}:run=cc3m_rn51")
-    (command,) = re.findall(r"^    python -m mlip_jax\.main (.*)$", module["__doc__"], re.MULTILINE)
-    assert command_line.parse(command.split()).config.name == "cc3m_vit_b16"
+    commands = re.findall(r"^    python -m mlip_jax\.main (.*)$", module["__doc__"], re.MULTILINE)
+    assert command_line.parse(commands[0].split()).config.name == "cc3m_vit_b16"
+    (lit,) = commands[1:]  # test_image_towers.py has a folder for it
+    assert lit == f"--config=configs/{BASELINES}:run={module['LIT']},image=VIT,text=BERT"
 
 
 def test_clip_lite_takes_negatives_and_has_the_papers_recipe():

@@ -151,3 +151,29 @@ def test_it_is_no_model_of_images_and_texts(timm):
         read(clip_on(timm, **{"model.image.depth": 3}))
     with pytest.raises(UserError, match=r"config.model.image.heads=4, but .* has 2: set it so"):
         read(clip_on(timm, **{"model.image.heads": 4}))
+
+
+def test_lit_on_coco_is_big_visions(timm, tmp_path):
+    run = "baselines:run=coco_lit_vit_b16"
+    config = named(f"{run},image={timm}")
+    validate(config)
+    optimizer, text = config.optimizer, config.model.text
+    assert config.samples == 5000 * config.batch_size == 5000 * 4096
+    assert optimizer.learning_rate * optimizer.weight_decay == pytest.approx(0.01)
+    assert optimizer.warmup_samples == 150 * 4096 and optimizer.clip_norm == 1
+    assert optimizer.rates.image == 0 and optimizer.rates.text == 1
+    assert (config.model.image.width, text.width, config.model.embed_dim) == (16, 768, 768)
+    assert (text.architecture, text.pooling, text.context_length) == ("bert", "first", 16)
+    assert config.perspectives.spatial_global.init_scale == 10
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    shutil.copy(DATA / "bert_tiny_config.json", bert / "config.json")
+    shutil.copy(DATA / "bert_tiny.safetensors", bert / "model.safetensors")
+    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat"]))
+    adopted = named(f"{run},image={timm},text={bert}")
+    validate(adopted)
+    assert adopted.model.text.pretrained == str(bert) and adopted.model.text.width < 768
+    assert adopted.model.text.pooling == "first" and adopted.optimizer.rates.text == 1
+    for arguments in (run, f"baselines:image={timm}"):
+        with pytest.raises(UserError, match="coco_lit_vit_b16 needs image=FOLDER"):
+            named(arguments)

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import math
 import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mlip_jax import planning
 from mlip_jax.cli import command_line
+from mlip_jax.core import stages
 from mlip_jax.core.errors import UserError
 from mlip_jax.models import building
 from mlip_jax.planning import estimates, hlo, machines, printing, verb
@@ -20,7 +23,9 @@ from mlip_jax.training import step_cost
 from mlip_jax.training.state import abstract_state
 from mlip_jax.training.step_cost import Memory
 
-CONFIGS = ("clip.py", "clip_lite.py", "coca.py", "filip.py", "mlip.py", "siglip.py", "siglip2.py")
+FOLDER = Path(__file__).parents[1] / "configs"
+BASELINES = runpy.run_path(str(FOLDER / "baselines.py"))["RUNS"]
+CONFIGS = sorted({file.name for file in FOLDER.glob("*.py")} - {"baselines.py"})
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +374,7 @@ def large(file, arguments=LARGE, mesh="data:-1", flags=()):
         large("mlip.py", mesh="fsdp:4", flags=("ring=always",)),
         *map(large, ("clip.py", "coca.py", "filip.py", "mlip.py", "siglip.py", "siglip2.py")),
         large("clip_lite.py", "size=RN50,data=jsonl:x"),
+        *(large("baselines.py", f"run={run},data=jsonl:x") for run in BASELINES),
     ],
 )
 def test_the_tpu_compiler_takes_every_config(file, mesh, flags, topology):
@@ -377,10 +383,11 @@ def test_the_tpu_compiler_takes_every_config(file, mesh, flags, topology):
     arguments = [f"--config=configs/{file}", *(f"--config.{flag}" for flag in flags)]
     config = command_line.parse(arguments).config
     config.batch_size = 4 * len(machine.devices)
-    plan = planning.estimate(with_mesh(config, mesh), machine)
-    assert plan.fits, plan.refusal
-    assert plan.dtype == "bfloat16"
-    assert plan.memory.total < machine.chip.memory
-    assert plan.program.unknown_loops == 0
-    assert plan.program.unestimated < plan.program.work / 10
-    assert 0 < plan.utilisation(plan.compute_seconds) < 1
+    for stage in stages.of(with_mesh(config, mesh)):
+        plan = planning.estimate(stage.config, machine)
+        assert plan.fits, plan.refusal
+        assert plan.dtype == "bfloat16"
+        assert plan.memory.total < machine.chip.memory
+        assert plan.program.unknown_loops == 0
+        assert plan.program.unestimated < plan.program.work / 10
+        assert 0 < plan.utilisation(plan.compute_seconds) < 1

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from mlip_jax.planning import estimates, gpus, hlo, kernels, machines
 from mlip_jax.training.step_cost import GIB, Memory
 
 H100 = gpus.CARDS["h100"]
-CONFIGS = ("mlip", "clip_lite", "clip", "siglip", "filip", "coca", "siglip2")
+FOLDER = Path(__file__).parents[1] / "configs"
+BASELINES = runpy.run_path(str(FOLDER / "baselines.py"))["RUNS"]
+CONFIGS = sorted({file.stem for file in FOLDER.glob("*.py")} - {"baselines"})
 WITH_COMPILER = pytest.mark.skipif(
     not gpus._has_compiler(), reason="needs XLA's compiler for GPUs: the extra plan-gpu"
 )
@@ -120,9 +123,11 @@ def test_a_target_that_the_compiler_does_not_take_is_one_line(monkeypatch):
 ESTIMATE = """
 import json, sys
 from mlip_jax import config
+from mlip_jax.core import stages
 from mlip_jax.planning import estimate, kernels, machines
 name, topology, overrides = sys.argv[1:]
-plan = estimate(config(name, json.loads(overrides)), machines.find(topology))
+last = stages.of(config(name, json.loads(overrides)))[-1]
+plan = estimate(last.config, machines.find(topology))
 print(json.dumps({
     "memory": plan.memory.total,
     "fits": plan.fits,
@@ -164,16 +169,20 @@ def test_every_quick_config_compiles_for_a_gpu(name):
     assert plan["products"]["bf16"] > 0.5 * sum(plan["products"].values())
 
 
-LARGE = [("clip_lite", "RN50"), *((name, "B/16") for name in CONFIGS if name != "clip_lite")]
+LARGE = [
+    "clip_lite:size=RN50,data=emoji",
+    *(f"{name}:size=B/16,data=emoji" for name in CONFIGS if name != "clip_lite"),
+    *(f"baselines:run={run},data=emoji" for run in BASELINES),
+]
 
 
 @WITH_COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["h100:1", "h100:8"])
-@pytest.mark.parametrize("name, size", LARGE)
-def test_every_large_config_compiles_for_gpus(name, size, topology):
+@pytest.mark.parametrize("name", LARGE)
+def test_every_large_config_compiles_for_gpus(name, topology):
     devices = int(topology[-1])
-    plan = compiled(f"{name}:size={size},data=emoji", topology, batch_size=64 * devices)
+    plan = compiled(name, topology, batch_size=64 * devices)
     check(plan, devices)
     assert plan["products"]["bf16"] > 0.9 * sum(plan["products"].values())
     assert plan["fits"]
