@@ -18,7 +18,7 @@ from mlip_jax.core.files import read_json
 from mlip_jax.core.schema import ATTENTIONS
 from mlip_jax.evaluations import read_results
 from mlip_jax.planning.gpus import CARDS
-from mlip_jax.storage.checkpoint import FOLDER, restore_fields
+from mlip_jax.storage.saved import FOLDER, restore_fields
 from mlip_jax.training.signals import STOPPED
 from mlip_jax.training.step_cost import GIB
 from mlip_jax.training.summary import headline

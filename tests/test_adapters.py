@@ -18,7 +18,7 @@ from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models import adapters, building
 from mlip_jax.objectives import perspectives
-from mlip_jax.storage.checkpoint import served
+from mlip_jax.storage.saved import served
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import Objective, make_train_step

@@ -9,7 +9,7 @@ import mlip_jax
 from mlip_jax import main as door
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.data.sets.opening import open_source
-from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.storage.saved import restore_fields
 from mlip_jax.training import evaluation
 
 

@@ -17,7 +17,8 @@ import mlip_jax
 from mlip_jax import main as door
 from mlip_jax.core import object_store, places
 from mlip_jax.core.errors import Unreachable
-from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
+from mlip_jax.storage.checkpoint import Checkpoints
+from mlip_jax.storage.saved import restore_fields
 from mlip_jax.training import evaluation
 
 ROOT = Path(__file__).parents[1]

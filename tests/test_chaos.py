@@ -24,7 +24,7 @@ from devices import with_devices
 
 from mlip_jax.core import schema
 from mlip_jax.devices import cluster
-from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.storage.saved import restore_fields
 
 ROOT = Path(__file__).parents[1]
 FAULTS = int(os.environ.get("MLIP_CHAOS_FAULTS", "200"))

@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from mlip_jax.core import schema
 from mlip_jax.core.errors import RunError, UserError
-from mlip_jax.storage import checkpoint, seal, trees
-from mlip_jax.storage.checkpoint import Checkpoints, restore_fields
+from mlip_jax.storage import seal, trees, writes
+from mlip_jax.storage.checkpoint import Checkpoints
+from mlip_jax.storage.saved import restore_fields, restore_state
 from mlip_jax.storage.workdir import open_workdir
 from mlip_jax.training import optimizer as optimizers
 
@@ -317,7 +318,7 @@ def test_what_the_optimizer_keeps_of_a_tower_may_be_on_one_side_alone(tmp_path):
         with Checkpoints(tmp_path / name) as checkpoints:
             checkpoints.save(1, saved, {})
             restored, _ = checkpoints.restore(abstract(wanted))
-        others, _ = checkpoint.restore_state(tmp_path / name, abstract(wanted))
+        others, _ = restore_state(tmp_path / name, abstract(wanted))
         assert_same_bits(restored, others)
         assert jax.tree.structure(restored) == jax.tree.structure(wanted)
         assert_same_bits(restored.params, saved.params)
@@ -569,12 +570,12 @@ def test_the_tasks_of_a_failed_save_say_nothing(tmp_path, caplog):
 def test_a_write_that_outlasts_its_failed_save_says_nothing(monkeypatch):
     reported = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)
-    checkpoint._leave_late_writes_alone()
+    writes.leave_late_writes_alone()
     late = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
     other = SimpleNamespace(exc_value=RuntimeError("anything else"))
     for unraisable in (late, other):
         sys.unraisablehook(unraisable)
     assert reported == [other]
     hook = sys.unraisablehook
-    checkpoint._leave_late_writes_alone()
+    writes.leave_late_writes_alone()
     assert sys.unraisablehook is hook  # once a process

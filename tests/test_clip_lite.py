@@ -20,7 +20,7 @@ from mlip_jax.data.images.preprocessing import Preprocessing
 from mlip_jax.devices import parallel
 from mlip_jax.models import building, resnet
 from mlip_jax.objectives import contrastive, perspectives
-from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.storage.saved import restore_fields
 from mlip_jax.training import optimizer as optimizers
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import make_train_step

@@ -14,7 +14,7 @@ from mlip_jax import main as door
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.recipes import lengths
-from mlip_jax.storage.checkpoint import restore_fields, saved_steps
+from mlip_jax.storage.saved import restore_fields, saved_steps
 from mlip_jax.training.optimizer import last_step_before_cooldown, learning_rate
 
 pytestmark = pytest.mark.usefixtures("small_runs")

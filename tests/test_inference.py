@@ -21,7 +21,7 @@ from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.evaluations.verb import changes, results_name
 from mlip_jax.models import building, resnet, two_tower
 from mlip_jax.models.grad_cam import grad_cam
-from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.storage.saved import restore_fields
 
 
 @pytest.fixture(scope="module")

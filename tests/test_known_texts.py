@@ -12,7 +12,7 @@ from mlip_jax import main as door
 from mlip_jax.core import schema
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.validation import validate
-from mlip_jax.storage.checkpoint import restore_fields, saved_steps
+from mlip_jax.storage.saved import restore_fields, saved_steps
 from mlip_jax.training import known_texts
 
 pytestmark = pytest.mark.usefixtures("small_runs")

@@ -21,7 +21,7 @@ from devices import with_devices
 from mlip_jax import main as door
 from mlip_jax.core import versions
 from mlip_jax.devices import parallel
-from mlip_jax.storage.checkpoint import restore_fields
+from mlip_jax.storage.saved import restore_fields
 from mlip_jax.training import evaluation, loop, pace, repeatability, stages, start
 from mlip_jax.training.run import score
 from mlip_jax.training.signals import Stop, Stopped

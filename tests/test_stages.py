@@ -21,7 +21,7 @@ from mlip_jax.data.sets.opening import open_training
 from mlip_jax.data.text.tokenizer import load_tokenizer
 from mlip_jax.devices import parallel
 from mlip_jax.recipes import lengths
-from mlip_jax.storage.checkpoint import restore_fields, saved_steps, set_aside
+from mlip_jax.storage.saved import restore_fields, saved_steps, set_aside
 from mlip_jax.training import stages as parts
 from mlip_jax.training import start
 from mlip_jax.training.optimizer import learning_rate

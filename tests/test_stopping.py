@@ -201,6 +201,7 @@ import hashlib, pathlib, sys
 import jax
 from mlip_jax import main
 from mlip_jax.storage import checkpoint
+from mlip_jax.storage.saved import restore_fields
 
 run, room = sys.argv[1:3], int(sys.argv[3])
 save = checkpoint.Checkpoints.save
@@ -219,7 +220,7 @@ if room:
     os.remove("{disk}/filler")
     room = 0
 print(main.main(["mlip", *run]), saved()[-1])
-fields, _ = checkpoint.restore_fields(run[1].partition("=")[2], ["params", "optimizer", "ema"])
+fields, _ = restore_fields(run[1].partition("=")[2], ["params", "optimizer", "ema"])
 leaves = jax.tree.leaves(fields)
 print(hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest())
 """

@@ -28,7 +28,7 @@ from mlip_jax.devices import parallel
 from mlip_jax.interop import artefact
 from mlip_jax.models import building
 from mlip_jax.objectives.distillation import Embedded, Where, features, relation
-from mlip_jax.storage import checkpoint
+from mlip_jax.storage.saved import restore_fields, saved_steps
 from mlip_jax.training import step_cost
 from mlip_jax.training.state import abstract_state, initial_state
 from mlip_jax.training.step import lower_step, make_train_step
@@ -294,7 +294,7 @@ def test_a_taught_run_resumes_bit_for_bit_and_knows_its_teacher(
     assert "reads 10 tokens by its own tokenizer" in words
     assert "teacher: the average of the run's own parameters" in words
     shutil.copytree(tmp_path / "run", tmp_path / "again")
-    for step in checkpoint.saved_steps(tmp_path / "again"):
+    for step in saved_steps(tmp_path / "again"):
         if step > 6:
             shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))
     # The place may change, the model may not.
@@ -302,7 +302,7 @@ def test_a_taught_run_resumes_bit_for_bit_and_knows_its_teacher(
     code, words = train(tmp_path / "again", moved)
     assert code == 0 and "going on from step 6" in words
     fields = ("params", "optimizer", "ema")
-    ends = [checkpoint.restore_fields(tmp_path / name, fields, 8)[0] for name in ("run", "again")]
+    ends = [restore_fields(tmp_path / name, fields, 8)[0] for name in ("run", "again")]
     assert_same(*ends)
     model = mlip_jax.load(tmp_path / "run")
     assert not any(name.startswith("teacher") for name in model.variables["params"])

@@ -23,7 +23,7 @@ from mlip_jax.core.history import read_history, training_seconds
 from mlip_jax.core.tables import make_table
 from mlip_jax.evaluations.results import Results, read_results
 from mlip_jax.evaluations.sheets import Sheet, formatted, html, markdown, names
-from mlip_jax.storage.checkpoint import count_parameters, saved_steps
+from mlip_jax.storage.saved import count_parameters, saved_steps
 
 FILE_STEM = "comparison"
 _DASH = "\u2014"  # a figure that a column does not have

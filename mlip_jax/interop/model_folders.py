@@ -21,7 +21,7 @@ from mlip_jax.devices import parallel
 from mlip_jax.interop import artefact, hugging_face, open_clip, timm
 from mlip_jax.interop.artefact import Artefact
 from mlip_jax.interop.foreign import Foreign
-from mlip_jax.storage.checkpoint import restore_fields, served
+from mlip_jax.storage.saved import restore_fields, served
 
 _KINDS = (
     "the workdir of a run, an exported model, or a folder of open_clip's or of Hugging Face's CLIP "

@@ -12,39 +12,26 @@ In a bucket files.json is written last: a folder without it is no checkpoint.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
 import os
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from mlip_jax.core import places
 from mlip_jax.core.errors import RunError, UserError
 from mlip_jax.core.files import read_json
 from mlip_jax.devices import processes
-from mlip_jax.models import adapters
-from mlip_jax.models.two_tower import OF_TEACHERS
 from mlip_jax.storage import seal, trees
+from mlip_jax.storage.saved import FOLDER, NUMBER, STATE, fetch_all_but_states, saved_steps, warn
 from mlip_jax.storage.workdir import origin
+from mlip_jax.storage.writes import cannot_write, is_no_matter_of_course, leave_late_writes_alone
 
-FOLDER = "checkpoints"
-_STATE = "state"
-_LEAVES_LATE_WRITES_ALONE = "leaves_late_writes_alone"
-_LOOP_CLOSED = "Event loop is closed"
-_CANNOT_WRITE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-    *(errno.ENOENT, errno.ENOTDIR, errno.ESTALE),  # the folder is gone
-}
 _ASIDE = "damaged-"
-_NUMBER = re.compile(r"0|[1-9][0-9]*")  # a step, as a folder's name
 _LARGE = "state/"
 _ORBAX_FILE = "_CHECKPOINT_METADATA"
 # What Orbax expects of that file; it writes it after the seal, and can do without.
@@ -93,14 +80,14 @@ class Checkpoints:
         # Of a place in a bucket each process has a copy of its own, and writes what it holds.
         in_bucket = places.mirror_of(self._folder) is not None
         self._apart = jax.process_count() > 1 and in_bucket
-        _fetch_all_but_states(self._folder)
+        fetch_all_but_states(self._folder)
         # Before Orbax reads the small files of all checkpoints: one that is damaged would end it.
         processes.by_first(self._make_readable)
-        _fetch_all_but_states(self._folder)
+        fetch_all_but_states(self._folder)
         processes.by_first(self._remove_dropped)
-        _leave_late_writes_alone()
+        leave_late_writes_alone()
         if in_bucket:
-            logging.getLogger("absl").addFilter(_is_no_matter_of_course)
+            logging.getLogger("absl").addFilter(is_no_matter_of_course)
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if best and keep_best > 0:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best))
@@ -113,8 +100,8 @@ class Checkpoints:
             multiprocessing_options=together, use_ocdbt=not self._apart
         )
         extras = ocp.JsonCheckpointHandler(multiprocessing_options=together)
-        registry.add(_STATE, ocp.args.StandardSave, state)
-        registry.add(_STATE, ocp.args.StandardRestore, state)
+        registry.add(STATE, ocp.args.StandardSave, state)
+        registry.add(STATE, ocp.args.StandardRestore, state)
         registry.add("extras", ocp.args.JsonSave, extras)
         registry.add("extras", ocp.args.JsonRestore, extras)
         self._manager = ocp.CheckpointManager(
@@ -249,7 +236,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _cannot_write(error)
+            reason = cannot_write(error)
             if not reason:
                 raise
             raise RunError(
@@ -297,91 +284,23 @@ class Checkpoints:
 
         damaged = processes.by_first(put_aside)
         if damaged:
-            _fetch_all_but_states(self._folder)
+            fetch_all_but_states(self._folder)
             self._manager.reload()
         return damaged
 
     def _remove_dropped(self) -> None:
         """Removes checkpoints from a bucket that are not kept here, or that have no seal there."""
         for name in places.names(self._folder):
-            if _NUMBER.fullmatch(name) and not (self._folder / name).exists():
+            if NUMBER.fullmatch(name) and not (self._folder / name).exists():
                 places.remove(self._folder / name)
-
-
-def has_checkpoints(workdir: str | os.PathLike[str]) -> bool:
-    """Whether a run has saved anything in a workdir, which need not exist."""
-    return bool(saved_steps(workdir))
-
-
-def set_aside(workdir: str | os.PathLike[str], steps: Sequence[int]) -> None:
-    """Renames checkpoints to "replaced-STEP", the newest first; the run no longer counts them."""
-    folder = places.local(workdir).absolute() / FOLDER
-    for step in sorted(steps, reverse=True):
-        aside = folder / f"replaced-{step}"
-        places.remove(aside)
-        places.move(folder / str(step), aside)
-
-
-def check_state(workdir: str | os.PathLike[str], abstract_state: Any) -> Path:
-    """The folder of the newest good checkpoint of another run, whose state must be such a one.
-
-    Raises:
-      UserError: when it holds no checkpoint, or one of another model: it names the tensor.
-      RunError: when all are damaged.
-    """
-    _, extras = restore_fields(workdir, ("step",))
-    path = places.local(workdir).absolute() / FOLDER / str(extras["step"])
-    trees.check_tensors(path, _saved_tree(path), abstract_state)
-    return path
-
-
-def restore_state(workdir: str | os.PathLike[str], abstract_state: Any) -> tuple[Any, int]:
-    """The newest good state of another run, which may be training right now. Changes nothing there.
-
-    All processes of a run call it together.
-
-    Args:
-      workdir: the other run's folder.
-      abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
-
-    Returns:
-      The state, placed as asked, and its step.
-
-    Raises:
-      UserError, RunError: as `check_state`.
-    """
-    path = check_state(workdir, abstract_state)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        wanted = ocp.args.StandardRestore(trees.as_saved(_saved_tree(path), abstract_state))
-        state = checkpointer.restore(path / _STATE, args=wanted)
-    return trees.as_wanted(state, abstract_state), int(path.name)
-
-
-def _saved_tree(path: Path) -> Any:
-    """What stands for the arrays of the state in a checkpoint's folder."""
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    return handler.metadata(path / _STATE).tree
-
-
-def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-    """The steps of a run's checkpoints, the newest first."""
-    folder = places.local(workdir).absolute() / FOLDER
-    _fetch_all_but_states(folder)
-    found = (path for path in folder.glob("*") if _NUMBER.fullmatch(path.name) and path.is_dir())
-    return sorted((int(path.name) for path in found), reverse=True)
 
 
 def _set_aside(path: Path, problem: str) -> None:
     """Renames a damaged checkpoint: the way is free for its step to be saved again."""
     aside = path.with_name(f"{_ASIDE}{path.name}")
-    _warn(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, not used")
+    warn(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, not used")
     places.remove(aside)
     places.move(path, aside)
-
-
-def _fetch_all_but_states(folder: Path) -> None:
-    """Brings what is known of the checkpoints in a bucket, without their largest part."""
-    places.fetch(folder, without=(_STATE,), marked_by=seal.NAME)
 
 
 def _is_readable(path: Path) -> bool:
@@ -391,140 +310,3 @@ def _is_readable(path: Path) -> bool:
     except UserError:
         return False
     return all(isinstance(values.get(key, kind()), kind) for key, kind in _ORBAX_KINDS.items())
-
-
-def restore_fields(
-    workdir: str | os.PathLike[str], fields: Sequence[str] = ("params",), step: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts of a saved state as numpy arrays, whatever devices wrote them. Changes nothing.
-
-    Args:
-      workdir: the run's folder; it may be training right now.
-      fields: names of the state's fields. One that was None or absent comes back as {}.
-      step: which checkpoint; None: the newest good one.
-
-    Returns:
-      The fields and the extras.
-
-    Raises:
-      UserError: if there is no such checkpoint.
-      RunError: if every candidate is damaged.
-    """
-    folder = places.local(workdir).absolute() / FOLDER
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(f"{workdir} holds no checkpoint yet: train first, or check the path")
-    if step is not None and step not in steps:
-        raise UserError(f"{folder} holds no checkpoint of step {step}, only {sorted(steps)}")
-    for candidate in steps if step is None else [step]:
-        path = folder / str(candidate)
-        places.fetch(path)
-        damage = seal.damage(path)
-        if damage:
-            _warn(f"checkpoint {path} is damaged ({damage})")
-            continue
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-        tree = handler.metadata(path / _STATE).tree
-        wanted = {name: tree[name] for name in fields if tree.get(name)}
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-            restored = checkpointer.restore(
-                path / _STATE,
-                args=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-                    ),
-                    partial_restore=True,
-                ),
-            )
-        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-            extras = checkpointer.restore(path / "extras", args=ocp.args.JsonRestore())
-        return {name: restored.get(name, {}) for name in fields}, extras
-    raise RunError(f"no checkpoint in {folder} can be read: all are damaged")
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Has Orbax wait for no other process of the run: they need not read too."""
-    process = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=process,
-        active_processes={process},
-        barrier_sync_key_prefix=f"alone-{process}",
-    )
-
-
-def count_parameters(workdir: str | os.PathLike[str]) -> int | None:
-    """Parameters of a run's newest checkpoint, of which only the shapes are read; None without one.
-
-    Of what a damaged one does not tell, too.
-    """
-    steps = saved_steps(workdir)
-    if not steps:
-        return None
-    path = places.local(workdir).absolute() / FOLDER / str(steps[0]) / _STATE
-    try:
-        tree = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()).metadata(path).tree
-    except (OSError, ValueError):
-        return None
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree["params"]))
-
-
-def served(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a state's fields the variables to serve: averaged or slow parameters where there are.
-
-    Adapters are added to their kernels. The projections to teachers' spaces serve training alone.
-    """
-    params = adapters.merged(fields["ema"] or fields["slow"] or fields["params"])
-    kept = {name: part for name, part in params.items() if not name.startswith(OF_TEACHERS)}
-    return {"params": kept, "batch_stats": fields["batch_stats"]}
-
-
-def _leave_late_writes_alone() -> None:
-    """Keeps quiet about writes that end after the save they belong to has failed.
-
-    When one write of a save fails, Orbax closes the event loop that waits for all of them; the
-    others then find it closed and complain from threads of their own, past the line that says why.
-    """
-    former = sys.unraisablehook
-    if getattr(former, _LEAVES_LATE_WRITES_ALONE, False):
-        return
-
-    def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED):
-            former(unraisable)
-
-    setattr(hook, _LEAVES_LATE_WRITES_ALONE, True)
-    sys.unraisablehook = hook
-    # Each write of a save is a task, whose error is told again where nobody has asked for it.
-    for name in ("asyncio", "absl"):
-        logging.getLogger(name).addFilter(_is_no_late_write)
-
-
-def _is_no_late_write(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    return not (_cannot_write(error) or str(error) == _LOOP_CLOSED)
-
-
-def _is_no_matter_of_course(record: logging.LogRecord) -> bool:
-    """Keeps Orbax from warning that each process writes apart, or that its own file is not kept."""
-    text = str(record.msg)
-    usual = ("Global object size logging", "Metadata file does not exist")
-    return not text.startswith(usual) and "Skipping merge" not in text
-
-
-def _cannot_write(error: BaseException | None) -> str:
-    """Why the file system refused, from an error or what caused it; nothing for other errors."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-            return os.strerror(error.errno)
-        for code in _CANNOT_WRITE:  # TensorStore's errors carry the system's words only
-            if os.strerror(code) in str(error):
-                return os.strerror(code)
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _warn(message: str) -> None:
-    print("warning:", message, file=sys.stderr)

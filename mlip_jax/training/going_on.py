@@ -18,7 +18,7 @@ from mlip_jax.core import places, schema, stages
 from mlip_jax.core.errors import UserError
 from mlip_jax.core.files import write_atomically
 from mlip_jax.core.trained import START, read_config
-from mlip_jax.storage import checkpoint
+from mlip_jax.storage.saved import check_state, restore_state, saved_steps, set_aside
 from mlip_jax.training.optimizer import frozen_encoders, learning_rate
 from mlip_jax.training.state import TrainState
 
@@ -63,7 +63,7 @@ def accept(folder: Path, old: ConfigDict, new: ConfigDict, console: Console) -> 
             f"{folder} holds a run in stages, whose borders would move ({words}): give another "
             "--workdir, or the old values to go on"
         )
-    steps = checkpoint.saved_steps(folder)
+    steps = saved_steps(folder)
     if not steps:
         return
     last = new.samples // new.batch_size
@@ -74,7 +74,7 @@ def accept(folder: Path, old: ConfigDict, new: ConfigDict, console: Console) -> 
             f"than this length and schedule give. {_advice(old, new, steps[0])}Or start a branch: "
             f"--from={folder} --workdir=NEW --config.samples={new.samples}"
         )
-    checkpoint.set_aside(folder, [step for step in steps if step > kept])
+    set_aside(folder, [step for step in steps if step > kept])
     later = len([step for step in steps if step > kept])
     aside = f"; {later} later checkpoints are kept as checkpoints/replaced-STEP" if later else ""
     console.print(f"{places.shown(folder)} goes on from step {kept} with {words}{aside}")
@@ -118,7 +118,7 @@ def check_branch(config: ConfigDict, abstract: TrainState) -> None:
                 f"--from={source}: config.{lines[key]} cannot change in a branch, which keeps the "
                 "optimizer's state; a config file's pretrained=RUN starts from the weights alone"
             )
-    checkpoint.check_state(source, abstract)
+    check_state(source, abstract)
     for key, line in lines.items():
         if key.startswith("model.") and not _FREE_IN_A_BRANCH.fullmatch(key):
             raise UserError(
@@ -129,7 +129,7 @@ def check_branch(config: ConfigDict, abstract: TrainState) -> None:
 
 def _check_stage(source: Path, config: ConfigDict) -> None:
     """Refuses a run that has not come to its last stage."""
-    steps = checkpoint.saved_steps(source)
+    steps = saved_steps(source)
     own = stages.of(config)
     if steps and steps[0] <= own[-1].place.first:
         raise UserError(
@@ -168,7 +168,7 @@ def branch(config: ConfigDict, abstract: TrainState) -> tuple[TrainState, list[s
       UserError: as `check_branch`.
     """
     source = places.local(config.start_from).expanduser()
-    restored, step = checkpoint.restore_state(source, abstract)
+    restored, step = restore_state(source, abstract)
 
     def zero(leaf: Any) -> jax.Array:
         return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)

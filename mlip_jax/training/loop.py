@@ -24,7 +24,7 @@ from mlip_jax.data.sets.records import Source
 from mlip_jax.data.sets.stored import brought
 from mlip_jax.devices import cluster, parallel, processes
 from mlip_jax.evaluations import Results
-from mlip_jax.storage import checkpoint
+from mlip_jax.storage.saved import FOLDER
 from mlip_jax.training import known_texts, stages, summary
 from mlip_jax.training.callbacks import Callback, Callbacks
 from mlip_jax.training.evaluation import evaluate_unless_stopped, finish
@@ -226,7 +226,7 @@ def run_steps(
                     callbacks.tell("on_evaluation", done, results.figures)
                     writer.note(f"step {done}: {summary.headline(results.figures)}")
                 run.save(state, done, results.figures if results else None)
-                callbacks.tell("on_checkpoint", done, run.folder / checkpoint.FOLDER / str(done))
+                callbacks.tell("on_checkpoint", done, run.folder / FOLDER / str(done))
                 clock.rest(done, brought())
                 if stops or processes.by_first(lambda: run.stop.asked):
                     break

@@ -30,8 +30,9 @@ from mlip_jax.inference import Model
 from mlip_jax.interop import pretrained
 from mlip_jax.models import adapters, building
 from mlip_jax.recipes import lengths
-from mlip_jax.storage.checkpoint import Checkpoints, has_checkpoints
+from mlip_jax.storage.checkpoint import Checkpoints
 from mlip_jax.storage.compiled import keep_compiled
+from mlip_jax.storage.saved import has_checkpoints
 from mlip_jax.storage.workdir import TOKENIZER, open_workdir
 from mlip_jax.training import attention_choice, going_on, pace, repeatability, stages, summary
 from mlip_jax.training import optimizer as optimizers

@@ -18,7 +18,7 @@ from optax import LookaheadParams
 from mlip_jax.devices import parallel
 from mlip_jax.models import adapters, building
 from mlip_jax.models.two_tower import TwoTower
-from mlip_jax.storage.checkpoint import served
+from mlip_jax.storage.saved import served
 
 
 @flax.struct.dataclass
