@@ -53,8 +53,6 @@ RUNS = {
     "yfcc15m_vit_b32": ("B/32", "yfcc15m", 4096, 34, 1e-3, 0.1, 2500 * 4096, 0.5),
     "yfcc15m_filip_b32": ("B/32", "yfcc15m", 4096, 34, 5e-4, 0.5, 2500 * 4096, 0.5),
 }
-
-
 LIT = "coco_lit_vit_b16"  # of a folder's image encoder
 
 
@@ -70,6 +68,8 @@ def get_config(arg=None):
         raise UserError(
             f"run={LIT} needs image=FOLDER, a ViT that stays as it is; no other takes it"
         )
+    if args["text"] and args["run"] != LIT:
+        raise UserError(f"text=FOLDER goes with run={LIT} alone")
     if args["run"] == LIT:
         return _coco_lit(args["data"], args["image"], args["text"])
     size, data, batch, epochs, rate, decay, warmup, crop = RUNS[args["run"]]

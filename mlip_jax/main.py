@@ -5,7 +5,6 @@ Light and guarded, because the processes that load data import the main program 
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import os
@@ -14,14 +13,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mlip_jax.cli.subcommands import DEFAULT
-from mlip_jax.core import stopping, versions
-from mlip_jax.core.errors import RunError, UserError
+from mlip_jax.core import exit_codes, stopping
 from mlip_jax.core.waiting import announced
 from mlip_jax.devices.huge_pages import restart_with_huge_pages
-
-_LONGEST = 300  # characters of a path in a message
-# What the system says of a file that is open: it names none.
-_OF_DISKS = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,25 +24,7 @@ def main(argv: Sequence[str]) -> int:
     Args:
       argv: the program's name and its arguments.
     """
-    try:
-        with versions.named_in_errors():
-            return _act(argv[1:])
-    except UserError as error:
-        return _fail(2, str(error))
-    except RunError as error:
-        return _fail(error.code, str(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    except MemoryError:
-        return _fail(1, "out of memory: lower config.batch_size or the size of the model")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            file = error.filename or "a file"
-            return _fail(1, f"no space left on the disk: {file} was not written")
-        if error.filename is None and error.errno not in _OF_DISKS:
-            raise
-        file = str(error.filename or "a file")[:_LONGEST]
-        return _fail(1, f"cannot use {file}: {error.strerror}")
+    return exit_codes.of(lambda: _act(argv[1:]))
 
 
 def run() -> NoReturn:
@@ -80,11 +56,6 @@ def _act(arguments: Sequence[str]) -> int:
         with announced("loading JAX and the program"):
             act = getattr(importlib.import_module(subcommand.module), subcommand.function)
         return act(command.config, command.workdir, **command.options)
-
-
-def _fail(code: int, message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

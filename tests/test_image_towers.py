@@ -177,3 +177,5 @@ def test_lit_on_coco_is_big_visions(timm, tmp_path):
     for arguments in (run, f"baselines:image={timm}"):
         with pytest.raises(UserError, match="coco_lit_vit_b16 needs image=FOLDER"):
             named(arguments)
+    with pytest.raises(UserError, match="text=FOLDER goes with run=coco_lit_vit_b16 alone"):
+        named(f"baselines:text={bert}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlip_jax.core import places, versions
+from mlip_jax.core import exit_codes, places
 from mlip_jax.core.errors import UserError
 from mlip_jax.data.images.preprocessing import ImageLike, Preprocessing
 from mlip_jax.inference import Model, load
@@ -149,17 +149,17 @@ def run(act: Callable[[Sequence[str]], None]) -> int:
     """Calls another program's command with the arguments of this one.
 
     Returns:
-      The exit code: 2, and a line on standard error, for a mistake that the user can mend.
+      The exit code, as of this package's own command.
     """
     # JAX warns of them. The processes by which PyTorch loads data decode and tokenise alone.
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-    try:
-        with places.named_in_errors(), versions.named_in_errors():
+
+    def called() -> int:
+        with places.named_in_errors():
             act(sys.argv[1:])
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_codes.of(called)
 
 
 def _tensor(values: np.ndarray, device: Any = "cpu") -> torch.Tensor:

@@ -22,9 +22,9 @@ _LARGE = {
 _RESNETS = {"RN18": 18, "RN50": 50, "RN101": 101, "RN152": 152}
 QUICK = "quick"
 CLIP_HF = "clip_hf"
-TINY_64 = "tiny_64"
-SMALL_112 = "small_112"
-PHOTOGRAPHS = (TINY_64, SMALL_112)  # for some thousand photographs
+# For some thousand photographs: pixels, patch, width of both encoders, depth of the image encoder,
+# heads.
+PHOTOGRAPHS = {"tiny_64": (64, 8, 128, 4, 2), "small_112": (112, 16, 192, 6, 3)}
 SMALL = (QUICK, CLIP_HF, *PHOTOGRAPHS)  # for two CPU cores or one GPU
 SIZES = (*SMALL, *_LARGE, *_RESNETS)
 
@@ -56,17 +56,13 @@ def apply(config: ConfigDict, size: str) -> None:
         _set(config.model.text, width=192, depth=4, heads=3, pooling="last")
         _set(config.model, embed_dim=192, token_dim=64)
         return
-    if size == TINY_64:
-        _set(config.model.image, image_size=64, patch_size=8, width=128, depth=4, heads=2)
-        _set(config.model.text, width=128, depth=2, heads=2)
-        _set(config.model, embed_dim=128, token_dim=64)
-        _for_photographs(config)
-        return
-    if size == SMALL_112:
-        _set(config.model.image, image_size=112, patch_size=16, width=192, depth=6, heads=3)
-        _set(config.model.text, width=192, depth=2, heads=3)
-        _set(config.model, embed_dim=192, token_dim=64)
-        _for_photographs(config)
+    if size in PHOTOGRAPHS:
+        pixels, patch, width, depth, heads = PHOTOGRAPHS[size]
+        _set(config.model.image, image_size=pixels, patch_size=patch, stem="conv")
+        _set(config.model.image, width=width, depth=depth, heads=heads)
+        _set(config.model.text, tokenizer="clip_8k", context_length=24)
+        _set(config.model.text, width=width, depth=2, heads=heads, causal=False, pooling="mean")
+        _set(config.model, embed_dim=width, token_dim=64)
         return
     if size in _RESNETS:
         resnet_and_bert(config, image_size=224, layers=_RESNETS[size], stem="imagenet")
@@ -84,11 +80,6 @@ def apply(config: ConfigDict, size: str) -> None:
     _set(config.model.text, context_length=77, causal=True, pooling="last")
     _set(config.model.text, width=text_width, depth=text_depth, heads=text_heads)
     _set(config.model, embed_dim=joint, token_dim=min(joint, 256))
-
-
-def _for_photographs(config: ConfigDict) -> None:
-    _set(config.model.image, stem="conv")
-    _set(config.model.text, tokenizer="clip_8k", context_length=24, causal=False, pooling="mean")
 
 
 def resnet_and_bert(
